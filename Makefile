@@ -1,0 +1,39 @@
+# `make demo` and `make test` start from a bare clone: Python >= 3.10 and make are all they need.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= demo
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint clean
+
+# Train a heart, export it, and sample it in a process that never imports torch.
+demo: .venv/installed
+	@mkdir -p $(DEMO)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu \
+		train_scripts/train_points.py --config heart --output_dir $(DEMO)/heart
+	$(BIN)/ddpm-export $(DEMO)/heart $(DEMO)/heart-onnx --scheduler ddim --num_inference_steps 50
+	$(BIN)/ddpm-sample $(DEMO)/heart-onnx --num_samples 2000 --seed 0 --output $(DEMO)/heart.png
+	@echo
+	@echo "Made here, on this machine:"
+	@echo "  $(DEMO)/heart/               the diffusers checkpoint: DDPMMLPPipeline.from_pretrained(\"$(DEMO)/heart\")"
+	@echo "  $(DEMO)/heart/process.gif    noise to heart and back, as an animation (loss.png, forward_process.png, samples.png beside it)"
+	@echo "  $(DEMO)/heart-onnx/          the bundle: all that a machine without PyTorch needs"
+	@echo "  $(DEMO)/heart.png            2,000 points that ONNX Runtime drew from the bundle"
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv $(DEMO) build dist *.egg-info

@@ -1,0 +1,101 @@
+"""Command-line flags, and YAML presets of the same names, from a dataclass of options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import ConfigurationError
+
+Options = TypeVar("Options")
+
+
+def parse_options(
+    cls: type[Options], argv: Sequence[str] | None, description: str, presets: Path | None = None
+) -> Options:
+    """Read a dataclass of options from the command line, and from the YAML preset that its `--config` names.
+
+    Each field becomes a flag of its name and type; its metadata's `help` describes it, and its `choices` bound it. A
+    preset is read as if its lines stood first on the command line, so that what is typed wins, and a value of the
+    wrong type is refused alike in both.
+
+    Args:
+        cls: a dataclass; fields without a default are required.
+        argv: the arguments, without the program's name; `sys.argv` by default.
+        description: what `--help` says of the command.
+        presets: the folder of the presets that go by a bare name.
+
+    Raises:
+        ConfigurationError: if the preset doesn't exist, is no mapping, or has a key that is no option; and whatever
+            the dataclass's own checks raise.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", metavar="PRESET", help="a YAML file of these options, or a shipped one's name")
+    types_of = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)
+    for field in fields:
+        parser.add_argument(f"--{field.name}", **_argument(field, types_of[field.name]))
+
+    argv = _argv() if argv is None else list(argv)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    preset = config.parse_known_args(argv)[0].config
+    if preset is not None:
+        argv = _read_preset(preset, presets, {field.name for field in fields}) + argv
+
+    values = vars(parser.parse_args(argv))
+    del values["config"]
+    return cls(**values)
+
+
+def _argv() -> list[str]:
+    import sys
+
+    return sys.argv[1:]
+
+
+def _argument(field: dataclasses.Field, type_: Any) -> dict[str, Any]:
+    """argparse's description of a field."""
+    argument: dict[str, Any] = {"help": field.metadata.get("help", "")}
+    if field.default is dataclasses.MISSING:
+        argument["required"] = True
+    else:
+        argument["default"] = field.default
+    if type_ is bool:
+        return argument | {"action": argparse.BooleanOptionalAction}
+    if isinstance(type_, types.UnionType):  # such as int | None, where None is the absence of the flag
+        (type_,) = (member for member in type_.__args__ if member is not types.NoneType)
+    return argument | {"type": type_, "choices": field.metadata.get("choices")}
+
+
+def _read_preset(preset: str, presets: Path | None, known: set[str]) -> list[str]:
+    path = Path(preset)
+    if not path.is_file() and presets is not None:
+        path = presets / f"{preset}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in presets.glob("*.yaml")) if presets else []
+        raise ConfigurationError(f"there is no preset {preset!r}; give a YAML file, or one of: {', '.join(names)}")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(options, dict):
+        raise ConfigurationError(f"{path} must hold lines of the form `option: value`")
+    unknown = sorted(str(key) for key in options.keys() - known)
+    if unknown:
+        raise ConfigurationError(f"{path} sets {', '.join(unknown)}, which is no option of this command")
+
+    argv = []
+    for key, value in options.items():
+        if isinstance(value, bool):
+            argv.append(f"--{key}" if value else f"--no-{key}")
+        elif value is not None:
+            argv.append(f"--{key}={value}")
+    return argv

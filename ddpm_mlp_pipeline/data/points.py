@@ -1,0 +1,164 @@
+"""Point sets: seven well-known 2-D distributions, and any file of numeric columns."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from ..errors import DatasetError
+
+
+def heart(n: int, rng: np.random.Generator) -> np.ndarray:
+    """The heart curve x = sin³ θ, y = (13 cos θ − 5 cos 2θ − 2 cos 3θ − cos 4θ) / 16."""
+    theta = rng.uniform(0, 2 * math.pi, n)
+    y = 13 * np.cos(theta) - 5 * np.cos(2 * theta) - 2 * np.cos(3 * theta) - np.cos(4 * theta)
+    return np.stack([np.sin(theta) ** 3, y / 16], axis=1)
+
+
+def swiss_roll(n: int, rng: np.random.Generator) -> np.ndarray:
+    """The spiral of angle θ and radius θ / (4.5 π), θ from 1.5 π to 4.5 π, as scikit-learn's seen from its axis."""
+    theta = 1.5 * math.pi * (1 + 2 * rng.uniform(size=n))
+    return _polar(theta / (4.5 * math.pi), theta)
+
+
+def two_moons(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Two interleaving half circles of radius 1, the second shifted by (1, −0.5) and upside down."""
+    theta, second = rng.uniform(0, math.pi, n), rng.integers(2, size=n)
+    sign = 1 - 2 * second
+    return np.stack([sign * np.cos(theta) + second, sign * np.sin(theta) + 0.5 * second], axis=1)
+
+
+def circles(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Two concentric circles, of radius 1 and 0.5."""
+    return _polar(1 - 0.5 * rng.integers(2, size=n), rng.uniform(0, 2 * math.pi, n))
+
+
+def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Eight centres on the unit circle; the noise makes them Gaussians."""
+    return _polar(np.ones(n), rng.integers(8, size=n) * math.pi / 4)
+
+
+def checkerboard(n: int, rng: np.random.Generator) -> np.ndarray:
+    """The dark squares of a 4×4 board over [−1, 1]²."""
+    column, pair = rng.integers(4, size=n), rng.integers(2, size=n)
+    row = 2 * pair + column % 2
+    return (np.stack([column, row], axis=1) + rng.uniform(size=(n, 2))) / 2 - 1
+
+
+def spiral(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Two arms of an Archimedean spiral, opposite to each other, of one and a half turns."""
+    theta = 3 * math.pi * np.sqrt(rng.uniform(size=n))  # the root spreads the points evenly along the arms
+    return _polar(theta / (3 * math.pi), theta + math.pi * rng.integers(2, size=n))
+
+
+def _polar(radius: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    return np.stack([radius * np.cos(theta), radius * np.sin(theta)], axis=1)
+
+
+# The distribution, and the standard deviation of the Gaussian noise that is added to it by default.
+POINT_SETS: dict[str, tuple[Callable[[int, np.random.Generator], np.ndarray], float]] = {
+    "heart": (heart, 0.03),
+    "swiss_roll": (swiss_roll, 0.03),
+    "two_moons": (two_moons, 0.05),
+    "circles": (circles, 0.03),
+    "eight_gaussians": (eight_gaussians, 0.1),
+    "checkerboard": (checkerboard, 0.0),
+    "spiral": (spiral, 0.02),
+}
+
+
+def load_points(
+    name: str | os.PathLike, num_samples: int | None = None, noise: float | None = None, seed: int = 0
+) -> Dataset:
+    """Draw one of the 2-D point sets, or read a file of points.
+
+    Args:
+        name: a name in `POINT_SETS`, or the path of a `.csv`, `.parquet` or `.npy` file of numeric columns.
+        num_samples: how many points to draw (by default 10,000), or to choose from the file (by default all).
+        noise: standard deviation, in the data's units, of the Gaussian noise that is added to every coordinate; by
+            default each set's own, and none for a file.
+        seed: two calls with the same arguments give the same points.
+
+    Returns:
+        A data set of float64 columns: `x` and `y` for the named sets, the file's own columns otherwise.
+
+    Raises:
+        DatasetError: if the name is unknown, or the file is missing, too small, or holds anything that is not a
+            finite number (the message names row and column).
+    """
+    if num_samples is not None and num_samples < 1:
+        raise DatasetError(f"the number of points must be at least 1, got {num_samples}")
+    if noise is not None and not 0 <= noise < math.inf:
+        raise DatasetError(f"the noise's standard deviation must be finite and at least 0, got {noise}")
+    rng = np.random.default_rng(seed)
+
+    if name in POINT_SETS:
+        distribution, default_noise = POINT_SETS[name]
+        points = distribution(num_samples or 10_000, rng)
+        columns = ["x", "y"]
+        noise = default_noise if noise is None else noise
+    else:
+        points, columns = _read_file(Path(name))
+        if num_samples is not None:
+            if num_samples > len(points):
+                raise DatasetError(f"{name} holds {len(points)} points, fewer than the {num_samples} asked for")
+            points = points[rng.choice(len(points), num_samples, replace=False)]
+    if noise:
+        points = points + noise * rng.standard_normal(points.shape)
+    return Dataset.from_dict(dict(zip(columns, points.T, strict=True)))
+
+
+def to_array(dataset: Dataset) -> np.ndarray:
+    """The points as one float64 array, `[number of points, number of columns]`."""
+    return dataset.with_format("pandas")[:].to_numpy(dtype=np.float64)
+
+
+def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
+    import pandas as pd  # comes with datasets
+
+    if path.suffix not in (".csv", ".parquet", ".npy"):
+        known = ", ".join(POINT_SETS)
+        raise DatasetError(f"unknown data set {str(path)!r}: give one of {known}, or a .csv, .parquet or .npy file")
+    if not path.is_file():
+        raise DatasetError(f"there is no file {path}")
+    try:
+        if path.suffix == ".csv":
+            table = pd.read_csv(path, skipinitialspace=True)
+            if _all_numbers(table.columns):  # no header: the first line is a point, too
+                table = pd.read_csv(path, skipinitialspace=True, header=None)
+        elif path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            array = np.load(path, allow_pickle=False)
+            if array.ndim != 2:
+                raise ValueError(f"its array has the shape {array.shape}, but [points, columns] is needed")
+            table = pd.DataFrame(array)
+    except (ValueError, OSError, EOFError) as error:  # pandas', pyarrow's and numpy's parsers all raise these
+        raise DatasetError(f"can't read {path}: {error}") from None
+
+    if len(table) < 2 or table.shape[1] < 1:
+        raise DatasetError(f"{path} holds {len(table)} points: at least 2 are needed")
+    if all(isinstance(column, int) for column in table.columns):
+        table.columns = ["x", "y"] if table.shape[1] == 2 else [f"x{i}" for i in range(table.shape[1])]
+    numbers = table.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
+    bad = np.argwhere(~np.isfinite(numbers))
+    if len(bad):
+        row, column = bad[0]
+        value = table.iat[row, column]
+        raise DatasetError(
+            f"{path}: {value!r} in row {row + 1}, column {str(table.columns[column])!r} is not a finite number"
+        )
+    return numbers, [str(column) for column in table.columns]
+
+
+def _all_numbers(names: list[str]) -> bool:
+    try:
+        [float(name) for name in names]
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""The errors that a user's input can cause. A command prints them as one line; a program can catch them by kind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+# Which extra of this package brings which third-party module.
+_EXTRA_OF_MODULE = {
+    "torch": "train",
+    "diffusers": "train",
+    "accelerate": "train",
+    "safetensors": "train",
+    "datasets": "train",
+    "pandas": "train",
+    "matplotlib": "train",
+    "yaml": "train",
+    "tensorboard": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "ot": "dev",
+}
+
+
+class DDPMPipelineError(Exception):
+    """Base of every error that input of the user's can cause; its message is one line."""
+
+
+class ConfigurationError(DDPMPipelineError, ValueError):
+    """An option has a value that can't work, or a preset names an option that doesn't exist."""
+
+
+class DatasetError(DDPMPipelineError, ValueError):
+    """A data set is unknown, empty, or holds something other than finite numbers."""
+
+
+class CheckpointError(DDPMPipelineError, ValueError):
+    """A checkpoint folder lacks a file, or holds one that can't be read."""
+
+
+class BundleError(DDPMPipelineError, ValueError):
+    """A bundle folder lacks a file, or holds one that can't be read or doesn't fit the others."""
+
+
+class UnsupportedSchedulerError(DDPMPipelineError, ValueError):
+    """A scheduler takes steps that a step table can't express."""
+
+
+class ParityError(DDPMPipelineError, RuntimeError):
+    """An exported bundle doesn't reproduce the pipeline that it was made from."""
+
+
+class MissingExtraError(DDPMPipelineError, ImportError):
+    """A third-party package is missing, which one of this package's extras installs."""
+
+
+@contextlib.contextmanager
+def explain_missing_extra(what: str, extra: str | None = None) -> Iterator[None]:
+    """Turn a failed import of an optional dependency into one line that says how to install it.
+
+    Args:
+        what: the name that the user asked for, to begin the sentence with.
+        extra: the extra to recommend; by default the one that brings the missing module.
+
+    Raises:
+        MissingExtraError: if the block fails to import a module that one of the extras brings.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRA_OF_MODULE:
+            raise
+        extra = extra or _EXTRA_OF_MODULE[module]
+        raise MissingExtraError(
+            f"{what} needs {module}, which is not installed: pip install 'ddpm-mlp-pipeline[{extra}]'"
+        ) from None

@@ -1,0 +1,1 @@
+"""ε-networks. Each file is self-contained, because a checkpoint carries it."""

@@ -1,0 +1,248 @@
+"""The training loop (Ho et al. 2020, algorithm 1), on Accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .errors import CheckpointError, ConfigurationError
+from .files import move_into
+from .pipeline import DDPMMLPPipeline
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
+    """A dataclass field with the help text of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingArguments:
+    """What the training loop can be told. The names are those of diffusers' training scripts.
+
+    Raises:
+        ConfigurationError: if a count, a rate or a seed is out of range.
+    """
+
+    output_dir: str = option(help="folder for the checkpoint, the figures and the logs")
+    train_batch_size: int = option(128, "batch size of each process")
+    num_epochs: int = option(100, "passes over the data set, unless max_train_steps is given")
+    max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
+    gradient_accumulation_steps: int = option(1, "batches whose gradients make one optimizer step")
+    learning_rate: float = option(1e-4, "peak learning rate of Adam")
+    lr_scheduler: str = option("cosine", "learning rate's course", choices=[member.value for member in SchedulerType])
+    lr_warmup_steps: int = option(500, "steps of linear warm-up of the learning rate")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    use_ema: bool = option(True, "average the weights; the checkpoint then holds the average")
+    ema_max_decay: float = option(0.9999, "decay that the average, which warms up, reaches at most")
+    mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "fp16", "bf16"])
+    seed: int = option(0, "seed of the weights, the order of the data, the timesteps and the noise")
+    checkpointing_steps: int | None = option(None, "save the state of the training every so many steps")
+    checkpoints_total_limit: int | None = option(None, "keep at most so many of these states")
+    resume_from_checkpoint: str | None = option(None, "'latest', or a folder checkpoint-<step>, to go on from")
+    report_to: str = option("tensorboard", "tracker for loss and learning rate, or 'none'")
+    logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("train_batch_size", "num_epochs", "max_train_steps", "gradient_accumulation_steps"),
+            *("checkpointing_steps", "checkpoints_total_limit"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigurationError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("lr_warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.ema_max_decay < 1:
+            raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
+
+
+class TensorBatches(Dataset):
+    """Samples in memory as one tensor, of which a batch is one indexing instead of one for each sample."""
+
+    def __init__(self, samples: torch.Tensor):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        return self.samples[indices]
+
+
+class LossHistory:
+    """The loss of every optimizer step so far, which a resumed run goes on with."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.losses = state["losses"]
+
+
+def train(pipeline: DDPMMLPPipeline, samples: torch.Tensor, args: TrainingArguments) -> list[float]:
+    """Train the pipeline's ε-network, with the pipeline's scheduler as the forward process, and save the pipeline.
+
+    Args:
+        pipeline: the untrained network and the stock `DDPMScheduler` to train it with; afterwards it holds the
+            trained weights (their average, with `use_ema`).
+        samples: the training data as the network is to see it, `[number of samples, *pipeline.sample_shape]`:
+            normalised points, or images in [-1, 1].
+        args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
+
+    Returns:
+        The loss of every optimizer step.
+
+    Raises:
+        ConfigurationError: if the batch size exceeds the number of samples.
+        CheckpointError: if the state to resume from doesn't exist.
+    """
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        # The order of the data follows from seed and epoch alone, so that a resumed run finds its place in it.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    if args.train_batch_size * accelerator.num_processes > len(samples):
+        raise ConfigurationError(
+            f"a batch of {args.train_batch_size} on each of {accelerator.num_processes} processes is larger than the "
+            f"data set, which holds {len(samples)} samples: lower train_batch_size"
+        )
+    set_seed(args.seed, device_specific=True)
+
+    unet, noise_scheduler = pipeline.unet, pipeline.scheduler
+    optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate)
+    dataloader = DataLoader(
+        TensorBatches(samples), batch_size=args.train_batch_size, shuffle=True, drop_last=True, collate_fn=_as_it_is
+    )
+    unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_epochs * steps_per_epoch
+    lr_scheduler = accelerator.prepare(
+        get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+            num_training_steps=max_train_steps * accelerator.num_processes,
+        )
+    )
+    history = LossHistory()
+    accelerator.register_for_checkpointing(history)
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+    if args.report_to != "none":
+        accelerator.init_trackers("train", {k: v for k, v in vars(args).items() if v is not None})
+
+    if args.resume_from_checkpoint is not None:
+        accelerator.load_state(_find_checkpoint(output_dir, args.resume_from_checkpoint))
+    step = len(history.losses)
+    progress_bar = tqdm(
+        total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
+    )
+
+    while step < max_train_steps:
+        epoch, steps_done = divmod(step, steps_per_epoch)
+        dataloader.set_epoch(epoch)
+        batches = accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps)
+        for x_0 in batches:
+            with accelerator.accumulate(unet):
+                # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
+                t = torch.randint(noise_scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
+                eps = torch.randn_like(x_0)
+                x_t = noise_scheduler.add_noise(x_0, eps, t)
+                loss = F.mse_loss(unet(x_t, t).sample.float(), eps)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            step += 1
+            if ema is not None:
+                ema.step(unet.parameters())
+            history.losses.append(loss.item())
+            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
+            progress_bar.set_postfix(logs, refresh=False)
+            progress_bar.update()
+            accelerator.log(logs, step=step)
+            if args.checkpointing_steps is not None and step % args.checkpointing_steps == 0:
+                _save_checkpoint(accelerator, output_dir / f"checkpoint-{step}", args.checkpoints_total_limit)
+            if step == max_train_steps:
+                break
+
+    progress_bar.close()
+    accelerator.end_training()
+    pipeline.unet = accelerator.unwrap_model(unet)
+    if ema is not None:
+        ema.copy_to(pipeline.unet.parameters())
+    pipeline.unet.eval()
+    if accelerator.is_main_process:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=output_dir) as folder:
+            pipeline.save_pretrained(folder)
+            move_into(Path(folder), output_dir)
+    accelerator.wait_for_everyone()
+    return history.losses
+
+
+def _as_it_is(batch: torch.Tensor) -> torch.Tensor:
+    return batch
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-<step>`, oldest first."""
+    folders = (path for path in output_dir.glob("checkpoint-*") if path.name.partition("-")[2].isdigit())
+    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _save_checkpoint(accelerator: Accelerator, folder: Path, limit: int | None) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        if limit is not None:
+            for old in _checkpoints(folder.parent)[:-limit]:
+                shutil.rmtree(old)
+
+
+def _find_checkpoint(output_dir: Path, name: str) -> str:
+    if name == "latest":
+        checkpoints = _checkpoints(output_dir)
+        if not checkpoints:
+            raise CheckpointError(f"{output_dir} holds no checkpoint-<step> to resume from")
+        return str(checkpoints[-1])
+    for folder in (Path(name), output_dir / name):
+        if folder.is_dir():
+            return str(folder)
+    raise CheckpointError(f"there is no folder {name} to resume from")

@@ -1,0 +1,1 @@
+"""Entry points for `accelerate launch`, installed as `ddpm_mlp_pipeline.train_scripts`."""

@@ -1,0 +1,93 @@
+"""Train a DDPM on points: `accelerate launch train_scripts/train_points.py --dataset heart --output_dir runs/heart`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpm_mlp_pipeline.commands import command
+from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, explain_missing_extra
+
+with explain_missing_extra("training"):
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import set_seed
+    from diffusers import DDPMScheduler
+
+    from ddpm_mlp_pipeline import plots
+    from ddpm_mlp_pipeline.arguments import parse_options
+    from ddpm_mlp_pipeline.data.points import load_points, to_array
+    from ddpm_mlp_pipeline.models.mlp import MLPModel
+    from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
+    from ddpm_mlp_pipeline.training import TrainingArguments, option, train
+
+
+@dataclasses.dataclass(kw_only=True)
+class PointTrainingArguments(TrainingArguments):
+    """The training loop's options, with defaults that suit points, and those of data, network and schedule."""
+
+    dataset: str = option("heart", "a point set's name, or a .csv, .parquet or .npy file of numeric columns")
+    dataset_size: int | None = option(None, "points to draw (100,000 by default), or to choose from a file (all)")
+    dataset_noise: float | None = option(None, "standard deviation of the data's noise; by default each set's own")
+    embedding_dim: int = option(32, "size of the embedding of the timestep and of each coordinate")
+    hidden_dim: int = option(64, "width of the network")
+    num_hidden_layers: int = option(4, "number of residual blocks")
+    ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
+    ddpm_beta_schedule: str = option(
+        "squaredcos_cap_v2", "the forward process's β", choices=["linear", "scaled_linear", "squaredcos_cap_v2"]
+    )
+
+    train_batch_size: int = option(2048, "batch size of each process")
+    max_train_steps: int | None = option(8000, "optimizer steps; overrides num_epochs")
+    learning_rate: float = option(2e-3, "peak learning rate of Adam")
+    lr_warmup_steps: int = option(200, "steps of linear warm-up of the learning rate")
+    ema_max_decay: float = option(0.999, "decay that the average, which warms up, reaches at most")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ddpm_num_steps < 2:
+            raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
+
+
+def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
+    """The untrained pipeline, and the points, normalised, that it is to learn."""
+    size = args.dataset_size or (None if Path(args.dataset).suffix else 100_000)
+    dataset = load_points(args.dataset, size, args.dataset_noise, args.seed)
+    points = to_array(dataset)
+    mean, std = points.mean(axis=0), points.std(axis=0)
+    for column, spread in zip(dataset.column_names, std, strict=True):
+        if spread == 0:
+            raise DatasetError(f"column {column!r} of {args.dataset} is constant: leave it out")
+    x_0 = torch.from_numpy((points - mean) / std).float()
+
+    try:
+        unet = MLPModel(points.shape[1], None, args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    scheduler = DDPMScheduler(
+        num_train_timesteps=args.ddpm_num_steps,
+        beta_schedule=args.ddpm_beta_schedule,
+        # Where hardly any signal is left, x_0's prediction is a small difference, divided by √ᾱ_t, near 0: clipping
+        # it to the data's range is what keeps every sampler's first steps on track.
+        clip_sample=True,
+        clip_sample_range=x_0.abs().max().item(),
+    )
+    pipeline = DDPMMLPPipeline(unet, scheduler, mean.tolist(), std.tolist(), dataset.column_names)
+    return pipeline, x_0
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_options(PointTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
+    set_seed(args.seed)
+    pipeline, x_0 = make_pipeline(args)
+    losses = train(pipeline, x_0, args)
+    if PartialState().is_main_process:
+        figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
+        print(f"{args.output_dir}: the checkpoint, and {', '.join(figures)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
