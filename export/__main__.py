@@ -1,0 +1,32 @@
+"""Export a checkpoint to a folder that samples without PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
+from ddpm_mlp_pipeline.errors import explain_missing_extra
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("bundle", type=Path, help="the folder to write")
+    parser.add_argument("--scheduler", choices=["ddpm", "ddim"], default="ddim", help="sampler (default: ddim)")
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)"
+    )
+    args = parser.parse_args(argv)
+    with explain_missing_extra("ddpm-export", "export"):
+        from .exporter import export_bundle
+    report = export_bundle(args.checkpoint, args.bundle, args.scheduler, args.num_inference_steps)
+    print(report)
+    size = sum(file.stat().st_size for file in args.bundle.iterdir())
+    print(f"{args.bundle}: {args.scheduler}, {args.num_inference_steps} steps, {size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Time a bundle against the torch pipeline that it was exported from: same weights, same schedulers, one run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
+from ddpm_mlp_pipeline.errors import BundleError, explain_missing_extra
+
+from .runtime import OnnxSampler
+
+# What a user without the bundle would run, from a fresh process to a picture.
+TORCH_PROCESS = """
+import sys
+from diffusers import DDIMScheduler
+from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
+from {package}.pictures import draw_points, image_grid
+pipeline = DDPMMLPPipeline.from_pretrained(sys.argv[1])
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+samples = pipeline(int(sys.argv[2]), num_inference_steps=50, output_type="np")[0]
+(draw_points if samples.ndim == 2 else image_grid)(samples).save(sys.argv[3])
+"""
+
+# Runs a command, and prints its seconds and its peak memory. A process's peak counts from before its exec, when it
+# was still a copy of the one that started it: so that one is this small one rather than the benchmark, with torch.
+LAUNCHER = """
+import os, sys, time
+start = time.perf_counter()
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
+print(time.perf_counter() - start, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-benchmark", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("bundle", type=Path, help="a bundle exported from it")
+    parser.add_argument(
+        "--batch_sizes", type=positive_int, nargs="+", default=[1, 1000], metavar="N", help="(default: 1 1000)"
+    )
+    parser.add_argument("--num_inference_steps", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
+    parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="medians of so many (default: 5)")
+    args = parser.parse_args(argv)
+    with explain_missing_extra("ddpm-benchmark", "export"):
+        import torch
+        from diffusers import DDIMScheduler, DDPMScheduler
+
+        from .compile import compile_scheduler
+        from .exporter import load_checkpoint
+
+    pipeline = load_checkpoint(args.checkpoint)
+    _check_same_weights(pipeline, args.bundle)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        # The bundle's network, with a table of the benchmark's own choice
+        bundle = Path(folder) / "bundle"
+        shutil.copytree(args.bundle, bundle)
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        compile_scheduler(pipeline.scheduler, args.num_inference_steps).save(bundle / "step_table.json")
+        sampler = OnnxSampler(bundle)
+        for size in args.batch_sizes:
+            torch_time, bundle_time = _alternate(
+                lambda size=size: _seconds(lambda: pipeline(size, None, args.num_inference_steps, "np")),
+                lambda size=size: _seconds(lambda: sampler.sample(size, batch_size=size)),
+                args.repeats,
+            )
+            what = f"one at a time, {args.num_inference_steps} DDPM steps, ms per sample"
+            if size > 1:
+                what = f"{size} together, {args.num_inference_steps} DDPM steps, ms per sample"
+            rows.append((what, 1000 * torch_time / size, 1000 * bundle_time / size))
+
+        compile_scheduler(DDIMScheduler.from_config(pipeline.scheduler.config), 50).save(bundle / "step_table.json")
+        number = 2000 if sampler.is_points else 16
+        picture = Path(folder) / "samples.png"
+        package = __package__
+        torch_process = [sys.executable, "-c", TORCH_PROCESS.format(package=package)]
+        torch_process += [str(args.checkpoint), str(number), str(picture)]
+        bundle_process = [sys.executable, "-m", f"{package}.sample", str(bundle), "--num_samples", str(number)]
+        bundle_process += ["--output", str(picture)]
+        torch_run, bundle_run = _alternate(
+            lambda: _process(torch_process), lambda: _process(bundle_process), args.repeats
+        )
+        what = f"process start to picture of {number}, 50 DDIM steps"
+        rows.append((f"{what}, s", torch_run[0], bundle_run[0]))
+        rows.append((f"{what}, peak MiB", torch_run[1], bundle_run[1]))
+
+    versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
+    print(f"{versions}, {sampler.num_threads} cores; medians of {args.repeats}")
+    width = max(len(row[0]) for row in rows)
+    print(f"{'':{width}} {'torch':>9} {'bundle':>9} {'ratio':>7}")
+    for what, torch_value, bundle_value in rows:
+        print(f"{what:{width}} {torch_value:>9.4g} {bundle_value:>9.4g} {torch_value / bundle_value:>6.1f}×")
+
+
+def _alternate(first: Callable, second: Callable, repeats: int) -> tuple:
+    """Medians of what both return, run in turn, so that a busy moment of the machine hits both; one run to warm up."""
+    first(), second()
+    runs = [(first(), second()) for _ in range(repeats)]
+    return tuple(np.median(np.array(side), axis=0) for side in zip(*runs, strict=True))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _process(argv: list[str]) -> tuple[float, float]:
+    """Wall time in seconds, and peak resident memory in MiB, of a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *argv],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    seconds, peak = map(float, result.stdout.split()[-2:])
+    return seconds, peak / (1024 if sys.platform != "darwin" else 1024**2)
+
+
+def _check_same_weights(pipeline, bundle: Path) -> None:
+    import torch
+
+    sampler = OnnxSampler(bundle)
+    if sampler.sample_shape == pipeline.sample_shape:
+        x = np.random.default_rng(0).standard_normal((2, *sampler.sample_shape)).astype(np.float32)
+        with torch.no_grad():
+            expected = pipeline.unet(torch.from_numpy(x), 500).sample.numpy()
+        if np.abs(sampler.predict(x, 500) - expected).max() < 1e-3:
+            return
+    raise BundleError(f"{bundle} was not exported from this checkpoint: their networks differ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""`export_bundle`: a checkpoint to a bundle folder, checked against the pipeline that it comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import onnx
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from safetensors import SafetensorError
+
+import ddpm_mlp_pipeline
+from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, ParityError
+from ddpm_mlp_pipeline.files import whole_folder
+from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
+
+from .compile import compile_scheduler
+from .parity import ParityReport, compare
+from .runtime import FORMAT, VERSION
+
+SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+
+
+def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
+    """Load a checkpoint folder, running no code that it carries.
+
+    Raises:
+        CheckpointError: if the folder or a file in it is missing or can't be read.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        what = "is no checkpoint: it has no model_index.json" if folder.is_dir() else "doesn't exist"
+        raise CheckpointError(f"{folder} {what}")
+    try:
+        with _quiet():
+            pipeline = DDPMMLPPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        # diffusers has no error of its own for a folder that it can't make sense of
+        raise CheckpointError(f"can't load the checkpoint {folder}: {error}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def export_bundle(
+    checkpoint: str | os.PathLike,
+    bundle: str | os.PathLike,
+    scheduler: str = "ddim",
+    num_inference_steps: int = 50,
+    tolerance: float = 1e-4,
+) -> ParityReport:
+    """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
+
+    Args:
+        checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
+        bundle: the folder to write; a bundle that is there already is replaced.
+        scheduler: `"ddpm"` or `"ddim"`.
+        num_inference_steps: number of sampling steps.
+        tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
+            (where the data have a standard deviation, or for images a range, of about 1).
+
+    Returns:
+        What the comparison found.
+
+    Raises:
+        CheckpointError: if the checkpoint can't be loaded.
+        ConfigurationError, UnsupportedSchedulerError: if the scheduler can't be compiled.
+        BundleError: if `bundle` is a folder of something else.
+        ParityError: if bundle and pipeline differ by more than the tolerance; no bundle is left then.
+    """
+    bundle = Path(bundle)
+    if bundle.is_dir() and any(bundle.iterdir()) and not (bundle / "bundle.json").exists():
+        raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
+    pipeline = load_checkpoint(checkpoint)
+    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    table = compile_scheduler(pipeline.scheduler, num_inference_steps)
+
+    with whole_folder(bundle) as folder:
+        export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
+        table.save(folder / "step_table.json")
+        info = json.dumps(_describe(pipeline, Path(checkpoint), num_inference_steps), indent=2, ensure_ascii=False)
+        (folder / "bundle.json").write_text(info + "\n", encoding="utf-8")
+        report = compare(pipeline, folder, num_inference_steps, tolerance)
+        if not report.ok:
+            raise ParityError(f"{report}\nthe bundle differs from the pipeline by more than {tolerance:g}")
+    return report
+
+
+def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: Path) -> None:
+    """Write an ε-network as ONNX: inputs `sample` `[batch, *sample_shape]` and `timestep` `[]`, output `out_sample`.
+
+    The timestep is one number, not one for each sample: in sampling it is the same for all, and its embedding is then
+    computed once.
+    """
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.unet(sample, timestep, return_dict=False)[0]
+
+    example = (torch.zeros(2, *sample_shape), torch.tensor(1.0))
+    with _quiet():
+        program = torch.onnx.export(
+            Network().eval(),
+            example,
+            input_names=["sample", "timestep"],
+            output_names=["out_sample"],
+            dynamic_shapes={"sample": {0: torch.export.Dim("batch")}, "timestep": {}},
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+        del node.metadata_props[:]  # the exporter notes each node's place in the source files of this machine
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: int) -> dict[str, Any]:
+    """bundle.json: what the runtime must know of the data, and where the bundle comes from."""
+    shape, config = pipeline.sample_shape, pipeline.config
+    info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sample_shape": list(shape)}
+    if len(shape) == 1:
+        info["data_mean"] = config.data_mean or [0.0] * shape[0]
+        info["data_std"] = config.data_std or [1.0] * shape[0]
+        info["data_columns"] = config.data_columns or [f"x{i}" for i in range(shape[0])]
+    else:
+        info["value_range"] = [-1.0, 1.0]
+    info["provenance"] = {
+        "checkpoint": checkpoint.resolve().name,
+        "unet": type(pipeline.unet).__name__,
+        "num_parameters": pipeline.unet.num_parameters(),
+        "scheduler": type(pipeline.scheduler).__name__,
+        "num_inference_steps": num_inference_steps,
+        "exported_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "ddpm-mlp-pipeline": ddpm_mlp_pipeline.__version__,
+            "diffusers": diffusers.__version__,
+            "onnx": onnx.__version__,
+            "torch": torch.__version__,
+        },
+    }
+    return info
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the progress bars and warnings of loading and exporting, about which users can do nothing."""
+    level, disabled = diffusers.utils.logging.get_verbosity(), logging.root.manager.disable
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        diffusers.utils.logging.enable_progress_bar()
+        diffusers.utils.logging.set_verbosity(level)

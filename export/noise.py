@@ -1,0 +1,69 @@
+"""The runtime's noise: a counter-based generator, so that any number of it can be had without those before it.
+
+Philox-4×32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11) turns the key, which is the
+seed, and a counter, which says where the number stands, into four uniform 32-bit words; Box and Muller's transform
+turns those into four standard normals. Sample i has a stream of its own: block b of it is Philox(key = seed, counter =
+(b, i, 0, 0)), and the normals of all its blocks in a row are, `dimension` at a time, the initial sample and then the
+noise of step 0, 1, 2 … So a sample depends on the seed and on its index alone, not on the batch that it is drawn in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+KEY_INCREMENTS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))  # the golden ratio, and √3 − 1
+ROUNDS = 10
+_MASK = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """Philox-4×32-10.
+
+    Args:
+        counter: four uint64 arrays that broadcast together, of values below 2³².
+        key: two integers below 2³².
+
+    Returns:
+        Four uint64 arrays of uniform values below 2³².
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = (np.uint64(k) for k in key)
+    for _ in range(ROUNDS):
+        # 32-bit words in 64-bit arrays: the product is whole, and its halves are a shift and a mask away.
+        p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _MASK, (p0 >> _32) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & _MASK, (k1 + KEY_INCREMENTS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two 32-bit words to two standard normals. Of each word the upper 24 bits count, which float32 holds exactly."""
+    unit = np.float32(2.0**-24)
+    u = ((a >> np.uint64(8)) + np.uint64(1)).astype(np.float32) * unit  # in (0, 1], so that the logarithm is finite
+    angle = (b >> np.uint64(8)).astype(np.float32) * (unit * np.float32(2 * np.pi))
+    radius = np.sqrt(np.float32(-2) * np.log(u))
+    return radius * np.cos(angle), radius * np.sin(angle)
+
+
+def normal(seed: int, samples: range, dimension: int, draws: range) -> np.ndarray:
+    """Standard normals for some draws of some samples.
+
+    Args:
+        seed: in [0, 2⁶³).
+        samples: indices of the samples, below 2³².
+        dimension: how many numbers a sample has.
+        draws: 0 is the initial sample; k + 1 is the noise of step k.
+
+    Returns:
+        float32, `[len(draws), len(samples), dimension]`.
+    """
+    first, last = draws.start * dimension, draws.stop * dimension
+    blocks = np.arange(first // 4, -(-last // 4), dtype=np.uint64)
+    zero = np.zeros((), dtype=np.uint64)
+    index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
+    words = philox((blocks, index, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    normals = np.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], axis=-1)
+    stream = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
+    return stream.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)

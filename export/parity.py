@@ -1,0 +1,89 @@
+"""A bundle against the torch pipeline that it was exported from, on the same noise, step by step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from .runtime import OnnxSampler
+
+BATCH_SIZES = (1, 3, 8)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Largest differences between pipeline and bundle, in the network's units.
+
+    Attributes:
+        differences: after each step, float64 `[steps]`, for each batch size.
+        timesteps: of the steps.
+        tolerance: what the last step's may be.
+    """
+
+    differences: dict[int, np.ndarray]
+    timesteps: np.ndarray
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the final samples agree; differences on the way may be larger, since later steps can undo them."""
+        return all(difference[-1] <= self.tolerance for difference in self.differences.values())
+
+    def __str__(self) -> str:
+        steps = len(self.timesteps)
+        shown = sorted({round(i) for i in np.linspace(0, steps - 1, 11)})
+        rows = [
+            f"largest difference between pipeline and bundle (tolerance {self.tolerance:g} at the end)",
+            f"{'step':>6} {'t':>6}" + "".join(f"{f'batch {size}':>11}" for size in self.differences),
+        ]
+        for k in shown:
+            cells = "".join(f"{difference[k]:>11.1e}" for difference in self.differences.values())
+            rows.append(f"{k + 1:>6} {self.timesteps[k]:>6g}{cells}")
+        rows.append(
+            f"{'worst':>13}" + "".join(f"{difference.max():>11.1e}" for difference in self.differences.values())
+        )
+        return "\n".join(rows)
+
+
+def compare(
+    pipeline: DiffusionPipeline, bundle: str | os.PathLike, num_inference_steps: int, tolerance: float
+) -> ParityReport:
+    """Run both on the same noise, at batches of 1, 3 and 8."""
+    sampler = OnnxSampler(bundle)
+    differences = {}
+    for batch_size in BATCH_SIZES:
+        latents, noises, expected = _record(pipeline, batch_size, num_inference_steps)
+        noises = iter([noise for noise, used in zip(noises, sampler.table.is_stochastic, strict=True) if used])
+        differences[batch_size] = np.array(
+            [
+                np.abs(step.sample - expected[step.index]).max()
+                for step in sampler.steps(batch_size, latents=latents, noises=noises)
+            ]
+        )
+    return ParityReport(differences, sampler.table.timesteps, tolerance)
+
+
+def _record(
+    pipeline: DiffusionPipeline, batch_size: int, num_inference_steps: int
+) -> tuple[np.ndarray, list[np.ndarray | None], list[np.ndarray]]:
+    """The pipeline's initial sample, the noise that it drew in each step (`None`: none), and each step's outcome."""
+    generator = torch.Generator().manual_seed(batch_size)
+    latents = torch.randn((batch_size, *pipeline.sample_shape), generator=generator)
+    again = torch.Generator()
+    state = generator.get_state()
+    noises, samples = [], []
+
+    def record(pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
+        nonlocal state
+        drew = not torch.equal(state, generator.get_state())
+        noises.append(torch.randn(latents.shape, generator=again.set_state(state)).numpy() if drew else None)
+        samples.append(tensors["latents"].numpy())
+        state = generator.get_state()
+        return {}
+
+    pipeline(batch_size, generator, num_inference_steps, latents=latents, callback_on_step_end=record)
+    return latents.numpy(), noises, samples

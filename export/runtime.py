@@ -1,0 +1,281 @@
+"""`OnnxSampler`: sampling from a bundle, with numpy and onnxruntime only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ddpm_mlp_pipeline.errors import BundleError
+
+from .noise import normal
+from .step_table import StepTable
+
+FORMAT, VERSION = "ddpm-bundle", 1
+NOISE_CHUNK = (
+    2**16
+)  # numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in cache
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One sampling step's outcome.
+
+    Attributes:
+        index: of the step, from 0.
+        timestep: what the network was told.
+        sample: float32 `[num_samples, *sample_shape]`, in the network's units: `OnnxSampler.to_data_units` turns it
+            into points or images. It is the caller's to keep.
+    """
+
+    index: int
+    timestep: float
+    sample: np.ndarray
+
+
+class OnnxSampler:
+    """Draws points or images from a bundle folder that `ddpm-export` wrote.
+
+    Sample i of a seed is the same, up to the rounding of float32, however many are asked for and in whatever batches.
+
+    Args:
+        bundle: the folder, with `unet.onnx`, `step_table.json` and `bundle.json`.
+        num_threads: CPU threads to use; by default, one for each core.
+
+    Raises:
+        BundleError: if a file is missing, can't be read, or doesn't fit the others.
+    """
+
+    def __init__(self, bundle: str | os.PathLike, num_threads: int | None = None):
+        self.folder = Path(bundle)
+        self.num_threads = num_threads or _num_cores()
+        self.info = _read_info(self.folder / "bundle.json")
+        self.table = StepTable.load(self.folder / "step_table.json")
+        self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
+        self.is_points = len(self.sample_shape) == 1
+        self._sessions: dict[int, ort.InferenceSession] = {}
+        self._check_network(self._session(self.num_threads))
+
+    def sample(
+        self,
+        num_samples: int = 1,
+        seed: int = 0,
+        batch_size: int = 512,
+        on_step: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:
+        """Draw samples.
+
+        Args:
+            num_samples: how many.
+            seed: in [0, 2⁶³); the same seed gives the same samples.
+            batch_size: at most so many go through the network together; it bounds memory and changes no sample.
+            on_step: called after each step with the number of samples that it moved, for a progress bar.
+
+        Returns:
+            float32: points in the data's own units, `[num_samples, dimension]`, or images in [0, 1],
+            `[num_samples, height, width, channels]`.
+
+        Raises:
+            ValueError: if a number is out of range.
+        """
+        return np.concatenate([*self.batches(num_samples, seed, batch_size, on_step)])
+
+    def batches(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        batch_size: int = 512,
+        on_step: Callable[[int], Any] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Draw samples, as [`sample`][OnnxSampler.sample] does, and yield them batch by batch, in order.
+
+        Batches are independent, so they run side by side, one thread each: that keeps the cores busier than sharing
+        every small operation of one batch among them. At most two for each thread are held in memory.
+        """
+        if num_samples < 1 or batch_size < 1:
+            raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
+        batch_size = min(batch_size, math.ceil(num_samples / self.num_threads))
+        samples = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
+        workers = min(self.num_threads, len(samples))
+        session = self._session(max(1, self.num_threads // workers))
+        if workers == 1:
+            yield from (self._draw(session, part, seed, on_step) for part in samples)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = deque()
+            try:
+                for part in samples:
+                    waiting.append(pool.submit(self._draw, session, part, seed, on_step))
+                    if len(waiting) == 2 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def steps(
+        self,
+        num_samples: int = 1,
+        seed: int = 0,
+        *,
+        latents: np.ndarray | None = None,
+        noises: Iterator[np.ndarray] | None = None,
+    ) -> Iterator[DenoisingStep]:
+        """Sample one batch, and yield what every step makes of it: the process, to be drawn or measured.
+
+        Args:
+            num_samples: size of the batch.
+            seed: in [0, 2⁶³).
+            latents: x_T to start from instead of the seed's, float32 `[num_samples, *sample_shape]`.
+            noises: the noise of the steps that add any, one after the other, instead of the seed's.
+        """
+        session = self._session(self.num_threads)
+        for k, x in enumerate(self._steps(session, range(num_samples), seed, latents, noises)):
+            yield DenoisingStep(k, float(self.table.timesteps[k]), x.copy())
+
+    def predict(self, sample: np.ndarray, timestep: float) -> np.ndarray:
+        """The network alone: ε for x_t, float32 `[batch, *sample_shape]`, both in the network's units."""
+        feeds = {"sample": sample.astype(np.float32), "timestep": np.array(timestep, dtype=np.float32)}
+        return self._session(self.num_threads).run(["out_sample"], feeds)[0]
+
+    def _draw(
+        self, session: ort.InferenceSession, samples: range, seed: int, on_step: Callable[[int], Any] | None
+    ) -> np.ndarray:
+        for x in self._steps(session, samples, seed):  # noqa: B007
+            if on_step is not None:
+                on_step(len(samples))
+        return self.to_data_units(x)
+
+    def _steps(
+        self,
+        session: ort.InferenceSession,
+        samples: range,
+        seed: int,
+        latents: np.ndarray | None = None,
+        noises: Iterator[np.ndarray] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield the sample after each step: always the same array, which the next step overwrites."""
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2⁶³), got {seed}")
+        table, shape = self.table, (len(samples), *self.sample_shape)
+        size = math.prod(shape)
+        if noises is None:
+            noises = _noise_of_steps(seed, samples, self.sample_shape, table.is_stochastic)
+        if latents is None:
+            latents = normal(seed, samples, math.prod(self.sample_shape), range(1)).reshape(shape)
+
+        # The rows that the table's coefficients multiply. The network reads the first and writes the second in place.
+        rows = np.zeros((4, size), dtype=np.float32)
+        x, eps, x_0, z = rows
+        x.reshape(shape)[...] = latents
+        timestep = np.empty((), dtype=np.float32)
+        network = session.io_binding()
+        network.bind_input("sample", "cpu", 0, np.float32, shape, x.ctypes.data)
+        network.bind_input("timestep", "cpu", 0, np.float32, (), timestep.ctypes.data)
+        network.bind_output("out_sample", "cpu", 0, np.float32, shape, eps.ctypes.data)
+
+        x_and_eps, sample, noise, clip_range = rows[:2], x.reshape(shape), z.reshape(shape), table.clip_range
+        to_x_0, to_next = table.x_0.astype(np.float32), table.next.astype(np.float32)
+        steps = zip(table.timesteps.tolist(), to_x_0, to_next, table.is_stochastic.tolist(), strict=True)
+        for t, x_0_coefficients, next_coefficients, is_stochastic in steps:
+            timestep[...] = t
+            session.run_with_iobinding(network)
+            if clip_range is not None:
+                x_0_coefficients.dot(x_and_eps, out=x_0)
+                x_0.clip(-clip_range, clip_range, out=x_0)
+            if is_stochastic:
+                noise[...] = next(noises)
+            x[:] = next_coefficients.dot(rows)
+            yield sample
+
+    def to_data_units(self, sample: np.ndarray) -> np.ndarray:
+        """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as `sample` returns."""
+        if self.is_points:
+            mean, std = (np.asarray(self.info[name], dtype=np.float32) for name in ("data_mean", "data_std"))
+            return sample * std + mean
+        return np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+
+    def _session(self, num_threads: int) -> ort.InferenceSession:
+        if num_threads not in self._sessions:
+            path = self.folder / "unet.onnx"
+            if not path.is_file():
+                raise BundleError(f"the bundle lacks its network, {path}")
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = num_threads
+            options.log_severity_level = 4  # the error is raised; there is no need to log it, too
+            try:
+                session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's errors have no base class but this
+                raise BundleError(f"can't load {path}: {error}") from None
+            self._sessions[num_threads] = session
+        return self._sessions[num_threads]
+
+    def _check_network(self, session: ort.InferenceSession) -> None:
+        found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+        if set(found) != {"sample", "timestep", "out_sample"}:
+            raise BundleError(
+                f"{self.folder / 'unet.onnx'} must have the inputs sample and timestep and the output out_sample, "
+                f"but has {', '.join(found)}"
+            )
+        for name in ("sample", "out_sample"):
+            if tuple(found[name].shape[1:]) != self.sample_shape:
+                raise BundleError(
+                    f"bundle.json says that a sample has the shape {self.sample_shape}, but the network's {name} has "
+                    f"{tuple(found[name].shape[1:])}"
+                )
+
+
+def _noise_of_steps(
+    seed: int, samples: range, sample_shape: tuple[int, ...], is_stochastic: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The noise of each step that adds any, `[len(samples), *sample_shape]`, drawn for many steps at once."""
+    dimension = math.prod(sample_shape)
+    steps = len(is_stochastic)
+    chunk = max(1, NOISE_CHUNK // (len(samples) * dimension))
+    for start in range(0, steps, chunk):
+        stop = min(start + chunk, steps)
+        if not is_stochastic[start:stop].any():
+            continue
+        noises = normal(seed, samples, dimension, range(start + 1, stop + 1))  # draw 0 is the initial sample
+        noises = noises.reshape(stop - start, len(samples), *sample_shape)
+        yield from noises[is_stochastic[start:stop]]
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        if (info["format"], info["version"]) != (FORMAT, VERSION):
+            raise BundleError(f"{path} does not describe a bundle of version {VERSION}")
+        shape = info["sample_shape"]
+        if len(shape) not in (1, 3) or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise BundleError(f"{path}: {shape} is no shape of points or images")
+        if len(shape) == 1:
+            for name in ("data_mean", "data_std"):
+                if np.asarray(info[name], dtype=np.float32).shape != tuple(shape):
+                    raise BundleError(f"{path}: {name} must hold {shape[0]} numbers")
+        return info
+    except FileNotFoundError:
+        folder = path.parent
+        raise BundleError(
+            f"{folder} is no bundle: it has no {path.name}" if folder.is_dir() else f"there is no folder {folder}"
+        ) from None
+    except BundleError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} does not describe a bundle: {type(error).__name__}: {error}") from None
