@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .commands import CommandParser
 from .errors import ConfigurationError
 
 Options = TypeVar("Options")
@@ -36,14 +38,14 @@ def parse_options(
         ConfigurationError: if the preset doesn't exist, is no mapping, or has a key that is no option; and whatever
             the dataclass's own checks raise.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", metavar="PRESET", help="a YAML file of these options, or a shipped one's name")
     types_of = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)
     for field in fields:
         parser.add_argument(f"--{field.name}", **_argument(field, types_of[field.name]))
 
-    argv = _argv() if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     preset = config.parse_known_args(argv)[0].config
@@ -53,12 +55,6 @@ def parse_options(
     values = vars(parser.parse_args(argv))
     del values["config"]
     return cls(**values)
-
-
-def _argv() -> list[str]:
-    import sys
-
-    return sys.argv[1:]
 
 
 def _argument(field: dataclasses.Field, type_: Any) -> dict[str, Any]:

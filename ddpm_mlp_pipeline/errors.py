@@ -18,7 +18,7 @@ _EXTRA_OF_MODULE = {
     "tensorboard": "train",
     "onnx": "export",
     "onnxscript": "export",
-    "ot": "dev",
+    "ot": "evaluate",
 }
 
 

@@ -26,7 +26,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        temporary.touch()
+        with _naming(path):
+            temporary.touch()
         yield temporary
         temporary.replace(path)
     finally:
@@ -45,10 +46,10 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = (path.with_name(f".{path.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     try:
-        temporary.mkdir()
+        with _naming(path):
+            temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             path.replace(replaced)
@@ -56,6 +57,16 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have errors name the path that the user knows, not the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def move_into(source: Path, folder: Path) -> None:

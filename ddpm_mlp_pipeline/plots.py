@@ -58,7 +58,7 @@ def draw_training_run(
 def forward_process(
     x_0: torch.Tensor, scheduler: DDPMScheduler, seed: int = 0, num_frames: int = 41
 ) -> dict[int, torch.Tensor]:
-    """x_t at evenly spaced t, with one ε for each sample, so that each moves along a smooth path (Ho et al. 2020, eq. 4).
+    """x_t at evenly spaced t (Ho et al. 2020, eq. 4), with one ε for each sample, which so moves along a smooth path.
 
     Returns:
         x_t by t, from t = 0, the data, to T. (The scheduler counts its timesteps from 0: its t - 1 is the papers' t.)
@@ -152,9 +152,7 @@ def _limits(clouds: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def _scatter(
-    axes: Axes, points: np.ndarray, limits: tuple[np.ndarray, np.ndarray], color: str, title: str
-) -> None:
+def _scatter(axes: Axes, points: np.ndarray, limits: tuple[np.ndarray, np.ndarray], color: str, title: str) -> None:
     axes.scatter(*points.T, s=2, color=color, linewidths=0)
     (x_low, y_low), (x_high, y_high) = limits
     axes.set(xlim=(x_low, x_high), ylim=(y_low, y_high), title=title, xticks=[], yticks=[])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .errors import CheckpointError, ConfigurationError
 from .files import move_into
 from .pipeline import DDPMMLPPipeline
+
+# diffusers' schedules that need nothing but the numbers of steps
+LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
@@ -42,7 +48,7 @@ class TrainingArguments:
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
     gradient_accumulation_steps: int = option(1, "batches whose gradients make one optimizer step")
     learning_rate: float = option(1e-4, "peak learning rate of Adam")
-    lr_scheduler: str = option("cosine", "learning rate's course", choices=[member.value for member in SchedulerType])
+    lr_scheduler: str = option("cosine", "learning rate's course", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = option(500, "steps of linear warm-up of the learning rate")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     use_ema: bool = option(True, "average the weights; the checkpoint then holds the average")
@@ -136,7 +142,13 @@ def train(pipeline: DDPMMLPPipeline, samples: torch.Tensor, args: TrainingArgume
     unet, noise_scheduler = pipeline.unet, pipeline.scheduler
     optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate)
     dataloader = DataLoader(
-        TensorBatches(samples), batch_size=args.train_batch_size, shuffle=True, drop_last=True, collate_fn=_as_it_is
+        TensorBatches(samples),
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=_as_it_is,
+        # Its own generator: from the global one, a resumed run would draw once more than one that never stopped.
+        generator=torch.Generator(),
     )
     unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
@@ -206,7 +218,7 @@ def train(pipeline: DDPMMLPPipeline, samples: torch.Tensor, args: TrainingArgume
         ema.copy_to(pipeline.unet.parameters())
     pipeline.unet.eval()
     if accelerator.is_main_process:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=output_dir) as folder:
+        with _writing(output_dir), tempfile.TemporaryDirectory(prefix=".saving-", dir=output_dir) as folder:
             pipeline.save_pretrained(folder)
             move_into(Path(folder), output_dir)
     accelerator.wait_for_everyone()
@@ -225,15 +237,28 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 
 def _save_checkpoint(accelerator: Accelerator, folder: Path, limit: int | None) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
-    accelerator.save_state(partial)
+    try:
+        with _writing(folder):
+            accelerator.save_state(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         if limit is not None:
             for old in _checkpoints(folder.parent)[:-limit]:
                 shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Safetensors and torch have errors of their own for a full disk."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"can't write {folder}: {error}") from None
 
 
 def _find_checkpoint(output_dir: Path, name: str) -> str:

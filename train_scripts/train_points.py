@@ -1,4 +1,4 @@
-"""Train a DDPM on points: `accelerate launch train_scripts/train_points.py --dataset heart --output_dir runs/heart`."""
+"""Train a DDPM on points: accelerate launch train_scripts/train_points.py --dataset heart --output_dir runs/heart"""
 
 from __future__ import annotations
 

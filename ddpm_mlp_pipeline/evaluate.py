@@ -1,0 +1,86 @@
+"""Measure how far samples are from the data: points from a checkpoint, a bundle or a file against a point set."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .commands import CommandParser, command, positive_int
+from .errors import ConfigurationError, DatasetError, explain_missing_extra
+from .files import whole_file
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-evaluate", description=__doc__)
+    parser.add_argument("samples", type=Path, help="a checkpoint folder, a bundle, or a .npy or .csv file of points")
+    parser.add_argument("--dataset", required=True, help="a point set's name, or a file of points")
+    parser.add_argument(
+        "--num_samples", type=positive_int, default=10_000, metavar="N", help="points on each side (default: 10000)"
+    )
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, metavar="N", help="of a checkpoint (default: all timesteps)"
+    )
+    parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="draws to average (default: 5)")
+    parser.add_argument("--output", type=Path, help="a .json file for the numbers")
+    args = parser.parse_args(argv)
+    with explain_missing_extra("ddpm-evaluate", "evaluate"):
+        from .data.points import load_points, to_array
+        from .metrics import sliced_wasserstein_distance
+
+    # Every draw has data of its own on both sides: a distance between two finite draws is never 0, and how far it is
+    # from 0 when both are data is the floor that a model's distance has to be read against.
+    data = [to_array(load_points(args.dataset, args.num_samples, seed=1000 + i)) for i in range(2 * args.repeats)]
+    references, fresh = data[: args.repeats], data[args.repeats :]
+    samples = [_draw(args, seed) for seed in range(args.repeats)]
+    if samples[0].shape[1] != data[0].shape[1]:
+        raise DatasetError(
+            f"the samples have {samples[0].shape[1]} coordinates, but {args.dataset} has {data[0].shape[1]}"
+        )
+    distances = [sliced_wasserstein_distance(*pair) for pair in zip(samples, references, strict=True)]
+    floors = [sliced_wasserstein_distance(*pair) for pair in zip(fresh, references, strict=True)]
+
+    distance, floor = np.mean(distances), np.mean(floors)
+    print(f"sliced Wasserstein distance, {args.num_samples} points, means of {args.repeats} draws (± standard error)")
+    for what, values in ((f"{args.samples} to {args.dataset}", distances), (f"{args.dataset} to itself", floors)):
+        error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        print(f"  {what:40} {np.mean(values):.4f} ± {error:.4f}")
+    print(f"  {'ratio':40} {distance / floor:.2f}")
+    if args.output is not None:
+        with whole_file(args.output) as path:
+            report = {"distances": distances, "floors": floors, "ratio": distance / floor}
+            path.write_text(json.dumps({"samples": str(args.samples), "dataset": args.dataset, **report}, indent=2))
+
+
+def _draw(args: Namespace, seed: int) -> np.ndarray:
+    """Points `[num_samples, dimension]`, of the seed or, from a file, chosen by it."""
+    from .data.points import load_points, to_array
+
+    if args.samples.is_file():
+        return to_array(load_points(args.samples, args.num_samples, seed=seed))
+    if (args.samples / "bundle.json").is_file():
+        from .export.runtime import OnnxSampler
+
+        sampler = OnnxSampler(args.samples)
+        points = sampler.sample(args.num_samples, seed) if sampler.is_points else None
+    else:
+        import torch
+
+        from .export.exporter import load_checkpoint
+
+        pipeline = load_checkpoint(args.samples)
+        generator = torch.Generator().manual_seed(seed)
+        is_points = len(pipeline.sample_shape) == 1
+        points = pipeline(args.num_samples, generator, args.num_inference_steps).points if is_points else None
+    if points is None:
+        raise ConfigurationError(f"{args.samples} makes images: only points can be evaluated")
+    return points
+
+
+if __name__ == "__main__":
+    sys.exit(main())
