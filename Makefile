@@ -7,7 +7,7 @@ LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mi
 SHIPPED := heart swiss_roll
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint pretrained clean
+.PHONY: demo test lint pretrained pictures clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -40,6 +40,12 @@ pretrained: .venv/installed
 			install -D -m 644 runs/$$name/$$file ddpm_mlp_pipeline/pretrained/$$name/$$file || exit 1; \
 		done; \
 	done
+
+# The pictures that the README shows.
+pictures: .venv/installed
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/pretrained/heart runs/heart-onnx
+	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/heart.png
+	cp runs/heart/process.gif docs/heart.gif
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -46,6 +48,8 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> St
     unclipped = type(scheduler).from_config(config, clip_sample=False)
     unclipped.set_timesteps(num_inference_steps)
 
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
     generator = torch.Generator().manual_seed(0)
     rows_x_0, rows_next = [], []
     for t in scheduler.timesteps:
@@ -62,7 +66,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> St
             columns = [x, eps, (scale * x_0).clamp(-clip_range, clip_range)]
         # The scheduler draws its own noise: the same generator, set back, gives it again.
         state = generator.get_state()
-        x_next = scheduler.step(eps, t, x, generator=generator).prev_sample
+        x_next = scheduler.step(eps, t, x, **({"generator": generator} if takes_generator else {})).prev_sample
         z = torch.randn(x.shape, generator=generator.set_state(state), dtype=torch.float64)
         row = _fit(name, [*columns, z], x_next)
         rows_x_0.append(x_0_row)

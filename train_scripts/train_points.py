@@ -18,7 +18,7 @@ with explain_missing_extra("training"):
 
     from ddpm_mlp_pipeline import plots
     from ddpm_mlp_pipeline.arguments import parse_options
-    from ddpm_mlp_pipeline.data.points import load_points, to_array
+    from ddpm_mlp_pipeline.data.points import POINT_SETS, load_points, to_array
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
     from ddpm_mlp_pipeline.training import TrainingArguments, option, train
@@ -53,7 +53,7 @@ class PointTrainingArguments(TrainingArguments):
 
 def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
     """The untrained pipeline, and the points, normalised, that it is to learn."""
-    size = args.dataset_size or (None if Path(args.dataset).suffix else 100_000)
+    size = 100_000 if args.dataset_size is None and args.dataset in POINT_SETS else args.dataset_size
     dataset = load_points(args.dataset, size, args.dataset_noise, args.seed)
     points = to_array(dataset)
     mean, std = points.mean(axis=0), points.std(axis=0)

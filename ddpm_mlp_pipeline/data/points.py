@@ -95,11 +95,13 @@ def load_points(
         raise DatasetError(f"the number of points must be at least 1, got {num_samples}")
     if noise is not None and not 0 <= noise < math.inf:
         raise DatasetError(f"the noise's standard deviation must be finite and at least 0, got {noise}")
+    if seed < 0:
+        raise DatasetError(f"the seed must be at least 0, got {seed}")
     rng = np.random.default_rng(seed)
 
     if name in POINT_SETS:
         distribution, default_noise = POINT_SETS[name]
-        points = distribution(num_samples or 10_000, rng)
+        points = distribution(10_000 if num_samples is None else num_samples, rng)
         columns = ["x", "y"]
         noise = default_noise if noise is None else noise
     else:

@@ -1,0 +1,62 @@
+"""What the tests share: shipped checkpoints, bundles exported from them, and commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may wait for a network; before diffusers is imported
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, export_bundle, pretrained
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = Path(sys.executable).parent
+
+
+@pytest.fixture
+def heart() -> DDPMMLPPipeline:
+    pipeline = DDPMMLPPipeline.from_pretrained(pretrained("heart"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def ddim_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "heart-ddim"
+    export_bundle(pretrained("heart"), folder, "ddim", 20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ddpm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "heart-ddpm"
+    export_bundle(pretrained("heart"), folder, "ddpm", 100)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a command in an empty folder; a bare name is an installed console command."""
+
+    def run(*argv: object, **kwargs: object) -> subprocess.CompletedProcess:
+        words = [str(word) for word in argv]
+        if (SCRIPTS / words[0]).exists():
+            words[0] = str(SCRIPTS / words[0])
+        folder = tmp_path / "cwd"
+        folder.mkdir(exist_ok=True)
+        return subprocess.run(words, **{"capture_output": True, "text": True, "cwd": folder, "timeout": 300, **kwargs})
+
+    return run
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) -> None:
+    """The command failed, and the last thing it said is one line that holds the fragments; no traceback."""
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.splitlines()[-1] == line
+    for fragment in fragments:
+        assert fragment in line

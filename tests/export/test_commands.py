@@ -1,0 +1,159 @@
+"""The commands of export and runtime, as a user runs them."""
+
+import resource
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error
+from PIL import Image
+
+from ddpm_mlp_pipeline import OnnxSampler, pretrained
+
+BASE_INSTALL = """
+import sys
+BLOCKED = {"torch", "diffusers", "onnx", "onnxscript", "accelerate", "datasets", "safetensors", "transformers",
+           "huggingface_hub", "matplotlib", "pandas", "pyarrow", "scipy", "yaml", "ot"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+sys.meta_path.insert(0, Absent())
+"""
+SAMPLE = BASE_INSTALL + "from ddpm_mlp_pipeline.export.sample import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
+def test_sampling_needs_only_the_base_install(run, ddim_bundle, tmp_path, suffix):
+    output = tmp_path / f"heart{suffix}"
+    result = run(
+        *(sys.executable, "-c", SAMPLE, ddim_bundle, "--num_samples", 2000, "--seed", 3, "--batch_size", 512),
+        *("--output", output),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{output}: 2000 points\n"
+    assert "100%" in result.stderr
+    expected = OnnxSampler(ddim_bundle).sample(2000, seed=3)
+    if suffix == ".npy":
+        np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
+    elif suffix == ".csv":
+        assert output.read_text().startswith("x,y\n")
+        np.testing.assert_allclose(np.loadtxt(output, delimiter=",", skiprows=1), expected, atol=1e-5)
+    else:
+        picture = np.asarray(Image.open(output)).astype(int)
+        ink = (picture != 255).any(axis=2)
+        assert 0.02 < ink.mean() < 0.3
+        assert not ink[330:470, 330:470].any()  # the heart is a curve, empty inside
+
+
+def test_names_of_missing_extras_say_what_to_install(run):
+    code = BASE_INSTALL + "import ddpm_mlp_pipeline; ddpm_mlp_pipeline."
+    for name, module, extra in [
+        ("MLPModel", "torch", "train"),
+        ("DDPMMLPPipeline", "torch", "train"),
+        ("train", "torch", "train"),
+        ("load_points", "datasets", "train"),
+        ("compile_scheduler", "torch", "train"),
+    ]:
+        result = run(sys.executable, "-c", code + name)
+        last = result.stderr.splitlines()[-1]
+        assert f"{name} needs {module}, which is not installed: pip install 'ddpm-mlp-pipeline[{extra}]'" in last
+    assert run(sys.executable, "-c", code + "OnnxSampler").returncode == 0
+
+
+def test_export_without_its_extra_says_what_to_install(run, tmp_path):
+    code = BASE_INSTALL + "from ddpm_mlp_pipeline.export.__main__ import main; sys.exit(main())"
+    result = run(sys.executable, "-c", code, pretrained("heart"), tmp_path / "bundle")
+    assert_one_line_error(result, "pip install 'ddpm-mlp-pipeline[export]'")
+
+
+def test_export_from_a_checkout_and_sample(run, tmp_path):
+    bundle = tmp_path / "bundle"
+    argv = (pretrained("heart"), bundle, "--scheduler", "ddpm", "--num_inference_steps", 10)
+    result = run(sys.executable, "-m", "export", *argv, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "largest difference between pipeline and bundle" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"{bundle}: ddpm, 10 steps")
+    assert result.stderr == ""
+    installed = run("ddpm-export", *argv)
+    assert installed.stdout == result.stdout
+    assert run("ddpm-sample", bundle, "--output", tmp_path / "one.npy").returncode == 0
+    assert np.load(tmp_path / "one.npy").shape == (1, 2)
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_table(run, ddim_bundle):
+    argv = ("--repeats", 1, "--num_inference_steps", 20, "--batch_sizes", 1, 10)
+    result = run("ddpm-benchmark", pretrained("heart"), ddim_bundle, *argv)
+    assert result.returncode == 0, result.stderr
+    head, columns, *rows = result.stdout.splitlines()
+    assert "onnxruntime" in head
+    assert columns.split() == ["torch", "bundle", "ratio"]
+    assert len(rows) == 4
+    assert all(row.endswith("×") for row in rows)
+
+
+def test_the_benchmark_compares_a_bundle_with_its_own_checkpoint(run, ddim_bundle):
+    result = run("ddpm-benchmark", pretrained("swiss_roll"), ddim_bundle)
+    assert_one_line_error(result, "was not exported from this checkpoint")
+
+
+def test_wrong_samplings_end_in_one_line(run, ddim_bundle, tmp_path):
+    ok = tmp_path / "a.png"
+    for argv, fragments in [
+        ((ddim_bundle, "--num_samples", 0, "--output", ok), ["--num_samples", "at least 1"]),
+        ((ddim_bundle, "--num_samples", -2, "--output", ok), ["--num_samples", "at least 1"]),
+        ((ddim_bundle, "--num_samples", "many", "--output", ok), ["--num_samples", "'many'"]),
+        ((ddim_bundle, "--batch_size", 0, "--output", ok), ["--batch_size"]),
+        ((ddim_bundle, "--seed", -1, "--output", ok), ["--seed"]),
+        ((ddim_bundle, "--seed", 2**63, "--output", ok), ["--seed"]),
+        ((ddim_bundle,), ["--output"]),
+        ((ddim_bundle, "--output", tmp_path / "a.jpeg"), [".png, .npy, .csv"]),
+        ((ddim_bundle, "--output", tmp_path / "none" / "a.png"), ["no such folder"]),
+        ((ddim_bundle, "--output", tmp_path), ["must end in"]),
+        ((ddim_bundle, "--output", "/proc/a.png"), ["/proc/a.png"]),
+        ((tmp_path / "nowhere", "--output", ok), ["there is no folder"]),
+        ((pretrained("heart"), "--output", ok), ["is no bundle"]),
+    ]:
+        assert_one_line_error(run("ddpm-sample", *argv), *fragments)
+    assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def limit_file_size(size):
+    """As on a full disk, a write fails halfway (and for this, nobody has to be root)."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
+def test_a_full_disk_leaves_no_half_written_samples(run, ddim_bundle, tmp_path, suffix):
+    output = tmp_path / f"heart{suffix}"
+    output.write_text("old")
+    argv = ("--num_samples", 3000, "--output", output)
+    assert_one_line_error(run("ddpm-sample", ddim_bundle, *argv, preexec_fn=limit_file_size(4096)))
+    assert output.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"cwd", output.name}
+
+
+def test_a_full_disk_leaves_no_half_written_bundle(run, tmp_path):
+    argv = ("ddpm-export", pretrained("heart"), tmp_path / "bundle")
+    assert_one_line_error(run(*argv, preexec_fn=limit_file_size(100_000)))
+    assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
+
+
+def test_wrong_exports_end_in_one_line(run, tmp_path):
+    damaged = shutil.copytree(pretrained("heart"), tmp_path / "damaged")
+    (damaged / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    bundle = tmp_path / "bundle"
+    for argv, fragments in [
+        ((tmp_path / "nowhere", bundle), ["nowhere doesn't exist"]),
+        ((damaged, bundle), ["can't load the checkpoint", "diffusion_pytorch_model.safetensors"]),
+        ((pretrained("heart"), bundle, "--num_inference_steps", 1001), ["from 1 to 1000"]),
+        ((pretrained("heart"), bundle, "--num_inference_steps", 0), ["at least 1"]),
+        ((pretrained("heart"), bundle, "--scheduler", "euler"), ["euler", "ddpm"]),
+        ((pretrained("heart"), damaged), ["left alone"]),
+        ((pretrained("heart"), "/proc/bundle"), ["/proc/bundle"]),
+    ]:
+        assert_one_line_error(run("ddpm-export", *argv), *fragments)
+    assert not bundle.exists()

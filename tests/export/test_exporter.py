@@ -1,0 +1,121 @@
+"""Exported networks agree with torch; what would not is not exported."""
+
+import json
+import math
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
+from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, ConfigurationError, ParityError
+
+
+@pytest.mark.parametrize(("scheduler", "steps"), [("ddim", 1), ("ddim", 50), ("ddpm", 1000)])
+def test_parity_with_the_torch_pipeline_at_every_step(tmp_path, scheduler, steps):
+    report = export_bundle(pretrained("swiss_roll"), tmp_path / "bundle", scheduler, steps)
+    assert report.differences.keys() == {1, 3, 8}
+    for difference in report.differences.values():
+        assert difference.shape == (steps,)
+        assert difference[-1] < 1e-5
+    assert f"{steps:>6}" in str(report)
+
+
+def test_an_image_mlp_exports(tmp_path):
+    torch.manual_seed(0)
+    model = MLPModel(3, (6, 5), hidden_dim=16)
+    DDPMMLPPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    report = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddpm", 20)
+    assert report.ok
+    images = OnnxSampler(tmp_path / "bundle").sample(7)
+    assert images.shape == (7, 6, 5, 3)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_the_bundle_says_what_it_is_and_names_nothing_of_this_machine(ddim_bundle, tmp_path):
+    info = json.loads((ddim_bundle / "bundle.json").read_text())
+    assert info["sample_shape"] == [2]
+    assert info["provenance"]["unet"] == "MLPModel"
+    assert info["provenance"]["num_parameters"] == 39_426
+    assert {file.name for file in ddim_bundle.iterdir()} == {"unet.onnx", "step_table.json", "bundle.json"}
+    for file in ddim_bundle.iterdir():
+        assert b"site-packages" not in file.read_bytes()
+        assert str(tmp_path.parent).encode() not in file.read_bytes()
+
+
+def test_the_network_takes_any_batch_and_one_timestep(ddim_bundle):
+    graph = onnx.load(ddim_bundle / "unet.onnx").graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)}
+    assert shapes["sample"][0].dim_param == shapes["out_sample"][0].dim_param != ""
+    assert len(shapes["timestep"]) == 0
+
+
+def test_a_bundle_that_differs_is_not_left_behind(tmp_path):
+    with pytest.raises(ParityError, match="differs from the pipeline"):
+        export_bundle(pretrained("heart"), tmp_path / "bundle", "ddim", 5, tolerance=0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_no_parity(tmp_path, heart):
+    with torch.no_grad():
+        heart.unet.proj_out.bias[0] = math.nan
+    heart.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ParityError):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 5)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_is_replaced_and_anything_else_is_left_alone(ddim_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    for steps in (5, 6):
+        export_bundle(pretrained("heart"), bundle, "ddim", steps)
+        assert len(OnnxSampler(bundle).table) == steps
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").touch()
+    with pytest.raises(BundleError, match="left alone"):
+        export_bundle(pretrained("heart"), tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_impossible_step_counts_are_refused(tmp_path, steps):
+    with pytest.raises(ConfigurationError, match="from 1 to 1000"):
+        export_bundle(pretrained("heart"), tmp_path / "bundle", "ddpm", steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        ("model_index.json", None),
+        ("scheduler/scheduler_config.json", None),
+        ("unet/config.json", None),
+        ("unet/diffusion_pytorch_model.safetensors", None),
+        ("model_index.json", 100),
+        ("unet/config.json", 30),
+        ("unet/diffusion_pytorch_model.safetensors", 5000),
+        ("unet/diffusion_pytorch_model.safetensors", 4),
+    ],
+)
+def test_damaged_checkpoints_are_refused(heart, tmp_path, name, keep):
+    folder = tmp_path / "checkpoint"
+    heart.save_pretrained(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if keep is not None:
+        (folder / name).write_bytes(content[:keep])
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        export_bundle(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_float32_is_enough_for_the_first_steps():
+    """√ᾱ_t is 5e-5 at the cosine schedule's end: the clip range, not luck, keeps the prediction of x_0 in bounds."""
+    pipeline = DDPMMLPPipeline.from_pretrained(pretrained("heart"))
+    pipeline.set_progress_bar_config(disable=True)
+    limit = pipeline.scheduler.config.clip_sample_range * np.array(pipeline.config.data_std)
+    points = pipeline(500, torch.Generator().manual_seed(0), 1000).points - pipeline.config.data_mean
+    assert (np.abs(points) <= limit + 1e-4).all()

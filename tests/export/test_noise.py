@@ -1,0 +1,74 @@
+"""The noise against the generator's published test vectors, a scalar reference, and the normal distribution."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ddpm_mlp_pipeline.export.noise import normal, philox
+
+# Random123's known-answer tests for philox4x32-10 (kat_vectors): counter, key, result
+KNOWN_ANSWERS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_gives_the_published_answers(counter, key, expected):
+    words = philox(tuple(np.array([word], dtype=np.uint64) for word in counter), tuple(key))
+    assert [int(word[0]) for word in words] == expected
+
+
+def scalar_normal(seed: int, sample: int, element: int) -> float:
+    """The number at one place of a sample's stream, as the module's docstring describes it, in float64."""
+    counter = tuple(np.array([word], dtype=np.uint64) for word in (element // 4, sample, 0, 0))
+    words = [int(word[0]) for word in philox(counter, (seed % 2**32, seed // 2**32))]
+    a, b = words[:2] if element % 4 < 2 else words[2:]
+    radius = math.sqrt(-2 * math.log(((a >> 8) + 1) / 2**24))
+    angle = 2 * math.pi * (b >> 8) / 2**24
+    return radius * (math.cos(angle) if element % 2 == 0 else math.sin(angle))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    sample=st.integers(0, 2**32 - 1),
+    dimension=st.integers(1, 9),
+    draw=st.integers(0, 1000),
+)
+def test_each_number_stands_where_the_format_says(seed, sample, dimension, draw):
+    drawn = normal(seed, range(sample, sample + 1), dimension, range(draw, draw + 1))
+    expected = [scalar_normal(seed, sample, draw * dimension + d) for d in range(dimension)]
+    np.testing.assert_allclose(drawn[0, 0], expected, atol=2e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    dimension=st.integers(1, 9), i=st.integers(0, 20), k=st.integers(0, 20), n=st.integers(1, 5), m=st.integers(1, 5)
+)
+def test_noise_does_not_depend_on_what_is_drawn_with_it(dimension, i, k, n, m):
+    everything = normal(3, range(25), dimension, range(25))
+    part = normal(3, range(i, i + n), dimension, range(k, k + m))
+    np.testing.assert_array_equal(part, everything[k : k + m, i : i + n])
+
+
+def test_noise_is_standard_normal_and_uncorrelated():
+    noise = normal(0, range(500), 4, range(100))
+    assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    for axis in range(3):
+        a, b = np.split(np.take(noise, range(noise.shape[axis] // 2 * 2), axis), 2, axis)
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / math.sqrt(a.size)
+
+
+def test_seeds_differ():
+    a, b = normal(1, range(100), 2, range(10)), normal(2**32 + 1, range(100), 2, range(10))
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1

@@ -1,0 +1,57 @@
+"""`ddpm-evaluate` and its distance; the shipped checkpoints against their data."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import assert_one_line_error
+from scipy import stats
+
+from ddpm_mlp_pipeline import export_bundle, pretrained
+from ddpm_mlp_pipeline.metrics import sliced_wasserstein_distance
+
+
+def test_the_distance_of_a_shift_is_its_closed_form():
+    """Moved by v, every projection moves by v · u, and the mean of (v · u)² over directions is |v|² / d."""
+    x = np.random.default_rng(0).standard_normal((500, 2))
+    distance = sliced_wasserstein_distance(x, x + np.array([3, 4]), num_projections=5000)
+    assert distance == pytest.approx(5 / 2**0.5, rel=0.03)
+
+
+def test_in_one_dimension_it_is_the_wasserstein_distance():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((400, 1)), 2 * rng.standard_normal((400, 1)) + 1
+    quantiles = np.sort(x, axis=0) - np.sort(y, axis=0)
+    assert sliced_wasserstein_distance(x, y) == pytest.approx(np.sqrt((quantiles**2).mean()))
+    assert sliced_wasserstein_distance(x, y) >= stats.wasserstein_distance(x[:, 0], y[:, 0])
+
+
+def test_the_command_prints_and_writes_distance_and_floor(run, ddim_bundle, tmp_path):
+    argv = ("--dataset", "heart", "--num_samples", 500, "--repeats", 2, "--output", tmp_path / "report.json")
+    result = run("ddpm-evaluate", ddim_bundle, *argv)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["distances"]) == len(report["floors"]) == 2
+    assert report["ratio"] == pytest.approx(np.mean(report["distances"]) / np.mean(report["floors"]))
+    assert result.stdout.splitlines()[-1].split() == ["ratio", f"{report['ratio']:.2f}"]
+
+
+def test_samples_from_a_file(run, tmp_path):
+    np.save(tmp_path / "far.npy", np.random.default_rng(0).standard_normal((400, 2)) + 100)
+    result = run("ddpm-evaluate", tmp_path / "far.npy", "--dataset", "heart", "--num_samples", 400)
+    assert float(result.stdout.split()[-1]) > 100
+    argv = (tmp_path / "far.npy", "--dataset", "heart")
+    assert_one_line_error(run("ddpm-evaluate", *argv), "holds 400 points, fewer than the 10000")
+    assert_one_line_error(run("ddpm-evaluate", tmp_path / "none.npy", "--dataset", "heart"), "none.npy")
+    assert_one_line_error(run("ddpm-evaluate", *argv[:2], "hart"), "unknown data set")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["heart", "swiss_roll"])
+def test_shipped_checkpoints_are_within_twice_the_floor(run, tmp_path, name):
+    """With 1,000 steps of the torch pipeline, and with 50 DDIM steps of the bundle."""
+    export_bundle(pretrained(name), tmp_path / "bundle", "ddim", 50)
+    for samples in (pretrained(name), tmp_path / "bundle"):
+        argv = ("--dataset", name, "--repeats", 3, "--output", tmp_path / "report.json")
+        assert run("ddpm-evaluate", samples, *argv).returncode == 0
+        assert json.loads((tmp_path / "report.json").read_text())["ratio"] <= 2

@@ -1,0 +1,209 @@
+"""The training loop: against a closed form, as users launch it, and resumed."""
+
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, assert_one_line_error
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
+from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError
+
+LAUNCH = (
+    SCRIPTS / "accelerate",
+    "launch",
+    "--quiet",
+    "--cpu",
+    "--num_processes",
+    1,
+    "--num_cpu_threads_per_process",
+    2,
+)
+SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
+
+
+@pytest.fixture
+def launch(run):
+    def launch(*argv):
+        return run(*LAUNCH, ROOT / "train_scripts" / "train_points.py", *argv)
+
+    return launch
+
+
+def test_the_loss_reaches_its_closed_form(tmp_path):
+    """For standard normal data the best ε is √(1 − ᾱ_t) x_t, and its loss at t is ᾱ_t."""
+    torch.manual_seed(0)
+    pipeline = DDPMMLPPipeline(MLPModel(1, hidden_dim=32, num_hidden_layers=2), DDPMScheduler(clip_sample=False))
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        train_batch_size=2048,
+        max_train_steps=1000,
+        learning_rate=3e-3,
+        lr_warmup_steps=50,
+        ema_max_decay=0.99,
+        report_to="none",
+    )
+    losses = train(pipeline, torch.randn(200_000, 1), args)
+    assert len(losses) == 1000
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod
+    assert np.mean(losses[-300:]) == pytest.approx(alphas_cumprod.mean().item(), rel=0.03)
+
+    x_t = torch.linspace(-2, 2, 9)[:, None]
+    with torch.no_grad():
+        for t in (50, 300, 700):
+            best = (1 - alphas_cumprod[t]).sqrt() * x_t
+            torch.testing.assert_close(pipeline.unet(x_t, t).sample, best, atol=0.06, rtol=0)
+    points = DDPMMLPPipeline.from_pretrained(tmp_path)(5000, torch.Generator().manual_seed(0), 100).points
+    assert points.mean() == pytest.approx(0, abs=0.1)
+    assert points.std() == pytest.approx(1, abs=0.1)
+
+
+def options(folder, **changes):
+    values = {"train_batch_size": 32, "max_train_steps": 11, "lr_warmup_steps": 2, "report_to": "none"}
+    return TrainingArguments(output_dir=str(folder), **values | changes)
+
+
+def train_small(folder, **changes):
+    torch.manual_seed(0)
+    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=8, embedding_dim=4), DDPMScheduler())
+    losses = train(pipeline, torch.randn(150, 2), options(folder, **changes))
+    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes(), losses
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, accumulation):
+    changes = {"gradient_accumulation_steps": accumulation}
+    weights, losses = train_small(tmp_path / "whole", checkpointing_steps=3, **changes)
+    for step in (3, 6, 9):  # in the middle of an epoch and, with four batches in each, at other places of it
+        folder = tmp_path / f"resumed-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        resumed_weights, resumed_losses = train_small(folder, resume_from_checkpoint="latest", **changes)
+        assert resumed_losses == losses
+        assert resumed_weights == weights
+
+
+def test_old_states_go_and_the_newest_stay(tmp_path):
+    train_small(tmp_path, checkpointing_steps=2, checkpoints_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-10", "checkpoint-8"]
+
+
+def test_the_checkpoint_holds_the_averaged_weights(tmp_path):
+    averaged, losses = train_small(tmp_path / "ema")
+    raw, same_losses = train_small(tmp_path / "raw", use_ema=False)
+    assert losses == same_losses
+    assert averaged != raw
+
+
+def test_the_seed_decides(tmp_path):
+    weights, _ = train_small(tmp_path / "a", seed=1)
+    assert train_small(tmp_path / "b", seed=1)[0] == weights
+    assert train_small(tmp_path / "c", seed=2)[0] != weights
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_batch_size": 0},
+        {"max_train_steps": -1},
+        {"num_epochs": 0},
+        {"gradient_accumulation_steps": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"lr_warmup_steps": -1},
+        {"ema_max_decay": 1.0},
+        {"seed": -1},
+        {"checkpointing_steps": 0},
+    ],
+)
+def test_impossible_options_are_refused(tmp_path, changes):
+    with pytest.raises(ConfigurationError, match=next(iter(changes))):
+        options(tmp_path, **changes)
+
+
+def test_what_can_not_be_trained_or_resumed_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="larger than the data set, which holds 150"):
+        train_small(tmp_path, train_batch_size=151)
+    with pytest.raises(CheckpointError, match="no checkpoint-<step>"):
+        train_small(tmp_path, resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match="checkpoint-5"):
+        train_small(tmp_path, resume_from_checkpoint="checkpoint-5")
+
+
+def test_launched_it_leaves_checkpoint_figures_and_logs(launch, tmp_path):
+    result = launch("--dataset", "two_moons", "--output_dir", tmp_path / "run", *SHORT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{tmp_path / 'run'}: the checkpoint")
+    assert "loss=" in result.stderr
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        *("model_index.json", "pipeline.py", "unet", "scheduler", "logs"),
+        *("loss.png", "forward_process.png", "samples.png", "process.gif"),
+    }
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+    with Image.open(tmp_path / "run" / "process.gif") as animation:
+        assert animation.n_frames > 50
+    pipeline = DDPMMLPPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline(10, num_inference_steps=5).points.shape == (10, 2)
+
+
+def test_a_preset_sets_options_and_the_command_line_wins(launch, tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("dataset: circles\nhidden_dim: 24\nnum_hidden_layers: 1\nreport_to: none\nuse_ema: false\n")
+    result = launch("--config", preset, "--output_dir", tmp_path / "run", *SHORT, "--num_hidden_layers", 2)
+    assert result.returncode == 0, result.stderr
+    config = DDPMMLPPipeline.from_pretrained(tmp_path / "run").unet.config
+    assert (config.hidden_dim, config.num_hidden_layers) == (24, 2)
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_a_users_table_of_three_columns(launch, run, tmp_path):
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((600, 3)) * [10, 0.1, 1] + [170, 2, 0]
+    np.savetxt(tmp_path / "people.csv", table, delimiter=",", header="height,weight,age", comments="")
+    argv = ("--dataset", tmp_path / "people.csv", "--output_dir", tmp_path / "run", "--max_train_steps", 20)
+    result = launch(*argv, "--train_batch_size", 100)
+    assert result.returncode == 0, result.stderr
+    assert run("ddpm-export", tmp_path / "run", tmp_path / "bundle").returncode == 0
+    assert (
+        run("ddpm-sample", tmp_path / "bundle", "--num_samples", 5, "--output", tmp_path / "new.csv").returncode == 0
+    )
+    assert (tmp_path / "new.csv").read_text().startswith("height,weight,age\n")
+
+
+def test_wrong_trainings_end_in_one_line(run, tmp_path):
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n3,four\n")
+    (tmp_path / "flat.csv").write_text("a,b\n1,2\n3,2\n")
+    (tmp_path / "unknown.yaml").write_text("dataset: heart\nlearning_rat: 1\n")
+    (tmp_path / "list.yaml").write_text("- heart\n")
+    (tmp_path / "type.yaml").write_text("hidden_dim: wide\n")
+    output = ("--output_dir", tmp_path / "run")
+    cases = [
+        (("--dataset", "hart"), ["unknown data set 'hart'", "heart, swiss_roll, two_moons"]),
+        (("--dataset", tmp_path / "bad.csv"), ["row 2", "'b'", "'four'"]),
+        (("--dataset", tmp_path / "flat.csv"), ["'b'", "constant"]),
+        (("--dataset", tmp_path / "none.csv"), ["no file"]),
+        (("--dataset_size", 0), ["at least 1"]),
+        (("--dataset_size", 100), ["larger than the data set, which holds 100"]),
+        (("--max_train_steps", 0), ["max_train_steps"]),
+        (("--train_batch_size", -1), ["train_batch_size"]),
+        (("--embedding_dim", 7), ["embedding_dim"]),
+        (("--ddpm_num_steps", 1), ["ddpm_num_steps"]),
+        (("--hidden_dim", "wide"), ["hidden_dim", "'wide'"]),
+        (("--config", "harts"), ["no preset 'harts'", "heart, swiss_roll"]),
+        (("--config", tmp_path / "unknown.yaml"), ["learning_rat", "no option"]),
+        (("--config", tmp_path / "list.yaml"), ["option: value"]),
+        (("--config", tmp_path / "type.yaml"), ["hidden_dim", "'wide'"]),
+        (("--output_dir", "/proc/run"), ["/proc/run"]),
+    ]
+    script = (sys.executable, ROOT / "train_scripts" / "train_points.py")
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda case: run(*script, *output, *case[0]), cases)
+        for result, (_, fragments) in zip(results, cases, strict=True):
+            assert_one_line_error(result, *fragments)
+    assert not list((tmp_path / "run").glob("*.json"))
+    assert_one_line_error(run(*script), "--output_dir")
