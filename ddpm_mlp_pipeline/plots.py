@@ -16,6 +16,7 @@ from .files import whole_file
 from .pipeline import DDPMMLPPipeline
 
 NUM_POINTS = 3000  # enough to show a density, few enough to see single points
+NUM_FRAMES = 41
 DATA_COLOR, SAMPLE_COLOR = "tab:blue", "tab:orange"
 
 
@@ -55,23 +56,19 @@ def draw_training_run(
     return [*files]
 
 
-def forward_process(
-    x_0: torch.Tensor, scheduler: DDPMScheduler, seed: int = 0, num_frames: int = 41
-) -> dict[int, torch.Tensor]:
-    """x_t at evenly spaced t (Ho et al. 2020, eq. 4), with one ε for each sample, which so moves along a smooth path.
+def forward_process(x_0: torch.Tensor, scheduler: DDPMScheduler, seed: int = 0) -> dict[int, torch.Tensor]:
+    """x_t at several t (Ho et al. 2020, eq. 4), with one ε for each sample, which so moves along a smooth path.
 
     Returns:
         x_t by t, from t = 0, the data, to T. (The scheduler counts its timesteps from 0: its t - 1 is the papers' t.)
     """
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
-    timesteps = torch.linspace(0, scheduler.config.num_train_timesteps, num_frames).round().long().tolist()
+    timesteps = _timesteps_to_show(scheduler.config.num_train_timesteps)
     return {t: scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0 for t in timesteps}
 
 
-def reverse_process(
-    pipeline: DDPMMLPPipeline, num_samples: int, seed: int = 0, num_frames: int = 41
-) -> dict[int, torch.Tensor]:
-    """x_t at evenly spaced t, drawn by the pipeline with its own scheduler and all of its steps.
+def reverse_process(pipeline: DDPMMLPPipeline, num_samples: int, seed: int = 0) -> dict[int, torch.Tensor]:
+    """x_t at several t, drawn by the pipeline with its own scheduler and all of its steps.
 
     Returns:
         x_t by t, from T, the noise, to t = 0, the samples.
@@ -79,7 +76,7 @@ def reverse_process(
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn((num_samples, *pipeline.sample_shape), generator=generator)
     T = pipeline.scheduler.config.num_train_timesteps
-    wanted = set(torch.linspace(0, T, num_frames).round().long().tolist())
+    wanted = _timesteps_to_show(T)
     frames = {T: latents}
 
     def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict:
@@ -89,6 +86,11 @@ def reverse_process(
 
     pipeline(num_samples, generator, latents=latents, callback_on_step_end=keep)
     return frames
+
+
+def _timesteps_to_show(T: int) -> list[int]:
+    """From 0 to T, closer together near 0, where most of what can be seen happens."""
+    return sorted({round(T * u**2) for u in np.linspace(0, 1, NUM_FRAMES)})
 
 
 def plot_losses(losses: Sequence[float]) -> Figure:

@@ -44,7 +44,7 @@ class TrainingArguments:
 
     output_dir: str = option(help="folder for the checkpoint, the figures and the logs")
     train_batch_size: int = option(128, "batch size of each process")
-    num_epochs: int = option(100, "passes over the data set, unless max_train_steps is given")
+    num_epochs: int | None = option(None, "passes over the data set")
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
     gradient_accumulation_steps: int = option(1, "batches whose gradients make one optimizer step")
     learning_rate: float = option(1e-4, "peak learning rate of Adam")
@@ -69,6 +69,8 @@ class TrainingArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {value}")
+        if self.num_epochs is None and self.max_train_steps is None:
+            raise ConfigurationError("give num_epochs or max_train_steps")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} must be positive, got {getattr(self, name)}")

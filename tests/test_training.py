@@ -99,6 +99,11 @@ def test_the_checkpoint_holds_the_averaged_weights(tmp_path):
     assert averaged != raw
 
 
+def test_epochs_are_passes_over_the_data(tmp_path):
+    _, losses = train_small(tmp_path, num_epochs=3, max_train_steps=None)
+    assert len(losses) == 3 * (150 // 32)
+
+
 def test_the_seed_decides(tmp_path):
     weights, _ = train_small(tmp_path / "a", seed=1)
     assert train_small(tmp_path / "b", seed=1)[0] == weights
@@ -111,6 +116,7 @@ def test_the_seed_decides(tmp_path):
         {"train_batch_size": 0},
         {"max_train_steps": -1},
         {"num_epochs": 0},
+        {"max_train_steps": None},
         {"gradient_accumulation_steps": 0},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},

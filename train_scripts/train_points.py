@@ -40,12 +40,14 @@ class PointTrainingArguments(TrainingArguments):
     )
 
     train_batch_size: int = option(2048, "batch size of each process")
-    max_train_steps: int | None = option(8000, "optimizer steps; overrides num_epochs")
+    max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs (8,000 if neither is given)")
     learning_rate: float = option(2e-3, "peak learning rate of Adam")
     lr_warmup_steps: int = option(200, "steps of linear warm-up of the learning rate")
     ema_max_decay: float = option(0.999, "decay that the average, which warms up, reaches at most")
 
     def __post_init__(self) -> None:
+        if self.num_epochs is None and self.max_train_steps is None:
+            self.max_train_steps = 8000
         super().__post_init__()
         if self.ddpm_num_steps < 2:
             raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
