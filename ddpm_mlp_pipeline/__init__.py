@@ -14,11 +14,13 @@ __version__ = "0.1.0"
 _MODULE_OF_NAME = {
     "DDPMMLPPipeline": "pipeline",
     "MLPModel": "models.mlp",
+    "SmallUNet2DModel": "models.unet",
     "OnnxSampler": "export.runtime",
     "PointPipelineOutput": "pipeline",
     "StepTable": "export.step_table",
     "compile_scheduler": "export.compile",
     "export_bundle": "export.exporter",
+    "load_images": "data.images",
     "load_points": "data.points",
     "pretrained": "pretrained",
     "train": "training",

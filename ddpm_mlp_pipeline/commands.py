@@ -25,8 +25,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             message = str(error)
         except OSError as error:
             message = f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print(str(interrupt) or "interrupted", file=sys.stderr)
             return 130
         else:
             return 0

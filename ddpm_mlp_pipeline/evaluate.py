@@ -71,7 +71,7 @@ def _draw(args: Namespace, seed: int) -> np.ndarray:
     else:
         import torch
 
-        from .export.exporter import load_checkpoint
+        from .checkpoint import load_checkpoint
 
         pipeline = load_checkpoint(args.samples)
         generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 # What model_index.json says of the plugin's own models: the module in unet/ that a checkpoint carries, and its class.
-CARRIED_MODELS = [["mlp", "MLPModel"]]
+CARRIED_MODELS = [["mlp", "MLPModel"], ["unet", "SmallUNet2DModel"]]
 
 
 @dataclass
@@ -77,6 +77,11 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if size is None:
             return (self.unet.config.in_channels,)
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def data_columns(self) -> list[str]:
+        """Names of the points' coordinates."""
+        return self.config.data_columns or [f"x{i}" for i in range(self.sample_shape[0])]
 
     @torch.no_grad()
     def __call__(

@@ -1,33 +1,44 @@
-"""Figures and animations of data, of the forward and reverse process, and of training."""
+"""Figures and animations of data, of the forward and reverse process, and of training; and the command `ddpm-plot`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .checkpoint import load_checkpoint
+from .commands import CommandParser, command, positive_int, seed
+from .errors import ConfigurationError
 from .files import whole_file
 from .pipeline import DDPMMLPPipeline
 
-NUM_POINTS = 3000  # enough to show a density, few enough to see single points
-NUM_FRAMES = 41
+# Enough to show a density of points or a variety of images; few enough to see single ones
+NUM_POINTS, NUM_IMAGES = 3000, 64
 DATA_COLOR, SAMPLE_COLOR = "tab:blue", "tab:orange"
+STYLE = {"savefig.dpi": 100, "figure.constrained_layout.use": True}
+
+# x_t by t, as it is shown: points [n, 2] in the data's units, or images [n, height, width, channels] in [0, 1]
+Frames = dict[int, np.ndarray]
 
 
 def draw_training_run(
     pipeline: DDPMMLPPipeline, x_0: torch.Tensor, losses: Sequence[float], folder: Path, seed: int = 0
 ) -> list[str]:
-    """Draw all that a training run on points leaves behind.
+    """Draw all that a training run leaves behind.
 
     Args:
         pipeline: the trained pipeline.
-        x_0: normalised points of the data set, `[number of points, dimension]`.
+        x_0: some of the data as the network sees them, `[number, *pipeline.sample_shape]`.
         losses: the loss of every optimizer step.
         folder: where `loss.png`, `forward_process.png`, `samples.png` and `process.gif` go.
         seed: of the noise.
@@ -36,67 +47,98 @@ def draw_training_run(
         The files' names. (Of points in one dimension, only the loss is drawn; of those in more than two, the
         first two coordinates.)
     """
-    files = {"loss.png": lambda path: plot_losses(losses).savefig(path)}
-    if x_0.shape[1] >= 2:
-        x_0 = x_0[:NUM_POINTS]
-        forward = forward_process(x_0, pipeline.scheduler, seed)
-        reverse = reverse_process(pipeline, len(x_0), seed)
-        data_units = [pipeline.to_data_units(x_t).numpy()[:, :2] for x_t in (*forward.values(), *reverse.values())]
-        forward = dict(zip(forward, data_units, strict=False))
-        reverse = dict(zip(reverse, data_units[len(forward) :], strict=True))
-        files |= {
-            "forward_process.png": lambda path: plot_forward_process(forward).savefig(path),
-            "samples.png": lambda path: plot_samples(forward[0], [*reverse.values()][-1]).savefig(path),
-            "process.gif": lambda path: animate_process(forward, reverse, path),
-        }
-    with matplotlib.rc_context({"savefig.dpi": 100, "figure.constrained_layout.use": True}):
-        for name, draw in files.items():
-            with whole_file(folder / name) as path:
-                draw(path)
-    return [*files]
+    figures = {"loss.png": plot_losses(losses)}
+    frames: list[tuple[str, Frames]] = []
+    if len(pipeline.sample_shape) == 3 or pipeline.sample_shape[0] >= 2:
+        number = NUM_POINTS if len(pipeline.sample_shape) == 1 else NUM_IMAGES
+        forward = forward_process(pipeline, x_0[:number], seed)
+        reverse = reverse_process(pipeline, number, seed)
+        figures["forward_process.png"] = plot_process(_some_frames(forward), DATA_COLOR)
+        figures["samples.png"] = plot_samples(forward[0], reverse[0])
+        frames = [("forward", forward), ("reverse", reverse)]
+    for name, figure in figures.items():
+        save(figure, folder / name)
+    if frames:
+        animate_process(frames, folder / "process.gif")
+    return [*figures, *(["process.gif"] if frames else [])]
 
 
-def forward_process(x_0: torch.Tensor, scheduler: DDPMScheduler, seed: int = 0) -> dict[int, torch.Tensor]:
+def forward_process(pipeline: DDPMMLPPipeline, x_0: torch.Tensor, seed: int = 0) -> Frames:
     """x_t at several t (Ho et al. 2020, eq. 4), with one ε for each sample, which so moves along a smooth path.
+
+    Args:
+        pipeline: whose scheduler is the forward process.
+        x_0: data as the network sees them, `[number, *pipeline.sample_shape]`.
+        seed: of ε.
 
     Returns:
         x_t by t, from t = 0, the data, to T. (The scheduler counts its timesteps from 0: its t - 1 is the papers' t.)
     """
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
-    timesteps = _timesteps_to_show(scheduler.config.num_train_timesteps)
-    return {t: scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0 for t in timesteps}
+    x = {
+        t: scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0
+        for t in _timesteps_to_show(scheduler.config.num_train_timesteps)
+    }
+    return {t: _to_show(pipeline, x_t) for t, x_t in x.items()}
 
 
-def reverse_process(pipeline: DDPMMLPPipeline, num_samples: int, seed: int = 0) -> dict[int, torch.Tensor]:
+def reverse_process(
+    pipeline: DDPMMLPPipeline, number: int, seed: int = 0, timesteps: Iterable[int] | None = None
+) -> Frames:
     """x_t at several t, drawn by the pipeline with its own scheduler and all of its steps.
+
+    Args:
+        pipeline: what draws.
+        number: of samples.
+        seed: of the noise.
+        timesteps: which t; by default about forty of them.
 
     Returns:
         x_t by t, from T, the noise, to t = 0, the samples.
     """
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn((num_samples, *pipeline.sample_shape), generator=generator)
+    latents = torch.randn((number, *pipeline.sample_shape), generator=generator)
     T = pipeline.scheduler.config.num_train_timesteps
-    wanted = _timesteps_to_show(T)
-    frames = {T: latents}
+    wanted = set(_timesteps_to_show(T) if timesteps is None else timesteps)
+    frames = {T: _to_show(pipeline, latents)} if T in wanted else {}
 
     def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict:
         if int(t) in wanted:  # the step at the scheduler's t gives the papers' x_t
-            frames[int(t)] = state["latents"].float().cpu()
+            frames[int(t)] = _to_show(pipeline, state["latents"].float().cpu())
         return {}
 
-    pipeline(num_samples, generator, latents=latents, callback_on_step_end=keep)
+    pipeline(number, generator, latents=latents, callback_on_step_end=keep)
     return frames
 
 
-def _timesteps_to_show(T: int) -> list[int]:
+def draw_samples(pipeline: DDPMMLPPipeline, num_inference_steps: int, seed: int, number: int = 36) -> np.ndarray:
+    """Samples as they are shown, from the pipeline's scheduler with some of its steps."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn((number, *pipeline.sample_shape), generator=generator)
+    return pipeline(number, generator, num_inference_steps, "np", latents=latents)[0]
+
+
+def _timesteps_to_show(T: int, number: int = 41) -> list[int]:
     """From 0 to T, closer together near 0, where most of what can be seen happens."""
-    return sorted({round(T * u**2) for u in np.linspace(0, 1, NUM_FRAMES)})
+    return sorted({round(T * u**2) for u in np.linspace(0, 1, number)})
+
+
+def _some_frames(frames: Frames, number: int = 6) -> Frames:
+    timesteps = list(frames)
+    return {timesteps[round(i)]: frames[timesteps[round(i)]] for i in np.linspace(0, len(timesteps) - 1, number)}
+
+
+def _to_show(pipeline: DDPMMLPPipeline, x_t: torch.Tensor) -> np.ndarray:
+    if x_t.ndim == 2:
+        return pipeline.to_data_units(x_t).numpy()[:, :2]
+    return (x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def plot_losses(losses: Sequence[float]) -> Figure:
     """The loss over training, each step's and smoothed over 1 % of them."""
     figure = Figure(figsize=(7, 4))
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss, |ε − ε_θ|² per coordinate")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss, mean of (ε − ε_θ)²")
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=DATA_COLOR, alpha=0.25, linewidth=0.5, label="each step")
     window = max(1, len(losses) // 100)
@@ -107,56 +149,152 @@ def plot_losses(losses: Sequence[float]) -> Figure:
     return figure
 
 
-def plot_forward_process(forward: dict[int, np.ndarray], num_panels: int = 6) -> Figure:
-    """The data turning into noise: x_t, `[number of points, 2]`, at several t."""
-    figure = Figure(figsize=(2.4 * num_panels, 2.7))
-    timesteps = list(forward)
-    chosen = [timesteps[round(i)] for i in np.linspace(0, len(timesteps) - 1, num_panels)]
-    for axes, t in zip(figure.subplots(1, num_panels), chosen, strict=True):
-        _scatter(axes, forward[t], _limits(forward.values()), DATA_COLOR, f"t = {t}")
+def plot_process(frames: Frames, color: str = SAMPLE_COLOR) -> Figure:
+    """x_t at several t, side by side."""
+    figure = Figure(figsize=(2.4 * len(frames), 2.7))
+    limits = _limits(frames.values())
+    for axes, (t, x_t) in zip(figure.subplots(1, len(frames), squeeze=False)[0], frames.items(), strict=True):
+        _panel(axes, x_t, limits, color, f"t = {t}")
     return figure
 
 
-def plot_samples(data: np.ndarray, samples: np.ndarray) -> Figure:
-    """Data and samples, `[number of points, 2]` each, side by side."""
+def plot_samples(data: np.ndarray, samples: np.ndarray, titles: tuple[str, str] = ("data", "samples")) -> Figure:
+    """Data and samples, side by side."""
     figure = Figure(figsize=(8, 4.3))
     limits = _limits([data, samples])
-    for axes, points, color, title in zip(
-        figure.subplots(1, 2), (data, samples), (DATA_COLOR, SAMPLE_COLOR), ("data", "samples"), strict=True
+    for axes, x, color, title in zip(
+        figure.subplots(1, 2), (data, samples), (DATA_COLOR, SAMPLE_COLOR), titles, strict=True
     ):
-        _scatter(axes, points, limits, color, title)
+        _panel(axes, x, limits, color, title)
     return figure
 
 
-def animate_process(forward: dict[int, np.ndarray], reverse: dict[int, np.ndarray], path: Path) -> None:
-    """Write a GIF: the data turning into noise, then noise turning into samples."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
+def animate_process(processes: Sequence[tuple[str, Frames]], path: Path) -> None:
+    """Write an animation, as GIF or, with ffmpeg, MP4.
 
+    Args:
+        processes: one after the other, `"forward"` or `"reverse"` and its frames.
+        path: a `.gif` or `.mp4` file.
+
+    Raises:
+        ConfigurationError: for a `.mp4` where there is no ffmpeg.
+    """
+    if path.suffix == ".mp4" and shutil.which("ffmpeg") is None:
+        raise ConfigurationError("an .mp4 needs ffmpeg, which is not installed: use .gif")
     figure = Figure(figsize=(4, 4.3))
     axes = figure.add_subplot()
-    limits = _limits([*forward.values(), *reverse.values()])
-    frames = [(t, x_t, DATA_COLOR, "forward") for t, x_t in forward.items()]
-    frames += [(t, x_t, SAMPLE_COLOR, "reverse") for t, x_t in reverse.items()]
-    frames = frames[:1] * 10 + frames + frames[-1:] * 15  # data and samples stand still for a while
+    limits = _limits([x_t for _, frames in processes for x_t in frames.values()])
+    shots = [(name, t, x_t) for name, frames in processes for t, x_t in frames.items()]
+    shots = shots[:1] * 10 + shots + shots[-1:] * 15  # what is at the ends stands still for a while
 
-    def draw(frame: tuple[int, np.ndarray, str, str]) -> None:
-        t, x_t, color, process = frame
+    def draw(shot: tuple[str, int, np.ndarray]) -> None:
+        name, t, x_t = shot
         axes.clear()
-        _scatter(axes, x_t, limits, color, f"{process} process, t = {t}")
+        _panel(axes, x_t, limits, DATA_COLOR if name == "forward" else SAMPLE_COLOR, f"{name} process, t = {t}")
 
-    FuncAnimation(figure, draw, frames).save(path, PillowWriter(fps=15), dpi=80)
+    writer = FFMpegWriter(fps=15) if path.suffix == ".mp4" else PillowWriter(fps=15)
+    with matplotlib.rc_context(STYLE), whole_file(path) as temporary:
+        FuncAnimation(figure, draw, shots).save(temporary, writer, dpi=80)
 
 
-def _limits(clouds: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The box that holds all points but the outermost 0.1 % on each side, and a margin."""
-    points = np.concatenate([*clouds])
-    low, high = np.percentile(points, [0.1, 99.9], axis=0)
+def tile(images: np.ndarray) -> np.ndarray:
+    """Images `[number, height, width, channels]` in one, about as wide as high, with a pixel between them."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    _, height, width, channels = images.shape
+    grid = np.ones((rows, columns, height + 1, width + 1, channels), dtype=images.dtype)
+    for i, image in enumerate(images):
+        grid[i // columns, i % columns, :height, :width] = image
+    grid = grid.swapaxes(1, 2).reshape(rows * (height + 1), columns * (width + 1), channels)
+    return grid[:-1, :-1]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all."""
+    with matplotlib.rc_context(STYLE), whole_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+Limits = tuple[np.ndarray, np.ndarray] | None
+
+
+def _limits(clouds: Iterable[np.ndarray]) -> Limits:
+    """For points, the box that holds all but the outermost 0.1 % on each side, and a margin."""
+    clouds = list(clouds)
+    if clouds[0].ndim != 2:
+        return None
+    low, high = np.percentile(np.concatenate(clouds), [0.1, 99.9], axis=0)
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def _scatter(axes: Axes, points: np.ndarray, limits: tuple[np.ndarray, np.ndarray], color: str, title: str) -> None:
-    axes.scatter(*points.T, s=2, color=color, linewidths=0)
-    (x_low, y_low), (x_high, y_high) = limits
-    axes.set(xlim=(x_low, x_high), ylim=(y_low, y_high), title=title, xticks=[], yticks=[])
-    # The axes' units may differ (height and weight, say): a square box rather than an equal scale.
-    axes.set_box_aspect(1)
+def _panel(axes: Axes, x: np.ndarray, limits: Limits, color: str, title: str) -> None:
+    if limits is None:
+        image = tile(x)
+        if image.shape[2] == 1:
+            axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=1)
+        else:
+            axes.imshow(image)
+        axes.set_axis_off()
+    else:
+        axes.scatter(*x.T, s=2, color=color, linewidths=0)
+        (x_low, y_low), (x_high, y_high) = limits
+        axes.set(xlim=(x_low, x_high), ylim=(y_low, y_high), xticks=[], yticks=[])
+        # The axes' units may differ (height and weight, say): a square box rather than an equal scale.
+        axes.set_box_aspect(1)
+    axes.set_title(title)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw a checkpoint's samples or processes."""
+    parser = CommandParser(prog="ddpm-plot", description=main.__doc__)
+    parser.add_argument("kind", choices=["samples", "forward", "reverse", "animation"], help="what to draw")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
+    parser.add_argument("--dataset", help="for forward: the point set or image set whose data turn into noise")
+    parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
+    parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
+    args = parser.parse_args(argv)
+    suffixes = (".gif", ".mp4") if args.kind == "animation" else (".png",)
+    if args.output.suffix not in suffixes:
+        raise ConfigurationError(f"{args.output} must end in {' or '.join(suffixes)}")
+    pipeline = load_checkpoint(args.checkpoint)
+    is_points = len(pipeline.sample_shape) == 1
+    if is_points and pipeline.sample_shape[0] < 2:
+        raise ConfigurationError("points of one coordinate have no picture")
+    number = args.num_samples or (NUM_POINTS if is_points else 16)
+
+    if args.kind == "animation":
+        animate_process([("reverse", reverse_process(pipeline, number, args.seed))], args.output)
+    elif args.kind == "forward":
+        if args.dataset is None:
+            raise ConfigurationError("the forward process starts from data: name them with --dataset")
+        x_0 = _load_data(pipeline, args.dataset, number)
+        save(plot_process(_some_frames(forward_process(pipeline, x_0, args.seed)), DATA_COLOR), args.output)
+    else:
+        T = pipeline.scheduler.config.num_train_timesteps
+        several = args.timesteps or [T - 1, T * 3 // 4 - 1, T // 2 - 1, 0]
+        timesteps = [0] if args.kind == "samples" else several
+        if not all(0 <= t <= T for t in timesteps):
+            raise ConfigurationError(f"--timesteps must be from 0 to {T}")
+        save(plot_process(reverse_process(pipeline, number, args.seed, timesteps)), args.output)
+    print(args.output)
+
+
+def _load_data(pipeline: DDPMMLPPipeline, dataset: str, number: int) -> torch.Tensor:
+    """Data as the network sees them."""
+    if len(pipeline.sample_shape) == 1:
+        from .data.points import load_points, to_array
+
+        points = torch.from_numpy(to_array(load_points(dataset, number))).float()
+        return (points - points.new_tensor(pipeline.config.data_mean)) / points.new_tensor(pipeline.config.data_std)
+    from .data.images import ImageBatches, load_images
+
+    channels, height, _ = pipeline.sample_shape
+    images = load_images(dataset, split=f"train[:{number}]", resolution=height, channels=channels)
+    return ImageBatches(images).__getitems__(list(range(len(images))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

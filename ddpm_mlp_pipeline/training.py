@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import math
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, compute_snr
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -54,6 +56,8 @@ class TrainingArguments:
     use_ema: bool = option(True, "average the weights; the checkpoint then holds the average")
     ema_max_decay: float = option(0.9999, "decay that the average, which warms up, reaches at most")
     mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "fp16", "bf16"])
+    snr_gamma: float | None = option(None, "γ of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5 is usual")
+    save_samples_epochs: int | None = option(None, "draw samples, with raw and with averaged weights, so often")
     seed: int = option(0, "seed of the weights, the order of the data, the timesteps and the noise")
     checkpointing_steps: int | None = option(None, "save the state of the training every so many steps")
     checkpoints_total_limit: int | None = option(None, "keep at most so many of these states")
@@ -64,16 +68,17 @@ class TrainingArguments:
     def __post_init__(self) -> None:
         for name in (
             *("train_batch_size", "num_epochs", "max_train_steps", "gradient_accumulation_steps"),
-            *("checkpointing_steps", "checkpoints_total_limit"),
+            *("checkpointing_steps", "checkpoints_total_limit", "save_samples_epochs"),
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {value}")
         if self.num_epochs is None and self.max_train_steps is None:
             raise ConfigurationError("give num_epochs or max_train_steps")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigurationError(f"{name} must be positive, got {value}")
         for name in ("lr_warmup_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -107,22 +112,29 @@ class LossHistory:
         self.losses = state["losses"]
 
 
-def train(pipeline: DDPMMLPPipeline, samples: torch.Tensor, args: TrainingArguments) -> list[float]:
+def train(
+    pipeline: DDPMMLPPipeline,
+    dataset: Dataset,
+    args: TrainingArguments,
+    draw_samples: Callable[[DDPMMLPPipeline, EMAModel | None, int], None] | None = None,
+) -> list[float]:
     """Train the pipeline's ε-network, with the pipeline's scheduler as the forward process, and save the pipeline.
 
     Args:
         pipeline: the untrained network and the stock `DDPMScheduler` to train it with; afterwards it holds the
             trained weights (their average, with `use_ema`).
-        samples: the training data as the network is to see it, `[number of samples, *pipeline.sample_shape]`:
-            normalised points, or images in [-1, 1].
+        dataset: the training data as the network is to see it, normalised points or images in [-1, 1], whose
+            `__getitems__(indices)` is a batch, `[len(indices), *pipeline.sample_shape]`.
         args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
+        draw_samples: called as `draw_samples(pipeline, ema, epoch)` after every `args.save_samples_epochs` epochs.
 
     Returns:
         The loss of every optimizer step.
 
     Raises:
         ConfigurationError: if the batch size exceeds the number of samples.
-        CheckpointError: if the state to resume from doesn't exist.
+        CheckpointError: if the state to resume from doesn't exist, or is another model's.
+        KeyboardInterrupt: after Ctrl-C, once the step under way is done and its state is saved.
     """
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -134,17 +146,17 @@ def train(pipeline: DDPMMLPPipeline, samples: torch.Tensor, args: TrainingArgume
         # The order of the data follows from seed and epoch alone, so that a resumed run finds its place in it.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
-    if args.train_batch_size * accelerator.num_processes > len(samples):
+    if args.train_batch_size * accelerator.num_processes > len(dataset):
         raise ConfigurationError(
             f"a batch of {args.train_batch_size} on each of {accelerator.num_processes} processes is larger than the "
-            f"data set, which holds {len(samples)} samples: lower train_batch_size"
+            f"data set, which holds {len(dataset)} samples: lower train_batch_size"
         )
     set_seed(args.seed, device_specific=True)
 
     unet, noise_scheduler = pipeline.unet, pipeline.scheduler
     optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate)
     dataloader = DataLoader(
-        TensorBatches(samples),
+        dataset,
         batch_size=args.train_batch_size,
         shuffle=True,
         drop_last=True,
@@ -174,44 +186,59 @@ def train(pipeline: DDPMMLPPipeline, samples: torch.Tensor, args: TrainingArgume
         accelerator.init_trackers("train", {k: v for k, v in vars(args).items() if v is not None})
 
     if args.resume_from_checkpoint is not None:
-        accelerator.load_state(_find_checkpoint(output_dir, args.resume_from_checkpoint))
+        _load_checkpoint(accelerator, pipeline, _find_checkpoint(output_dir, args.resume_from_checkpoint))
     step = len(history.losses)
     progress_bar = tqdm(
         total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
 
-    while step < max_train_steps:
-        epoch, steps_done = divmod(step, steps_per_epoch)
-        dataloader.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps)
-        for x_0 in batches:
-            with accelerator.accumulate(unet):
-                # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
-                t = torch.randint(noise_scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
-                eps = torch.randn_like(x_0)
-                x_t = noise_scheduler.add_noise(x_0, eps, t)
-                loss = F.mse_loss(unet(x_t, t).sample.float(), eps)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
+    with _deferred_interrupt() as interrupt:
+        while step < max_train_steps:
+            epoch, steps_done = divmod(step, steps_per_epoch)
+            dataloader.set_epoch(epoch)
+            batches = accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps)
+            for x_0 in batches:
+                with accelerator.accumulate(unet):
+                    # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
+                    t = torch.randint(noise_scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
+                    eps = torch.randn_like(x_0)
+                    x_t = noise_scheduler.add_noise(x_0, eps, t)
+                    errors = F.mse_loss(unet(x_t, t).sample.float(), eps, reduction="none").flatten(1).mean(dim=1)
+                    loss = errors.mean()
+                    if args.snr_gamma is None:
+                        accelerator.backward(loss)
+                    else:
+                        snr = compute_snr(noise_scheduler, t)
+                        accelerator.backward((errors * snr.clamp(max=args.snr_gamma) / snr).mean())
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    lr_scheduler.step()
+                    optimizer.zero_grad()
+                if not accelerator.sync_gradients:
+                    continue
 
-            step += 1
-            if ema is not None:
-                ema.step(unet.parameters())
-            history.losses.append(loss.item())
-            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
-            progress_bar.set_postfix(logs, refresh=False)
-            progress_bar.update()
-            accelerator.log(logs, step=step)
-            if args.checkpointing_steps is not None and step % args.checkpointing_steps == 0:
-                _save_checkpoint(accelerator, output_dir / f"checkpoint-{step}", args.checkpoints_total_limit)
-            if step == max_train_steps:
-                break
+                step += 1
+                if ema is not None:
+                    ema.step(unet.parameters())
+                history.losses.append(loss.item())
+                logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
+                progress_bar.set_postfix(logs, refresh=False)
+                progress_bar.update()
+                accelerator.log(logs, step=step)
+                wants_checkpoint = args.checkpointing_steps is not None and step % args.checkpointing_steps == 0
+                if wants_checkpoint or interrupt.is_set():
+                    folder = output_dir / f"checkpoint-{step}"
+                    _save_checkpoint(accelerator, pipeline, folder, args.checkpoints_total_limit)
+                if interrupt.is_set():
+                    progress_bar.close()
+                    raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume_from_checkpoint latest")
+                if step == max_train_steps:
+                    break
+            if draw_samples is not None and accelerator.is_main_process:
+                epoch_done = step % steps_per_epoch == 0 and (epoch + 1) % (args.save_samples_epochs or math.inf) == 0
+                if epoch_done or (args.save_samples_epochs is not None and step == max_train_steps):
+                    draw_samples(pipeline, ema, epoch + 1)
 
     progress_bar.close()
     accelerator.end_training()
@@ -227,6 +254,20 @@ def train(pipeline: DDPMMLPPipeline, samples: torch.Tensor, args: TrainingArgume
     return history.losses
 
 
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Within the block, Ctrl-C sets the event instead of stopping the program in the middle of a step."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals are the main thread's
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _as_it_is(batch: torch.Tensor) -> torch.Tensor:
     return batch
 
@@ -237,11 +278,14 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def _save_checkpoint(accelerator: Accelerator, folder: Path, limit: int | None) -> None:
+def _save_checkpoint(accelerator: Accelerator, pipeline: DDPMMLPPipeline, folder: Path, limit: int | None) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with _writing(folder):
             accelerator.save_state(partial)
+            if accelerator.is_main_process:  # what the state belongs to
+                pipeline.unet.save_config(partial / "unet")
+                pipeline.scheduler.save_config(partial / "scheduler")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -252,6 +296,27 @@ def _save_checkpoint(accelerator: Accelerator, folder: Path, limit: int | None) 
         if limit is not None:
             for old in _checkpoints(folder.parent)[:-limit]:
                 shutil.rmtree(old)
+
+
+def _load_checkpoint(accelerator: Accelerator, pipeline: DDPMMLPPipeline, folder: str) -> None:
+    for name in ("unet", "scheduler"):
+        component = getattr(pipeline, name)
+        try:
+            saved = component.load_config(Path(folder) / name)
+        except OSError as error:
+            raise CheckpointError(f"can't resume from {folder}: {error}") from None
+        changed = [key for key in saved if not key.startswith("_") and _plain(component.config.get(key)) != saved[key]]
+        if changed:
+            key = changed[0]
+            raise CheckpointError(
+                f"can't resume from {folder}: its {name} has {key} {saved[key]}, not {component.config.get(key)}"
+            )
+    accelerator.load_state(folder)
+
+
+def _plain(value: object) -> object:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 @contextlib.contextmanager

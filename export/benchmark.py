@@ -28,7 +28,8 @@ from {package}.pictures import draw_points, image_grid
 pipeline = DDPMMLPPipeline.from_pretrained(sys.argv[1])
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 samples = pipeline(int(sys.argv[2]), num_inference_steps=50, output_type="np")[0]
-(draw_points if samples.ndim == 2 else image_grid)(samples).save(sys.argv[3])
+picture = draw_points(samples) if samples.ndim == 2 else image_grid([samples], len(samples))
+picture.save(sys.argv[3])
 """
 
 # Runs a command, and prints its seconds and its peak memory. A process's peak counts from before its exec, when it
@@ -57,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         import torch
         from diffusers import DDIMScheduler, DDPMScheduler
 
+        from ddpm_mlp_pipeline.checkpoint import load_checkpoint
+
         from .compile import compile_scheduler
-        from .exporter import load_checkpoint
 
     pipeline = load_checkpoint(args.checkpoint)
     _check_same_weights(pipeline, args.bundle)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ import diffusers
 import onnx
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from safetensors import SafetensorError
 
 import ddpm_mlp_pipeline
-from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, ParityError
+from ddpm_mlp_pipeline.checkpoint import load_checkpoint, quiet
+from ddpm_mlp_pipeline.errors import BundleError, ParityError
 from ddpm_mlp_pipeline.files import whole_folder
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
@@ -27,26 +24,6 @@ from .parity import ParityReport, compare
 from .runtime import FORMAT, VERSION
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
-
-
-def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
-    """Load a checkpoint folder, running no code that it carries.
-
-    Raises:
-        CheckpointError: if the folder or a file in it is missing or can't be read.
-    """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        what = "is no checkpoint: it has no model_index.json" if folder.is_dir() else "doesn't exist"
-        raise CheckpointError(f"{folder} {what}")
-    try:
-        with _quiet():
-            pipeline = DDPMMLPPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        # diffusers has no error of its own for a folder that it can't make sense of
-        raise CheckpointError(f"can't load the checkpoint {folder}: {error}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def export_bundle(
@@ -109,7 +86,7 @@ def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: P
             return self.unet(sample, timestep, return_dict=False)[0]
 
     example = (torch.zeros(2, *sample_shape), torch.tensor(1.0))
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             Network().eval(),
             example,
@@ -133,7 +110,7 @@ def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: 
     if len(shape) == 1:
         info["data_mean"] = config.data_mean or [0.0] * shape[0]
         info["data_std"] = config.data_std or [1.0] * shape[0]
-        info["data_columns"] = config.data_columns or [f"x{i}" for i in range(shape[0])]
+        info["data_columns"] = pipeline.data_columns
     else:
         info["value_range"] = [-1.0, 1.0]
     info["provenance"] = {
@@ -151,20 +128,3 @@ def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: 
         },
     }
     return info
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without the progress bars and warnings of loading and exporting, about which users can do nothing."""
-    level, disabled = diffusers.utils.logging.get_verbosity(), logging.root.manager.disable
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        diffusers.utils.logging.enable_progress_bar()
-        diffusers.utils.logging.set_verbosity(level)

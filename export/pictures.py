@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -32,17 +33,27 @@ def draw_points(points: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", dots.size, INK), Image.new("RGB", dots.size, "white"), dots)
 
 
-def image_grid(images: np.ndarray) -> Image.Image:
+def to_picture(image: np.ndarray) -> Image.Image:
+    """An image `[height, width, 1 or 3]` in [0, 1] as a picture."""
+    pixels = np.rint(image * 255).astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def image_grid(batches: Iterable[np.ndarray], number: int) -> Image.Image:
     """Images side by side, in a grid about as wide as high.
 
     Args:
-        images: in [0, 1], `[number of images, height, width, 1 or 3]`.
+        batches: in [0, 1], each `[batch, height, width, 1 or 3]`.
+        number: of images in all of them.
     """
-    number, height, width, channels = images.shape
     columns = math.ceil(math.sqrt(number))
-    rows = math.ceil(number / columns)
-    grid = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
-    grid[:number] = np.rint(images * 255)
-    grid = grid.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    grid = grid.reshape(rows * height, columns * width, channels)
-    return Image.fromarray(grid[..., 0] if channels == 1 else grid)
+    grid, i = None, 0
+    for batch in batches:
+        for image in batch:
+            picture = to_picture(image)
+            if grid is None:
+                size = (columns * picture.width, math.ceil(number / columns) * picture.height)
+                grid = Image.new(picture.mode, size)
+            grid.paste(picture, (i % columns * picture.width, i // columns * picture.height))
+            i += 1
+    return grid

@@ -65,6 +65,15 @@ class OnnxSampler:
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._check_network(self._session(self.num_threads))
 
+    @property
+    def data_columns(self) -> list[str]:
+        """Names of the points' coordinates."""
+        return self.info["data_columns"]
+
+    def __len__(self) -> int:
+        """Number of the sampling steps."""
+        return len(self.table)
+
     def sample(
         self,
         num_samples: int = 1,
@@ -269,6 +278,9 @@ def _read_info(path: Path) -> dict[str, Any]:
             for name in ("data_mean", "data_std"):
                 if np.asarray(info[name], dtype=np.float32).shape != tuple(shape):
                     raise BundleError(f"{path}: {name} must hold {shape[0]} numbers")
+            columns = info["data_columns"]
+            if len(columns) != shape[0] or not all(isinstance(column, str) for column in columns):
+                raise BundleError(f"{path}: data_columns must hold {shape[0]} names")
         return info
     except FileNotFoundError:
         folder = path.parent

@@ -1,72 +1,122 @@
-"""Draw samples from a bundle, without PyTorch."""
+"""Draw samples: from a bundle, without PyTorch, or from a checkpoint, with it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int, seed
-from ddpm_mlp_pipeline.errors import ConfigurationError
-from ddpm_mlp_pipeline.files import whole_file
+from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.files import whole_file, whole_folder
 
 from .runtime import OnnxSampler
 
-FORMATS = (".png", ".npy", ".csv")
+PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-sample", description=__doc__)
-    parser.add_argument("bundle", type=Path, help="a folder that ddpm-export wrote")
+    parser.add_argument("source", type=Path, help="a bundle that ddpm-export wrote, or a checkpoint folder")
     parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="how many (default: 1)")
     parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same samples (default: 0)")
     parser.add_argument(
         "--batch_size", type=positive_int, default=512, metavar="N", help="at most so many at once (default: 512)"
     )
-    parser.add_argument("--output", type=Path, required=True, help=f"the file to write: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a .png, .npy or (for points) .csv file, or a folder for images"
+    )
+    parser.add_argument("--scheduler", choices=["ddpm", "ddim"], help="for a checkpoint (default: its own)")
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, metavar="N", help="for a checkpoint (default: all timesteps)"
+    )
     args = parser.parse_args(argv)
+    if args.output.suffix not in (".png", ".npy", ".csv", ""):
+        raise ConfigurationError(f"{args.output} must end in .png, .npy or .csv, or be a folder's name")
 
-    if args.output.suffix not in FORMATS:
-        raise ConfigurationError(f"{args.output} must end in one of {', '.join(FORMATS)}")
-    sampler = OnnxSampler(args.bundle)
-    check_format(sampler, args.output.suffix)
+    if (args.source / "model_index.json").is_file():
+        with explain_missing_extra("sampling from a checkpoint", "export"):
+            from .checkpoint_sampler import CheckpointSampler
+        sampler = CheckpointSampler(args.source, args.scheduler, args.num_inference_steps)
+    elif args.scheduler is not None or args.num_inference_steps is not None:
+        raise ConfigurationError("a bundle's scheduler and steps are its step table's: export it again to change them")
+    else:
+        sampler = OnnxSampler(args.source)
+    write = find_writer(sampler.sample_shape, args.output.suffix)
+
+    whole = whole_file if args.output.suffix else whole_folder
     with (
-        whole_file(args.output) as path,
-        tqdm(total=args.num_samples * len(sampler.table), desc="sampling", bar_format=_BAR) as progress,
+        whole(args.output) as path,
+        tqdm(total=args.num_samples * len(sampler), desc="sampling", bar_format=PROGRESS_BAR) as progress,
+        closing(sampler.batches(args.num_samples, args.seed, args.batch_size, progress.update)) as batches,
     ):
-        samples = sampler.sample(args.num_samples, args.seed, args.batch_size, on_step=progress.update)
-        write_samples(sampler, samples, path)
+        write(path, batches, args.num_samples, sampler)
     print(f"{args.output}: {args.num_samples} {'points' if sampler.is_points else 'images'}")
 
 
-_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
+def find_writer(sample_shape: tuple[int, ...], suffix: str):
+    """What writes such samples, batch by batch, to a path of that ending (or, without one, to a folder).
+
+    Raises:
+        ConfigurationError: if they can't be written in that format.
+    """
+    if suffix == ".npy":
+        return _write_npy
+    if len(sample_shape) == 1:
+        if suffix == ".csv":
+            return _write_csv
+        if suffix == "":
+            raise ConfigurationError("a folder is for images, but these are points: use .png, .npy or .csv")
+        if sample_shape[0] < 2:
+            raise ConfigurationError("a picture needs points of at least two coordinates: use .npy or .csv")
+        return _write_scatter
+    if suffix == ".csv":
+        raise ConfigurationError("a .csv holds points, but these are images: use .png, .npy or a folder")
+    if sample_shape[0] not in (1, 3):
+        raise ConfigurationError(f"a picture needs 1 or 3 channels, not {sample_shape[0]}: use .npy")
+    return _write_grid if suffix else _write_folder
 
 
-def check_format(sampler: OnnxSampler, suffix: str) -> None:
-    """Raise a `ConfigurationError` if such samples can't be written in the format of that ending."""
-    if suffix == ".csv" and not sampler.is_points:
-        raise ConfigurationError("a .csv holds points, but this bundle makes images: use .png or .npy")
-    if suffix == ".png" and sampler.sample_shape[0] == 1 and sampler.is_points:
-        raise ConfigurationError("a picture needs points of at least two coordinates: use .npy or .csv")
-    if suffix == ".png" and not sampler.is_points and sampler.sample_shape[0] not in (1, 3):
-        raise ConfigurationError(f"a picture needs 1 or 3 channels, not {sampler.sample_shape[0]}: use .npy")
+def _write_npy(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+    with path.open("wb") as file:
+        for i, batch in enumerate(batches):
+            if i == 0:
+                shape = (number, *batch.shape[1:])
+                header = {"descr": np.lib.format.dtype_to_descr(batch.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(batch).tobytes())
 
 
-def write_samples(sampler: OnnxSampler, samples: np.ndarray, path: Path) -> None:
-    """Write samples, as `OnnxSampler.sample` returns them, in the format of the path's ending."""
-    if path.suffix == ".npy":
-        np.save(path, samples)
-    elif path.suffix == ".csv":
-        header = ",".join(sampler.info["data_columns"])
-        np.savetxt(path, samples, fmt="%.9g", delimiter=",", header=header, comments="")
-    else:
-        from .pictures import draw_points, image_grid  # Pillow takes a while to import, and only pictures need it
+def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(",".join(sampler.data_columns) + "\n")
+        for batch in batches:
+            np.savetxt(file, batch, fmt="%.9g", delimiter=",")
 
-        (draw_points if sampler.is_points else image_grid)(samples).save(path)
+
+def _write_scatter(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+    from .pictures import draw_points  # Pillow takes a while to import, and only pictures need it
+
+    draw_points(np.concatenate([batch[:, :2] for batch in batches])).save(path)
+
+
+def _write_grid(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+    from .pictures import image_grid
+
+    image_grid(batches, number).save(path)
+
+
+def _write_folder(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+    from .pictures import to_picture
+
+    images = (image for batch in batches for image in batch)
+    for i, image in enumerate(images):
+        to_picture(image).save(path / f"{i:0{len(str(number - 1))}}.png")
 
 
 if __name__ == "__main__":

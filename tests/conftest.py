@@ -14,6 +14,7 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, export_bundle, pretrained
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
+MNIST = ROOT.parent / "shared" / "data" / "mnist"  # where it is, tests use the real one
 
 
 @pytest.fixture

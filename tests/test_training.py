@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError
+from ddpm_mlp_pipeline.training import TensorBatches
 
 LAUNCH = (
     SCRIPTS / "accelerate",
@@ -48,7 +49,7 @@ def test_the_loss_reaches_its_closed_form(tmp_path):
         ema_max_decay=0.99,
         report_to="none",
     )
-    losses = train(pipeline, torch.randn(200_000, 1), args)
+    losses = train(pipeline, TensorBatches(torch.randn(200_000, 1)), args)
     assert len(losses) == 1000
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
     assert np.mean(losses[-300:]) == pytest.approx(alphas_cumprod.mean().item(), rel=0.03)
@@ -71,7 +72,7 @@ def options(folder, **changes):
 def train_small(folder, **changes):
     torch.manual_seed(0)
     pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=8, embedding_dim=4), DDPMScheduler())
-    losses = train(pipeline, torch.randn(150, 2), options(folder, **changes))
+    losses = train(pipeline, TensorBatches(torch.randn(150, 2)), options(folder, **changes))
     return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes(), losses
 
 

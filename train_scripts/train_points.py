@@ -21,7 +21,7 @@ with explain_missing_extra("training"):
     from ddpm_mlp_pipeline.data.points import POINT_SETS, load_points, to_array
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-    from ddpm_mlp_pipeline.training import TrainingArguments, option, train
+    from ddpm_mlp_pipeline.training import TensorBatches, TrainingArguments, option, train
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(PointTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
     set_seed(args.seed)
     pipeline, x_0 = make_pipeline(args)
-    losses = train(pipeline, x_0, args)
+    losses = train(pipeline, TensorBatches(x_0), args)
     if PartialState().is_main_process:
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
         print(f"{args.output_dir}: the checkpoint, and {', '.join(figures)}")

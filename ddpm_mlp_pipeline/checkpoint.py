@@ -1,0 +1,53 @@
+"""Loading a checkpoint folder that may not be what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+from safetensors import SafetensorError
+
+from .errors import CheckpointError
+from .pipeline import DDPMMLPPipeline
+
+
+def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
+    """Load a checkpoint folder, running no code that it carries.
+
+    Raises:
+        CheckpointError: if the folder or a file in it is missing or can't be read.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        what = "is no checkpoint: it has no model_index.json" if folder.is_dir() else "doesn't exist"
+        raise CheckpointError(f"{folder} {what}")
+    try:
+        with quiet():
+            pipeline = DDPMMLPPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        # diffusers has no error of its own for a folder that it can't make sense of
+        raise CheckpointError(f"can't load the checkpoint {folder}: {error}") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of loading and exporting, about which users can do nothing."""
+    level, disabled = diffusers.utils.logging.get_verbosity(), logging.root.manager.disable
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        diffusers.utils.logging.enable_progress_bar()
+        diffusers.utils.logging.set_verbosity(level)

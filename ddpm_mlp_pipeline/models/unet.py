@@ -1,0 +1,154 @@
+"""`SmallUNet2DModel`, an ε-network for small images that is quick on CPUs.
+
+This file needs torch and diffusers only, because a checkpoint carries a copy of it.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+
+class SmallUNet2DModel(ModelMixin, ConfigMixin):
+    r"""
+    A U-Net for images of any size and any number of channels, shaped for speed on CPUs.
+
+    Most of what a stock `UNet2DModel` costs on small images are its 3×3 convolutions at full resolution. Here, a
+    space-to-depth stem turns each `patch_size` × `patch_size` square of pixels into channels first, and the last layer
+    turns them back (as Shi et al. 2016, https://arxiv.org/abs/1609.05158, do), so that no convolution runs there;
+    and what the way down hands to the way up is added rather than concatenated, which halves the convolutions there.
+
+    Parameters:
+        sample_size (`int` or `tuple[int, int]`, defaults to 28):
+            Height and width of the images. Any will do: the model pads and crops inside.
+        in_channels (`int`, defaults to 1):
+            Number of the images' channels.
+        out_channels (`int`, *optional*):
+            Number of the prediction's channels; as many as the images have by default.
+        patch_size (`int`, defaults to 2):
+            Side of the squares that the stem turns into channels.
+        block_out_channels (`tuple[int, ...]`, defaults to `(64, 128)`):
+            Width at each resolution, from the highest; each has half the height and width of the one before.
+        layers_per_block (`int`, defaults to 1):
+            Residual blocks at each resolution, on the way down and on the way up.
+        attention (`bool`, defaults to `True`):
+            Whether the middle, at the lowest resolution, has self-attention.
+        attention_head_dim (`int`, defaults to 32):
+            Width of an attention head.
+        time_conditioning (`"every_block"` or `"once"`, defaults to `"every_block"`):
+            Where the timestep enters: in every residual block, or once, after the stem.
+        norm_num_groups (`int`, defaults to 8):
+            Groups of the group norms; divides every width.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        out_channels: int | None = None,
+        patch_size: int = 2,
+        block_out_channels: tuple[int, ...] = (64, 128),
+        layers_per_block: int = 1,
+        attention: bool = True,
+        attention_head_dim: int = 32,
+        time_conditioning: str = "every_block",
+        norm_num_groups: int = 8,
+    ):
+        super().__init__()
+        if time_conditioning not in ("every_block", "once"):
+            raise ValueError(f"time_conditioning must be 'every_block' or 'once', got {time_conditioning!r}")
+        for name, value in (("in_channels", in_channels), ("patch_size", patch_size), ("layers", layers_per_block)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if any(width % norm_num_groups for width in block_out_channels):
+            raise ValueError(
+                f"block_out_channels {block_out_channels} must be multiples of norm_num_groups, {norm_num_groups}"
+            )
+        if attention and block_out_channels[-1] % attention_head_dim:
+            raise ValueError(
+                f"the last of block_out_channels, {block_out_channels[-1]}, must be a multiple of attention_head_dim, "
+                f"{attention_head_dim}"
+            )
+        first, last = block_out_channels[0], block_out_channels[-1]
+        time_dim = 4 * first
+        temb_channels = time_dim if time_conditioning == "every_block" else None
+
+        def resnet(width: int) -> ResnetBlock2D:
+            return ResnetBlock2D(in_channels=width, temb_channels=temb_channels, groups=norm_num_groups)
+
+        self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(first, time_dim, out_dim=None if temb_channels else first)
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, first, kernel_size=3, padding=1)
+        self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
+        self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        for width, next_width in zip(block_out_channels, (*block_out_channels[1:], None), strict=True):
+            self.down_blocks.append(nn.ModuleList(resnet(width) for _ in range(layers_per_block)))
+            self.up_blocks.insert(0, nn.ModuleList(resnet(width) for _ in range(layers_per_block)))
+            if next_width is not None:
+                self.downsamplers.append(nn.Conv2d(4 * width, next_width, kernel_size=1))
+                self.upsamplers.insert(0, nn.Conv2d(next_width, 4 * width, kernel_size=1))
+        self.mid_attention = None
+        if attention:
+            self.mid_attention = Attention(
+                last,
+                heads=last // attention_head_dim,
+                dim_head=attention_head_dim,
+                norm_num_groups=norm_num_groups,
+                residual_connection=True,
+                bias=True,
+                upcast_softmax=True,
+                _from_deprecated_attn_block=True,
+            )
+        self.norm_out = nn.GroupNorm(norm_num_groups, first)
+        out_channels = in_channels if out_channels is None else out_channels
+        self.conv_out = nn.Conv2d(first, out_channels * patch_size**2, kernel_size=3, padding=1)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        r"""
+        Predict the noise ε in `sample`.
+
+        Args:
+            sample (`torch.Tensor`): x_t, `[batch, in_channels, height, width]`, of any height and width.
+            timestep (`torch.Tensor` or `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
+            return_dict (`bool`, defaults to `True`): whether to return a `UNet2DOutput` rather than a tuple.
+
+        Returns:
+            `UNet2DOutput` or `tuple`: its `sample` is ε, of the height and width of the input.
+        """
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))  # [1 or batch, time_dim]
+
+        height, width = sample.shape[-2:]
+        multiple = self.config.patch_size * 2 ** len(self.downsamplers)
+        h = F.pad(sample, (0, -width % multiple, 0, -height % multiple))
+        h = self.conv_in(F.pixel_unshuffle(h, self.config.patch_size))
+        if self.config.time_conditioning == "once":
+            h, temb = h + temb[:, :, None, None], None
+
+        skips = []
+        for i, resnets in enumerate(self.down_blocks):
+            if i > 0:
+                h = self.downsamplers[i - 1](F.pixel_unshuffle(h, 2))
+            for resnet in resnets:
+                h = resnet(h, temb)
+            skips.append(h)
+        if self.mid_attention is not None:
+            h = self.mid_attention(h)
+        for i, resnets in enumerate(self.up_blocks):
+            if i > 0:
+                h = F.pixel_shuffle(self.upsamplers[i - 1](h), 2)
+            h = h + skips.pop()
+            for resnet in resnets:
+                h = resnet(h, temb)
+
+        eps = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
+        eps = eps[..., :height, :width]
+        return UNet2DOutput(sample=eps) if return_dict else (eps,)

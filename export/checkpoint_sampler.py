@@ -1,0 +1,78 @@
+"""`CheckpointSampler`: sampling from a checkpoint with torch, in the way of `OnnxSampler`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm_mlp_pipeline.checkpoint import load_checkpoint
+from ddpm_mlp_pipeline.errors import ConfigurationError
+
+from .exporter import SCHEDULERS
+
+
+class CheckpointSampler:
+    """Draws points or images from a checkpoint folder.
+
+    Every sample has a generator of its own, so that it is the same in any batch; it is not the sample that a bundle
+    gives for the same seed, since torch's noise is not the runtime's.
+
+    Args:
+        checkpoint: the folder.
+        scheduler: `"ddpm"` or `"ddim"`; by default the checkpoint's own.
+        num_inference_steps: sampling steps; by default as many as the scheduler was trained with.
+
+    Raises:
+        CheckpointError: if the checkpoint can't be loaded.
+        ConfigurationError: if there are more steps than the scheduler was trained with.
+    """
+
+    def __init__(
+        self, checkpoint: str | os.PathLike, scheduler: str | None = None, num_inference_steps: int | None = None
+    ):
+        self.pipeline = load_checkpoint(checkpoint)
+        if scheduler is not None:
+            self.pipeline.scheduler = SCHEDULERS[scheduler].from_config(self.pipeline.scheduler.config)
+        trained_steps = self.pipeline.scheduler.config.num_train_timesteps
+        self.num_inference_steps = num_inference_steps or trained_steps
+        if self.num_inference_steps > trained_steps:
+            raise ConfigurationError(
+                f"the number of steps must be from 1 to {trained_steps}, which the model was trained with; "
+                f"got {self.num_inference_steps}"
+            )
+        self.sample_shape = self.pipeline.sample_shape
+        self.is_points = len(self.sample_shape) == 1
+
+    @property
+    def data_columns(self) -> list[str]:
+        """Names of the points' coordinates."""
+        return self.pipeline.data_columns
+
+    def __len__(self) -> int:
+        """Number of the sampling steps."""
+        self.pipeline.scheduler.set_timesteps(self.num_inference_steps)
+        return len(self.pipeline.scheduler.timesteps)
+
+    def batches(
+        self, num_samples: int, seed: int = 0, batch_size: int = 512, on_step: Callable[[int], Any] | None = None
+    ) -> Iterator[np.ndarray]:
+        """As [`OnnxSampler.batches`]."""
+        for start in range(0, num_samples, batch_size):
+            size = min(batch_size, num_samples - start)
+            seeds = (
+                np.random.SeedSequence([seed, i]).generate_state(1, np.uint64) for i in range(start, start + size)
+            )
+            generators = [torch.Generator().manual_seed(int(state[0] >> np.uint64(1))) for state in seeds]
+
+            def step_done(*args: Any, size: int = size) -> dict:
+                if on_step is not None:
+                    on_step(size)
+                return {}
+
+            yield self.pipeline(
+                size, generators, self.num_inference_steps, "np", return_dict=False, callback_on_step_end=step_done
+            )[0]

@@ -1,0 +1,79 @@
+"""`SmallUNet2DModel`: any size, any channels, and its contract with diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
+
+SMALL = {"block_out_channels": (16, 32), "attention_head_dim": 8}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("size", [(28, 28), (30, 45), (7, 1), (32, 32)])
+def test_any_size_and_every_form_of_timestep(channels, size):
+    model, x = SmallUNet2DModel(size, channels, **SMALL).eval(), torch.randn(3, channels, *size)
+    with torch.no_grad():
+        expected = model(x, 7).sample
+        assert expected.shape == x.shape
+        for timestep in (torch.tensor(7), torch.full((3,), 7), 7.0):
+            torch.testing.assert_close(model(x, timestep).sample, expected)
+        torch.testing.assert_close(model(x, 7, return_dict=False)[0], expected)
+        assert not torch.allclose(model(x, 8).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"time_conditioning": "once"},
+        {"attention": False},
+        {"layers_per_block": 2},
+        {"block_out_channels": (16, 24, 32)},
+        {"block_out_channels": (32,)},
+        {"patch_size": 1},
+        {"patch_size": 4},
+        {"out_channels": 2},
+    ],
+)
+def test_every_option_trains(config):
+    model = SmallUNet2DModel(12, 1, **SMALL | config)
+    eps = model(torch.randn(4, 1, 12, 12), torch.arange(4)).sample
+    assert eps.shape == (4, config.get("out_channels", 1), 12, 12)
+    eps.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_timestep_enters_where_it_is_told_to():
+    every, once = (SmallUNet2DModel(**SMALL, time_conditioning=where) for where in ("every_block", "once"))
+    names = [name for name, _ in every.named_parameters() if "time_emb_proj" in name]
+    assert len(names) == 2 * 2 * 2  # weight and bias, in the block down and the block up, at two resolutions
+    assert not [name for name, _ in once.named_parameters() if "time_emb_proj" in name]
+
+
+def test_it_drops_into_the_stock_pipeline_and_is_saved_with_its_code(tmp_path):
+    torch.manual_seed(0)
+    model = SmallUNet2DModel((9, 10), 3, **SMALL).eval()
+    ours = DDPMMLPPipeline(model, DDPMScheduler())
+    ours.save_pretrained(tmp_path)
+    assert (tmp_path / "unet" / "unet.py").exists()
+    images = [
+        pipe(2, torch.Generator().manual_seed(0), 5, "np").images
+        for pipe in (ours, DDPMPipeline(model, DDPMScheduler()), DDPMMLPPipeline.from_pretrained(tmp_path))
+    ]
+    np.testing.assert_array_equal(images[0], images[1])
+    np.testing.assert_allclose(images[0], images[2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"time_conditioning": "sometimes"}, "time_conditioning"),
+        ({"block_out_channels": (12, 32)}, "norm_num_groups"),
+        ({"block_out_channels": (16, 40), "attention_head_dim": 32}, "attention_head_dim"),
+        ({"in_channels": 0}, "in_channels"),
+    ],
+)
+def test_impossible_configurations_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        SmallUNet2DModel(**config)

@@ -1,0 +1,125 @@
+"""Train a DDPM on images: accelerate launch train_scripts/train_images.py --dataset_name NAME --output_dir FOLDER"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpm_mlp_pipeline.commands import command
+from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+
+with explain_missing_extra("training"):
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import set_seed
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    from ddpm_mlp_pipeline import plots
+    from ddpm_mlp_pipeline.arguments import parse_options
+    from ddpm_mlp_pipeline.data.images import ImageBatches, load_images
+    from ddpm_mlp_pipeline.models.mlp import MLPModel
+    from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
+    from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
+    from ddpm_mlp_pipeline.training import TrainingArguments, option, train
+
+
+@dataclasses.dataclass(kw_only=True)
+class ImageTrainingArguments(TrainingArguments):
+    """The training loop's options, and those of data, network and schedule."""
+
+    dataset_name: str = option(help="a data set on the hub, a folder that load_dataset takes, or a folder of images")
+    split: str = option("train", "which split of it")
+    resolution: int | None = option(
+        None, "height and width to bring the images to; by default they are left as they are"
+    )
+    fit: str = option("resize", "how: scale the images, or centre them on black", choices=["resize", "pad"])
+    channels: int | None = option(None, "1 (grey) or 3 (RGB); by default what the first image has")
+    random_flip: bool = option(False, "mirror half of the images, left to right")
+    model: str = option("unet", "the network", choices=["unet", "mlp"])
+    block_out_channels: str = option("64,128", "unet: width at each resolution, separated by commas")
+    layers_per_block: int = option(1, "unet: residual blocks at each resolution, down and up")
+    attention: bool = option(True, "unet: self-attention at the lowest resolution")
+    time_conditioning: str = option("every_block", "unet: where the timestep enters", choices=["every_block", "once"])
+    embedding_dim: int = option(100, "mlp: size of the timestep's embedding")
+    hidden_dim: int = option(2048, "mlp: width")
+    num_hidden_layers: int = option(5, "mlp: number of residual blocks")
+    ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
+    ddpm_beta_schedule: str = option(
+        "squaredcos_cap_v2", "the forward process's β", choices=["linear", "scaled_linear", "squaredcos_cap_v2"]
+    )
+    ddpm_num_inference_steps: int = option(100, "sampling steps of the sample figures")
+
+    learning_rate: float = option(1e-3, "peak learning rate of Adam")
+    lr_warmup_steps: int = option(200, "steps of linear warm-up of the learning rate")
+    ema_max_decay: float = option(0.999, "decay that the average, which warms up, reaches at most")
+
+    def __post_init__(self) -> None:
+        if self.num_epochs is None and self.max_train_steps is None:
+            self.num_epochs = 20
+        super().__post_init__()
+        if self.ddpm_num_steps < 2:
+            raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
+        if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:
+            raise ConfigurationError(f"ddpm_num_inference_steps must be from 1 to {self.ddpm_num_steps}")
+
+
+def make_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, int]) -> DDPMMLPPipeline:
+    """The untrained pipeline, for images of `(channels, height, width)`."""
+    channels, *size = sample_shape
+    try:
+        if args.model == "mlp":
+            unet = MLPModel(channels, tuple(size), args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
+        else:
+            unet = SmallUNet2DModel(
+                sample_size=tuple(size),
+                in_channels=channels,
+                block_out_channels=tuple(int(width) for width in args.block_out_channels.split(",")),
+                layers_per_block=args.layers_per_block,
+                attention=args.attention,
+                time_conditioning=args.time_conditioning,
+            )
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    scheduler = DDPMScheduler(num_train_timesteps=args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule)
+    return DDPMMLPPipeline(unet.to(memory_format=torch.channels_last), scheduler)
+
+
+def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: EMAModel | None, epoch: int) -> None:
+    """Draw the same noise's samples with the raw and with the averaged weights, side by side."""
+    raw = plots.draw_samples(pipeline, args.ddpm_num_inference_steps, args.seed)
+    titles = (f"epoch {epoch}", "")
+    averaged = raw
+    if ema is not None:
+        ema.store(pipeline.unet.parameters())
+        ema.copy_to(pipeline.unet.parameters())
+        averaged = plots.draw_samples(pipeline, args.ddpm_num_inference_steps, args.seed)
+        ema.restore(pipeline.unet.parameters())
+        # An average over more steps than there were is mostly made of the untrained weights.
+        young = ema.optimization_step < 5 / (1 - ema.cur_decay_value)
+        titles = (f"epoch {epoch}, raw weights", "EMA, still young: it will catch up" if young else "EMA")
+    folder = Path(args.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    plots.save(plots.plot_samples(raw, averaged, titles), folder / f"epoch-{epoch:04}.png")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_options(ImageTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
+    set_seed(args.seed)
+    with PartialState().local_main_process_first():
+        images = load_images(args.dataset_name, args.split, args.resolution, args.fit, args.channels)
+    dataset = ImageBatches(images, args.random_flip)
+    pipeline = make_pipeline(args, tuple(images.shape[1:]))
+    pipeline.set_progress_bar_config(disable=True)
+    losses = train(pipeline, dataset, args, lambda *state: draw_samples(args, *state))
+    if PartialState().is_main_process:
+        x_0 = ImageBatches(images[: plots.NUM_IMAGES]).__getitems__(list(range(min(len(images), plots.NUM_IMAGES))))
+        figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
+        print(f"{args.output_dir}: the checkpoint, and {', '.join(figures)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
