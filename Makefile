@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
-LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+LAUNCH := $(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2
 SHIPPED := heart swiss_roll
 export HF_HUB_OFFLINE := 1
@@ -25,7 +25,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -37,13 +37,13 @@ pretrained: .venv/installed
 		$(LAUNCH) train_scripts/train_points.py --config $$name --output_dir runs/$$name || exit 1; \
 		for file in model_index.json scheduler/scheduler_config.json unet/config.json \
 				unet/diffusion_pytorch_model.safetensors; do \
-			install -D -m 644 runs/$$name/$$file ddpm_mlp_pipeline/pretrained/$$name/$$file || exit 1; \
+			install -D -m 644 runs/$$name/$$file ddpm_mlp_pipeline/checkpoints/$$name/$$file || exit 1; \
 		done; \
 	done
 
 # The pictures that the README shows.
 pictures: .venv/installed
-	$(BIN)/ddpm-export ddpm_mlp_pipeline/pretrained/heart runs/heart-onnx
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/heart runs/heart-onnx
 	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/heart.png
 	cp runs/heart/process.gif docs/heart.gif
 

@@ -22,7 +22,8 @@ _MODULE_OF_NAME = {
     "export_bundle": "export.exporter",
     "load_images": "data.images",
     "load_points": "data.points",
-    "pretrained": "pretrained",
+    "load_checkpoint": "loading",
+    "pretrained": "checkpoints",
     "train": "training",
     "TrainingArguments": "training",
 }
@@ -33,7 +34,8 @@ __all__ = sorted(_MODULE_OF_NAME)
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with explain_missing_extra(name):
+    extra = "export" if _MODULE_OF_NAME[name].startswith("export.") else None
+    with explain_missing_extra(name, extra):
         module = importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}")
     value = globals()[name] = getattr(module, name)
     return value

@@ -46,7 +46,7 @@ def parse_options(
         parser.add_argument(f"--{field.name}", **_argument(field, types_of[field.name]))
 
     argv = sys.argv[1:] if argv is None else list(argv)
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = CommandParser(add_help=False)
     config.add_argument("--config")
     preset = config.parse_known_args(argv)[0].config
     if preset is not None:

@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from .errors import ConfigurationError, DDPMPipelineError
+from .errors import ConfigurationError, DDPMPipelineError, ParityError
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], int]:
-    """Decorate a command's `main(argv)`: errors of the user's making, and of the file system's, become one line.
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line if the block fails by the user's or the file system's doing.
 
-    The decorated function returns the exit status: 0, 1 after an error, 130 after Ctrl-C (as shells have it).
+    The exit status is 1 after an error, and 130 after Ctrl-C (as shells have it).
     """
+    try:
+        yield
+    except DDPMPipelineError as error:
+        if isinstance(error, ParityError) and error.report is not None:
+            print(error.report)
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    else:
+        return
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
+    """Decorate a command's `main(argv)`, so that its errors become one line."""
 
     @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> int:
-        try:
+    def run(argv: Sequence[str] | None = None) -> None:
+        with one_line_errors():
             main(argv)
-        except DDPMPipelineError as error:
-            message = str(error)
-        except OSError as error:
-            message = f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
-        except KeyboardInterrupt as interrupt:
-            print(str(interrupt) or "interrupted", file=sys.stderr)
-            return 130
-        else:
-            return 0
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        return 1
 
     return run
 
 
 class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, without the usage: that is what --help is for."""
+
+    def __init__(self, **kwargs: object):
+        super().__init__(**kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{message} (see --help)")
@@ -51,7 +64,7 @@ def positive_int(text: str) -> int:
     return value
 
 
-def seed(text: str) -> int:
+def noise_seed(text: str) -> int:
     """An argparse type: a seed of the runtime's noise."""
     value = _int(text)
     if not 0 <= value < 2**63:

@@ -47,7 +47,13 @@ class UnsupportedSchedulerError(DDPMPipelineError, ValueError):
 
 
 class ParityError(DDPMPipelineError, RuntimeError):
-    """An exported bundle doesn't reproduce the pipeline that it was made from."""
+    """An exported bundle doesn't reproduce the pipeline that it was made from. `report` says where they differ."""
+
+    report: object = None
+
+
+class DivergenceError(DDPMPipelineError, ArithmeticError):
+    """The loss of a training run is no finite number any more."""
 
 
 class MissingExtraError(DDPMPipelineError, ImportError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +29,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="draws to average (default: 5)")
     parser.add_argument("--output", type=Path, help="a .json file for the numbers")
     args = parser.parse_args(argv)
-    with explain_missing_extra("ddpm-evaluate", "evaluate"):
-        from .data.points import load_points, to_array
-        from .metrics import sliced_wasserstein_distance
+    with contextlib.ExitStack() as stack:
+        output = None if args.output is None else stack.enter_context(whole_file(args.output))
+        with explain_missing_extra("ddpm-evaluate"):
+            _evaluate(args, output)
+
+
+def _evaluate(args: Namespace, output: Path | None) -> None:
+    from .data.points import POINT_SETS, load_points, to_array
+    from .metrics import sliced_wasserstein_distance
 
     # Every draw has data of its own on both sides: a distance between two finite draws is never 0, and how far it is
     # from 0 when both are data is the floor that a model's distance has to be read against.
-    data = [to_array(load_points(args.dataset, args.num_samples, seed=1000 + i)) for i in range(2 * args.repeats)]
-    references, fresh = data[: args.repeats], data[args.repeats :]
+    n = args.num_samples
+    if args.dataset in POINT_SETS:
+        data = [to_array(load_points(args.dataset, 2 * n, seed=1000 + i)) for i in range(args.repeats)]
+    else:  # a file: the two sides share no point
+        points = to_array(load_points(args.dataset))
+        if len(points) < 2 * n:
+            raise DatasetError(
+                f"{args.dataset} holds {len(points)} points, too few for two sets of {n}: lower --num_samples"
+            )
+        data = [np.random.default_rng(1000 + i).permutation(points) for i in range(args.repeats)]
+    references, fresh = [draw[:n] for draw in data], [draw[n : 2 * n] for draw in data]
     samples = [_draw(args, seed) for seed in range(args.repeats)]
     if samples[0].shape[1] != data[0].shape[1]:
         raise DatasetError(
@@ -51,10 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
         print(f"  {what:40} {np.mean(values):.4f} ± {error:.4f}")
     print(f"  {'ratio':40} {distance / floor:.2f}")
-    if args.output is not None:
-        with whole_file(args.output) as path:
-            report = {"distances": distances, "floors": floors, "ratio": distance / floor}
-            path.write_text(json.dumps({"samples": str(args.samples), "dataset": args.dataset, **report}, indent=2))
+    if output is not None:
+        report = {"distances": distances, "floors": floors, "ratio": distance / floor}
+        output.write_text(json.dumps({"samples": str(args.samples), "dataset": args.dataset, **report}, indent=2))
 
 
 def _draw(args: Namespace, seed: int) -> np.ndarray:
@@ -71,7 +85,7 @@ def _draw(args: Namespace, seed: int) -> np.ndarray:
     else:
         import torch
 
-        from .checkpoint import load_checkpoint
+        from .loading import load_checkpoint
 
         pipeline = load_checkpoint(args.samples)
         generator = torch.Generator().manual_seed(seed)
@@ -83,4 +97,4 @@ def _draw(args: Namespace, seed: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

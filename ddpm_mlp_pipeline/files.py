@@ -26,10 +26,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        with _naming(path):
+        with naming(path):
             temporary.touch()
-        yield temporary
-        temporary.replace(path)
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,29 +44,32 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
         OSError: if the parent folder can't be made, can't be written to or is full, or `path` is a file.
     """
     path = Path(path)
+    if not path.name:
+        raise OSError(errno.EINVAL, "can't be replaced: name a folder inside it", str(path))
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(path))
     temporary, replaced = (path.with_name(f".{path.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     try:
-        with _naming(path):
+        with naming(path):
             temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.replace(replaced)
-        temporary.replace(path)
+            yield temporary
+            if path.exists():
+                path.replace(replaced)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            replaced.replace(path)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Have errors name the path that the user knows, not the temporary one."""
+def naming(path: Path) -> Iterator[None]:
+    """Have errors of the file system name the path that the user knows, and say that it is not written."""
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
-        raise
+        raise OSError(error.errno, f"can't be written: {error.strerror or error}", str(path)) from error
 
 
 def move_into(source: Path, folder: Path) -> None:

@@ -150,7 +150,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
     def _to_output(self, x_0: torch.Tensor, output_type: str) -> tuple[Any, type[BaseOutput]]:
         if len(self.sample_shape) == 1:
             points = self.to_data_units(x_0)
-            return (points if output_type == "pt" else points.cpu().float().numpy()), PointPipelineOutput
+            return (points if output_type == "pt" else points.cpu().numpy()), PointPipelineOutput
         images = (x_0 / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).float().numpy()
@@ -158,6 +158,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     def to_data_units(self, x: torch.Tensor) -> torch.Tensor:
         """Undo the normalisation of points, `[batch, dimension]`."""
+        x = x.float()
         if self.config.data_mean is None:
             return x
         return x * x.new_tensor(self.config.data_std) + x.new_tensor(self.config.data_mean)
@@ -173,6 +174,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         index.pop("_name_or_path", None)  # a path of the machine that saved it
         index["_class_name"] = _carry_code(type(self), folder)
         for name, component in self.components.items():
+            component = getattr(component, "_orig_mod", component)  # what torch.compile wraps
             if not type(component).__module__.startswith("diffusers."):
                 index[name] = _carry_code(type(component), folder / name)
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

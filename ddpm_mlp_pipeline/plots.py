@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .checkpoint import load_checkpoint
-from .commands import CommandParser, command, positive_int, seed
+from .commands import CommandParser, command, noise_seed, positive_int
 from .errors import ConfigurationError
 from .files import whole_file
+from .loading import load_checkpoint
 from .pipeline import DDPMMLPPipeline
 
 # Enough to show a density of points or a variety of images; few enough to see single ones
@@ -254,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", help="for forward: the point set or image set whose data turn into noise")
     parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
     parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
     args = parser.parse_args(argv)
     suffixes = (".gif", ".mp4") if args.kind == "animation" else (".png",)
     if args.output.suffix not in suffixes:
@@ -297,4 +296,4 @@ def _load_data(pipeline: DDPMMLPPipeline, dataset: str, number: int) -> torch.Te
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

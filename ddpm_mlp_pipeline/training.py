@@ -11,23 +11,25 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .errors import CheckpointError, ConfigurationError
+from .errors import CheckpointError, ConfigurationError, DivergenceError
 from .files import move_into
 from .pipeline import DDPMMLPPipeline
 
 # diffusers' schedules that need nothing but the numbers of steps
+TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
 LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
 
 
@@ -62,7 +64,7 @@ class TrainingArguments:
     checkpointing_steps: int | None = option(None, "save the state of the training every so many steps")
     checkpoints_total_limit: int | None = option(None, "keep at most so many of these states")
     resume_from_checkpoint: str | None = option(None, "'latest', or a folder checkpoint-<step>, to go on from")
-    report_to: str = option("tensorboard", "tracker for loss and learning rate, or 'none'")
+    report_to: str = option("tensorboard", "tracker for loss and learning rate", choices=TRACKERS)
     logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
 
     def __post_init__(self) -> None:
@@ -79,9 +81,10 @@ class TrainingArguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigurationError(f"{name} must be positive, got {value}")
-        for name in ("lr_warmup_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.lr_warmup_steps < 0:
+            raise ConfigurationError(f"lr_warmup_steps must be at least 0, got {self.lr_warmup_steps}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigurationError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         if not 0 <= self.ema_max_decay < 1:
             raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
 
@@ -134,18 +137,24 @@ def train(
     Raises:
         ConfigurationError: if the batch size exceeds the number of samples.
         CheckpointError: if the state to resume from doesn't exist, or is another model's.
+        DivergenceError: if the loss is no finite number any more.
         KeyboardInterrupt: after Ctrl-C, once the step under way is done and its state is saved.
     """
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
-        # The order of the data follows from seed and epoch alone, so that a resumed run finds its place in it.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+            # The order of the data follows from seed and epoch alone, so that a resumed run finds its place in it.
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        )
+    except ValueError as error:  # such as fp16 on a CPU
+        raise ConfigurationError(str(error)) from None
+    if args.report_to != "none" and not accelerator.log_with:
+        raise ConfigurationError(f"report_to: {args.report_to} is not installed")
     if args.train_batch_size * accelerator.num_processes > len(dataset):
         raise ConfigurationError(
             f"a batch of {args.train_batch_size} on each of {accelerator.num_processes} processes is larger than the "
@@ -160,7 +169,7 @@ def train(
         batch_size=args.train_batch_size,
         shuffle=True,
         drop_last=True,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         # Its own generator: from the global one, a resumed run would draw once more than one that never stopped.
         generator=torch.Generator(),
     )
@@ -192,6 +201,7 @@ def train(
         total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
 
+    batch_losses: list[float] = []
     with _deferred_interrupt() as interrupt:
         while step < max_train_steps:
             epoch, steps_done = divmod(step, steps_per_epoch)
@@ -215,14 +225,19 @@ def train(
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
+                batch_losses.append(loss.item())
                 if not accelerator.sync_gradients:
                     continue
 
                 step += 1
+                mean_loss, batch_losses = sum(batch_losses) / len(batch_losses), []
+                if not math.isfinite(mean_loss):
+                    lr = lr_scheduler.get_last_lr()[0]
+                    raise DivergenceError(f"the loss is {mean_loss} at step {step}, with a learning rate of {lr:.2g}")
                 if ema is not None:
                     ema.step(unet.parameters())
-                history.losses.append(loss.item())
-                logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
+                history.losses.append(mean_loss)
+                logs = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0]}
                 progress_bar.set_postfix(logs, refresh=False)
                 progress_bar.update()
                 accelerator.log(logs, step=step)
@@ -268,7 +283,7 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _as_it_is(batch: torch.Tensor) -> torch.Tensor:
+def _identity(batch: torch.Tensor) -> torch.Tensor:
     return batch
 
 
@@ -311,7 +326,10 @@ def _load_checkpoint(accelerator: Accelerator, pipeline: DDPMMLPPipeline, folder
             raise CheckpointError(
                 f"can't resume from {folder}: its {name} has {key} {saved[key]}, not {component.config.get(key)}"
             )
-    accelerator.load_state(folder)
+    try:
+        accelerator.load_state(folder)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise CheckpointError(f"can't resume from {folder}: {error}") from None
 
 
 def _plain(value: object) -> object:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import torch
         from diffusers import DDIMScheduler, DDPMScheduler
 
-        from ddpm_mlp_pipeline.checkpoint import load_checkpoint
+        from ddpm_mlp_pipeline.loading import load_checkpoint
 
         from .compile import compile_scheduler
 
@@ -147,4 +147,4 @@ def _check_same_weights(pipeline, bundle: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm_mlp_pipeline.checkpoint import load_checkpoint
 from ddpm_mlp_pipeline.errors import ConfigurationError
+from ddpm_mlp_pipeline.loading import load_checkpoint
 
 from .exporter import SCHEDULERS
 

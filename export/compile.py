@@ -48,16 +48,16 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> St
     unclipped = type(scheduler).from_config(config, clip_sample=False)
     unclipped.set_timesteps(num_inference_steps)
 
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-
     generator = torch.Generator().manual_seed(0)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    step_kwargs = {"generator": generator} if takes_generator else {}
     rows_x_0, rows_next = [], []
     for t in scheduler.timesteps:
         x, eps = torch.randn(2, 1, NUM_PROBES, generator=generator, dtype=torch.float64)
         x_0_row = np.zeros(2)
         columns = [x, eps]
         if clip_range is not None:
-            x_0 = unclipped.step(eps, t, x).pred_original_sample
+            x_0 = unclipped.step(eps, t, x, **step_kwargs).pred_original_sample
             x_0_row = _fit(name, [x, eps], x_0)
             # Scaled so that about half of the predictions are clipped: only then can the share of x̂_0 in the next
             # sample be told from those of x and ε, of which it is a sum where it is not clipped.
@@ -66,7 +66,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> St
             columns = [x, eps, (scale * x_0).clamp(-clip_range, clip_range)]
         # The scheduler draws its own noise: the same generator, set back, gives it again.
         state = generator.get_state()
-        x_next = scheduler.step(eps, t, x, **({"generator": generator} if takes_generator else {})).prev_sample
+        x_next = scheduler.step(eps, t, x, **step_kwargs).prev_sample
         z = torch.randn(x.shape, generator=generator.set_state(state), dtype=torch.float64)
         row = _fit(name, [*columns, z], x_next)
         rows_x_0.append(x_0_row)
@@ -74,8 +74,8 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> St
     return StepTable(
         scheduler=name,
         timesteps=scheduler.timesteps.numpy().astype(np.float32),
-        x_0=np.array(rows_x_0),
-        next=np.array(rows_next),
+        to_x_0=np.array(rows_x_0),
+        to_next=np.array(rows_next),
         clip_range=clip_range,
     )
 

@@ -14,15 +14,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 import ddpm_mlp_pipeline
-from ddpm_mlp_pipeline.checkpoint import load_checkpoint, quiet
-from ddpm_mlp_pipeline.errors import BundleError, ParityError
+from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, ParityError
 from ddpm_mlp_pipeline.files import whole_folder
+from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
 from .compile import compile_scheduler
 from .parity import ParityReport, compare
 from .runtime import FORMAT, VERSION
 
+FILES = {"unet.onnx", "step_table.json", "bundle.json"}
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 
 
@@ -50,10 +51,12 @@ def export_bundle(
         CheckpointError: if the checkpoint can't be loaded.
         ConfigurationError, UnsupportedSchedulerError: if the scheduler can't be compiled.
         BundleError: if `bundle` is a folder of something else.
-        ParityError: if bundle and pipeline differ by more than the tolerance; no bundle is left then.
+        ParityError: if bundle and pipeline differ by more than the tolerance; none is written then.
     """
     bundle = Path(bundle)
-    if bundle.is_dir() and any(bundle.iterdir()) and not (bundle / "bundle.json").exists():
+    if scheduler not in SCHEDULERS:
+        raise ConfigurationError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
+    if bundle.is_dir() and not {file.name for file in bundle.iterdir()} <= FILES:
         raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
     pipeline = load_checkpoint(checkpoint)
     pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
@@ -66,7 +69,9 @@ def export_bundle(
         (folder / "bundle.json").write_text(info + "\n", encoding="utf-8")
         report = compare(pipeline, folder, num_inference_steps, tolerance)
         if not report.ok:
-            raise ParityError(f"{report}\nthe bundle differs from the pipeline by more than {tolerance:g}")
+            error = ParityError(f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written")
+            error.report = report
+            raise error
     return report
 
 

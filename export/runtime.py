@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,17 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ddpm_mlp_pipeline.errors import BundleError
+from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError
 
 from .noise import normal
 from .step_table import StepTable
 
 FORMAT, VERSION = "ddpm-bundle", 1
-NOISE_CHUNK = (
-    2**16
-)  # numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in cache
+# Numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in the cache
+NOISE_CHUNK = 2**16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenoisingStep:
     """One sampling step's outcome.
 
@@ -57,11 +57,14 @@ class OnnxSampler:
 
     def __init__(self, bundle: str | os.PathLike, num_threads: int | None = None):
         self.folder = Path(bundle)
+        if num_threads is not None and num_threads < 1:
+            raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
         self.num_threads = num_threads or _num_cores()
         self.info = _read_info(self.folder / "bundle.json")
         self.table = StepTable.load(self.folder / "step_table.json")
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
         self.is_points = len(self.sample_shape) == 1
+        self._on_step_lock = threading.Lock()
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._check_network(self._session(self.num_threads))
 
@@ -87,14 +90,15 @@ class OnnxSampler:
             num_samples: how many.
             seed: in [0, 2⁶³); the same seed gives the same samples.
             batch_size: at most so many go through the network together; it bounds memory and changes no sample.
-            on_step: called after each step with the number of samples that it moved, for a progress bar.
+            on_step: called after each step with the number of samples that it moved, for a progress bar; one call at a
+                time, but from several threads.
 
         Returns:
             float32: points in the data's own units, `[num_samples, dimension]`, or images in [0, 1],
             `[num_samples, height, width, channels]`.
 
         Raises:
-            ValueError: if a number is out of range.
+            ConfigurationError: if a number is out of range.
         """
         return np.concatenate([*self.batches(num_samples, seed, batch_size, on_step)])
 
@@ -111,7 +115,7 @@ class OnnxSampler:
         every small operation of one batch among them. At most two for each thread are held in memory.
         """
         if num_samples < 1 or batch_size < 1:
-            raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
+            raise ConfigurationError(f"num_samples and batch_size must be at least 1, got {num_samples}, {batch_size}")
         batch_size = min(batch_size, math.ceil(num_samples / self.num_threads))
         samples = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
         workers = min(self.num_threads, len(samples))
@@ -138,7 +142,7 @@ class OnnxSampler:
         seed: int = 0,
         *,
         latents: np.ndarray | None = None,
-        noises: Iterator[np.ndarray] | None = None,
+        noises: Iterable[np.ndarray] | None = None,
     ) -> Iterator[DenoisingStep]:
         """Sample one batch, and yield what every step makes of it: the process, to be drawn or measured.
 
@@ -147,9 +151,20 @@ class OnnxSampler:
             seed: in [0, 2⁶³).
             latents: x_T to start from instead of the seed's, float32 `[num_samples, *sample_shape]`.
             noises: the noise of the steps that add any, one after the other, instead of the seed's.
+
+        Raises:
+            ConfigurationError: if a number is out of range, or `latents` has another shape.
         """
+        if num_samples < 1:
+            raise ConfigurationError(f"num_samples must be at least 1, got {num_samples}")
+        if latents is not None and latents.shape != (num_samples, *self.sample_shape):
+            raise ConfigurationError(
+                f"latents must have the shape {(num_samples, *self.sample_shape)}, got {latents.shape}"
+            )
         session = self._session(self.num_threads)
-        for k, x in enumerate(self._steps(session, range(num_samples), seed, latents, noises)):
+        for k, x in enumerate(
+            self._steps(session, range(num_samples), seed, latents, None if noises is None else iter(noises))
+        ):
             yield DenoisingStep(k, float(self.table.timesteps[k]), x.copy())
 
     def predict(self, sample: np.ndarray, timestep: float) -> np.ndarray:
@@ -162,7 +177,8 @@ class OnnxSampler:
     ) -> np.ndarray:
         for x in self._steps(session, samples, seed):  # noqa: B007
             if on_step is not None:
-                on_step(len(samples))
+                with self._on_step_lock:  # batches run in threads of their own
+                    on_step(len(samples))
         return self.to_data_units(x)
 
     def _steps(
@@ -175,7 +191,7 @@ class OnnxSampler:
     ) -> Iterator[np.ndarray]:
         """Yield the sample after each step: always the same array, which the next step overwrites."""
         if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2⁶³), got {seed}")
+            raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
         table, shape = self.table, (len(samples), *self.sample_shape)
         size = math.prod(shape)
         if noises is None:
@@ -194,7 +210,7 @@ class OnnxSampler:
         network.bind_output("out_sample", "cpu", 0, np.float32, shape, eps.ctypes.data)
 
         x_and_eps, sample, noise, clip_range = rows[:2], x.reshape(shape), z.reshape(shape), table.clip_range
-        to_x_0, to_next = table.x_0.astype(np.float32), table.next.astype(np.float32)
+        to_x_0, to_next = table.to_x_0.astype(np.float32), table.to_next.astype(np.float32)
         steps = zip(table.timesteps.tolist(), to_x_0, to_next, table.is_stochastic.tolist(), strict=True)
         for t, x_0_coefficients, next_coefficients, is_stochastic in steps:
             timestep[...] = t

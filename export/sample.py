@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int, seed
+from ddpm_mlp_pipeline.commands import CommandParser, command, noise_seed, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 from ddpm_mlp_pipeline.files import whole_file, whole_folder
 
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-sample", description=__doc__)
     parser.add_argument("source", type=Path, help="a bundle that ddpm-export wrote, or a checkpoint folder")
     parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="how many (default: 1)")
-    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same samples (default: 0)")
+    parser.add_argument("--seed", type=noise_seed, default=0, help="the same seed gives the same samples (default: 0)")
     parser.add_argument(
         "--batch_size", type=positive_int, default=512, metavar="N", help="at most so many at once (default: 512)"
     )
@@ -120,4 +119,4 @@ def _write_folder(path: Path, batches: Iterable[np.ndarray], number: int, sample
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,16 +20,16 @@ class StepTable:
     A sampler as a table, one row for each sampling step: with x the current sample, ε the network's output for it at
     `timesteps[k]`, and z standard normal noise, step k is
 
-        x̂_0 = clip(x_0[k] · (x, ε), −clip_range, clip_range)
-        x   = next[k] · (x, ε, x̂_0, z)
+        x̂_0 = clip(to_x_0[k] · (x, ε), −clip_range, clip_range)
+        x   = to_next[k] · (x, ε, x̂_0, z)
 
-    Without clipping, x̂_0 is not needed: its coefficient in `next` is 0.
+    Without clipping, x̂_0 is not needed: its coefficient in `to_next` is 0.
 
     Attributes:
         scheduler: name of the scheduler's class.
         timesteps: float32 `[steps]`, what the network is told.
-        x_0: float64 `[steps, 2]`, coefficients of the predicted x_0 (Ho et al. 2020, eq. 15).
-        next: float64 `[steps, 4]`, coefficients of the next sample.
+        to_x_0: float64 `[steps, 2]`, coefficients of the predicted x_0 (Ho et al. 2020, eq. 15).
+        to_next: float64 `[steps, 4]`, coefficients of the next sample.
         clip_range: largest magnitude of the predicted x_0, in the network's units, or `None`.
 
     Raises:
@@ -38,13 +38,13 @@ class StepTable:
 
     scheduler: str
     timesteps: np.ndarray
-    x_0: np.ndarray
-    next: np.ndarray
+    to_x_0: np.ndarray
+    to_next: np.ndarray
     clip_range: float | None
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
-        for name, shape in (("timesteps", (steps,)), ("x_0", (steps, 2)), ("next", (steps, 4))):
+        for name, shape in (("timesteps", (steps,)), ("to_x_0", (steps, 2)), ("to_next", (steps, 4))):
             array = getattr(self, name)
             if array.shape != shape or steps == 0:
                 raise BundleError(f"a step table's {name} must have the shape {shape}, not {array.shape}")
@@ -59,7 +59,7 @@ class StepTable:
     @property
     def is_stochastic(self) -> np.ndarray:
         """bool `[steps]`: whether the step adds noise."""
-        return self.next[:, 3] != 0
+        return self.to_next[:, 3] != 0
 
     def __repr__(self) -> str:
         clip = "no clipping" if self.clip_range is None else f"x̂_0 clipped to ±{self.clip_range:.4g}"
@@ -72,15 +72,15 @@ class StepTable:
                 if k == 8:
                     rows.append(f"{'…':>4}")
                 continue
-            rows.append(f"{k:>4} {self.timesteps[k]:>7g} │" + "".join(f"{value:>11.5g}" for value in self.next[k]))
+            rows.append(f"{k:>4} {self.timesteps[k]:>7g} │" + "".join(f"{value:>11.5g}" for value in self.to_next[k]))
         return "\n".join(rows)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON, one line for each step."""
         head = {"format": FORMAT, "version": VERSION, "scheduler": self.scheduler, "clip_range": self.clip_range}
         rows = [
-            json.dumps({"timestep": float(t), "x_0": list(x_0), "next": list(next_)})
-            for t, x_0, next_ in zip(self.timesteps, self.x_0, self.next, strict=True)
+            json.dumps({"timestep": float(t), "to_x_0": list(to_x_0), "to_next": list(to_next)})
+            for t, to_x_0, to_next in zip(self.timesteps, self.to_x_0, self.to_next, strict=True)
         ]
         text = json.dumps(head)[:-1] + ', "steps": [\n' + ",\n".join(rows) + "\n]}\n"
         Path(path).write_text(text, encoding="utf-8")
@@ -100,8 +100,8 @@ class StepTable:
             return cls(
                 scheduler=str(content["scheduler"]),
                 timesteps=np.array([step["timestep"] for step in steps], dtype=np.float32),
-                x_0=np.array([step["x_0"] for step in steps], dtype=np.float64),
-                next=np.array([step["next"] for step in steps], dtype=np.float64),
+                to_x_0=np.array([step["to_x_0"] for step in steps], dtype=np.float64),
+                to_next=np.array([step["to_next"] for step in steps], dtype=np.float64),
                 clip_range=None if content["clip_range"] is None else float(content["clip_range"]),
             )
         except FileNotFoundError:

@@ -2,19 +2,15 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import SCRIPTS
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may wait for a network; before diffusers is imported
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, export_bundle, pretrained
-
-ROOT = Path(__file__).parent.parent
-SCRIPTS = Path(sys.executable).parent
-MNIST = ROOT.parent / "shared" / "data" / "mnist"  # where it is, tests use the real one
 
 
 @pytest.fixture
@@ -51,13 +47,3 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(words, **{"capture_output": True, "text": True, "cwd": folder, "timeout": 300, **kwargs})
 
     return run
-
-
-def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) -> None:
-    """The command failed, and the last thing it said is one line that holds the fragments; no traceback."""
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.stderr.splitlines()[-1] == line
-    for fragment in fragments:
-        assert fragment in line

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error
+from helpers import assert_one_line_error
 from scipy import stats
 
 from ddpm_mlp_pipeline import export_bundle, pretrained
@@ -40,6 +40,10 @@ def test_samples_from_a_file(run, tmp_path):
     np.save(tmp_path / "far.npy", np.random.default_rng(0).standard_normal((400, 2)) + 100)
     result = run("ddpm-evaluate", tmp_path / "far.npy", "--dataset", "heart", "--num_samples", 400)
     assert float(result.stdout.split()[-1]) > 100
+    result = run("ddpm-evaluate", tmp_path / "far.npy", "--dataset", tmp_path / "far.npy", "--num_samples", 200)
+    assert float(result.stdout.split()[-1]) < 2
+    argv = ("--dataset", tmp_path / "far.npy", "--num_samples", 300)
+    assert_one_line_error(run("ddpm-evaluate", tmp_path / "far.npy", *argv), "too few for two sets of 300")
     argv = (tmp_path / "far.npy", "--dataset", "heart")
     assert_one_line_error(run("ddpm-evaluate", *argv), "holds 400 points, fewer than the 10000")
     assert_one_line_error(run("ddpm-evaluate", tmp_path / "none.npy", "--dataset", "heart"), "none.npy")

@@ -43,6 +43,15 @@ def test_a_folder_appears_whole_or_stays(tmp_path, exists, fails):
     assert found == (["folder", "folder/old"] if exists else []) if fails else found == ["folder", "folder/new"]
 
 
+def test_a_folder_that_can_not_be_replaced_comes_back(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(OSError, match="folder"), whole_folder(path) as temporary:
+        temporary.rmdir()  # so that it can't be renamed
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")] == ["folder", "folder/old"]
+
+
 def test_errors_name_the_users_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(IsADirectoryError, match="folder"), whole_file(tmp_path):

@@ -1,18 +1,20 @@
 """The training loop: against a closed form, as users launch it, and resumed."""
 
 import shutil
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, assert_one_line_error
 from diffusers import DDPMScheduler
+from helpers import ROOT, SCRIPTS, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
-from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError
+from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.training import TensorBatches
 
 LAUNCH = (
@@ -141,6 +143,49 @@ def test_what_can_not_be_trained_or_resumed_is_refused(tmp_path):
         train_small(tmp_path, resume_from_checkpoint="checkpoint-5")
 
 
+def test_a_state_of_another_model_or_a_broken_one_is_refused(tmp_path):
+    train_small(tmp_path, checkpointing_steps=11)
+    torch.manual_seed(0)
+    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=16, embedding_dim=4), DDPMScheduler())
+    with pytest.raises(CheckpointError, match="its unet has hidden_dim 8, not 16"):
+        train(pipeline, TensorBatches(torch.randn(150, 2)), options(tmp_path, resume_from_checkpoint="latest"))
+    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "unet/config.json"):
+        broken = shutil.copytree(tmp_path / "checkpoint-11", tmp_path / "checkpoint-99", dirs_exist_ok=True)
+        (broken / name).write_bytes((broken / name).read_bytes()[:20])
+        with pytest.raises(CheckpointError, match="can't resume from"):
+            train_small(tmp_path, resume_from_checkpoint="latest")
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path):
+    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=8), DDPMScheduler())
+    with pytest.raises(DivergenceError, match="nan at step 1, with a learning rate of"):
+        train(pipeline, TensorBatches(torch.full((150, 2), float("nan"))), options(tmp_path))
+    assert not (tmp_path / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("snr_gamma", [1.0, 5.0])
+def test_min_snr_weighting_leaves_the_reported_loss_as_it_is(tmp_path, snr_gamma):
+    _, plain = train_small(tmp_path / "plain")
+    _, weighted = train_small(tmp_path / "weighted", snr_gamma=snr_gamma)
+    assert weighted[0] == plain[0]
+    assert weighted[-1] != plain[-1]
+
+
+def test_ctrl_c_saves_the_state_and_says_how_to_resume(tmp_path):
+    argv = (ROOT / "train_scripts" / "train_points.py", "--output_dir", tmp_path / "run", *SHORT[2:])
+    words = [sys.executable, *map(str, argv), "--max_train_steps", "100000"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        text = ""
+        while "loss=" not in text:
+            text += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        text += process.stderr.read()
+    assert process.returncode == 130
+    last = text.splitlines()[-1]
+    (folder,) = (tmp_path / "run").glob("*checkpoint-*")
+    assert last == f"stopped at step {folder.name.partition('-')[2]}; go on with --resume_from_checkpoint latest"
+
+
 def test_launched_it_leaves_checkpoint_figures_and_logs(launch, tmp_path):
     result = launch("--dataset", "two_moons", "--output_dir", tmp_path / "run", *SHORT)
     assert result.returncode == 0, result.stderr
@@ -200,8 +245,13 @@ def test_wrong_trainings_end_in_one_line(run, tmp_path):
         (("--train_batch_size", -1), ["train_batch_size"]),
         (("--embedding_dim", 7), ["embedding_dim"]),
         (("--ddpm_num_steps", 1), ["ddpm_num_steps"]),
+        (("--seed", 2**32), ["seed"]),
+        (("--report_to", "nobody"), ["report_to", "'nobody'"]),
+        (("--mixed_precision", "bf16"), ["float32"]),
+        (("--conf", "heart"), ["--conf"]),
+        (("--config",), ["--config"]),
         (("--hidden_dim", "wide"), ["hidden_dim", "'wide'"]),
-        (("--config", "harts"), ["no preset 'harts'", "heart, swiss_roll"]),
+        (("--config", "harts"), ["no preset 'harts'", "heart, ", "swiss_roll"]),
         (("--config", tmp_path / "unknown.yaml"), ["learning_rat", "no option"]),
         (("--config", tmp_path / "list.yaml"), ["option: value"]),
         (("--config", tmp_path / "type.yaml"), ["hidden_dim", "'wide'"]),
@@ -214,3 +264,4 @@ def test_wrong_trainings_end_in_one_line(run, tmp_path):
             assert_one_line_error(result, *fragments)
     assert not list((tmp_path / "run").glob("*.json"))
     assert_one_line_error(run(*script), "--output_dir")
+    assert_one_line_error(run(*LAUNCH, script[1], *output, "--dataset", "hart"), "unknown data set 'hart'")

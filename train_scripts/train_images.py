@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import command
+from ddpm_mlp_pipeline.commands import command, one_line_errors
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 
-with explain_missing_extra("training"):
+with one_line_errors(), explain_missing_extra("training"):
     import torch
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -122,4 +121,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import command
+from ddpm_mlp_pipeline.commands import command, one_line_errors
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, explain_missing_extra
 
-with explain_missing_extra("training"):
+with one_line_errors(), explain_missing_extra("training"):
     import torch
     from accelerate import PartialState
     from accelerate.utils import set_seed
@@ -49,6 +48,8 @@ class PointTrainingArguments(TrainingArguments):
         if self.num_epochs is None and self.max_train_steps is None:
             self.max_train_steps = 8000
         super().__post_init__()
+        if self.mixed_precision != "no":
+            raise ConfigurationError("points are trained in float32: lower precision would blur their embedding")
         if self.ddpm_num_steps < 2:
             raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
 
@@ -92,4 +93,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd  # comes with datasets
 from datasets import Dataset
 
 from ..errors import DatasetError
@@ -121,8 +122,6 @@ def to_array(dataset: Dataset) -> np.ndarray:
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
-    import pandas as pd  # comes with datasets
-
     if path.suffix not in (".csv", ".parquet", ".npy"):
         known = ", ".join(POINT_SETS)
         raise DatasetError(f"unknown data set {str(path)!r}: give one of {known}, or a .csv, .parquet or .npy file")
@@ -130,15 +129,17 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
         raise DatasetError(f"there is no file {path}")
     try:
         if path.suffix == ".csv":
-            table = pd.read_csv(path, skipinitialspace=True)
-            if _all_numbers(table.columns):  # no header: the first line is a point, too
-                table = pd.read_csv(path, skipinitialspace=True, header=None)
+            first_line = pd.read_csv(path, skipinitialspace=True, header=None, nrows=1)
+            has_header = not all(pd.api.types.is_numeric_dtype(dtype) for dtype in first_line.dtypes)
+            table = pd.read_csv(path, skipinitialspace=True, header=0 if has_header else None)
+            if not table.index.equals(pd.RangeIndex(len(table))):  # pandas has made one of the fields the index
+                raise ValueError("its lines have more fields than its header")
         elif path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
             array = np.load(path, allow_pickle=False)
-            if array.ndim != 2:
-                raise ValueError(f"its array has the shape {array.shape}, but [points, columns] is needed")
+            if not isinstance(array, np.ndarray) or array.ndim != 2:
+                raise ValueError("it must hold one array of the shape [points, columns]")
             table = pd.DataFrame(array)
     except (ValueError, OSError, EOFError) as error:  # pandas', pyarrow's and numpy's parsers all raise these
         raise DatasetError(f"can't read {path}: {error}") from None
@@ -147,7 +148,7 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
         raise DatasetError(f"{path} holds {len(table)} points: at least 2 are needed")
     if all(isinstance(column, int) for column in table.columns):
         table.columns = ["x", "y"] if table.shape[1] == 2 else [f"x{i}" for i in range(table.shape[1])]
-    numbers = table.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
+    numbers = table.apply(_to_numbers).to_numpy(dtype=np.float64)
     bad = np.argwhere(~np.isfinite(numbers))
     if len(bad):
         row, column = bad[0]
@@ -158,9 +159,8 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
     return numbers, [str(column) for column in table.columns]
 
 
-def _all_numbers(names: list[str]) -> bool:
-    try:
-        [float(name) for name in names]
-    except ValueError:
-        return False
-    return True
+def _to_numbers(column: pd.Series) -> pd.Series:
+    """The column as numbers, with NaN in place of what is none."""
+    if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_complex_dtype(column):
+        return pd.Series(np.nan, index=column.index)  # to_numeric would make some number or other of them
+    return pd.to_numeric(column, errors="coerce")

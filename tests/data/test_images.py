@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import MNIST
+from helpers import MNIST
 from PIL import Image
 
 from ddpm_mlp_pipeline import load_images

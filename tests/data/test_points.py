@@ -81,6 +81,11 @@ def test_a_csv_without_a_header_keeps_its_first_point(tmp_path):
     np.testing.assert_array_equal(to_array(dataset), [[1.5, 2], [3, 4]])
 
 
+def test_equal_numbers_in_the_first_line_are_a_point_too(tmp_path):
+    (tmp_path / "data.csv").write_text("0.5,0.5\n1,2\n")
+    np.testing.assert_array_equal(points(tmp_path / "data.csv"), [[0.5, 0.5], [1, 2]])
+
+
 def test_some_points_of_a_file(tmp_path):
     chosen = points(write(tmp_path / "data.csv"), 2, seed=1)
     assert len(np.unique(chosen, axis=0)) == 2
@@ -94,6 +99,7 @@ def test_some_points_of_a_file(tmp_path):
         ("a,b\n1,2\n,4\n", ["row 2", "'a'", "nan"]),
         ("a,b\n1,inf\n3,4\n", ["row 1", "'b'", "inf"]),
         ("a,b\n1,2,3,4\n1,2\n5,6,7,8,9,9\n", ["can't read"]),
+        ("a,b\n1,2,3\n4,5,6\n", ["can't read", "more fields"]),
         ("", ["can't read"]),
         ("a,b\n", ["0 points"]),
     ],
@@ -112,9 +118,24 @@ def test_bad_arrays_are_refused(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([[{}, 1], [2, 3]], dtype=object), allow_pickle=True)
     (tmp_path / "cut.npy").write_bytes(write(tmp_path / "data.npy").read_bytes()[:100])
     (tmp_path / "cut.parquet").write_bytes(write(tmp_path / "data.parquet").read_bytes()[:100])
-    for name in ("flat.npy", "objects.npy", "cut.npy", "cut.parquet"):
+    np.savez(tmp_path / "several.npz", np.zeros((3, 2)), np.zeros((3, 2)))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    for name in ("flat.npy", "objects.npy", "cut.npy", "cut.parquet", "several.npy"):
         with pytest.raises(DatasetError, match=f"can't read .*{name}"):
             load_points(tmp_path / name)
+
+
+@pytest.mark.parametrize("values", [pd.to_datetime(["2020-01-01", "2020-01-02"]), np.array([1 + 2j, 3])])
+def test_what_only_looks_like_numbers_is_refused(tmp_path, values):
+    table = pd.DataFrame({"a": [1.0, 2.0], "b": values})
+    if values.dtype == complex:
+        np.save(tmp_path / "data.npy", table.to_numpy(dtype=complex))
+        path, column = tmp_path / "data.npy", "'x'"
+    else:
+        table.to_parquet(tmp_path / "data.parquet")
+        path, column = tmp_path / "data.parquet", "'b'"
+    with pytest.raises(DatasetError, match=f"row 1, column {column} is not a finite number"):
+        load_points(path)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error
+from helpers import ROOT, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import OnnxSampler, pretrained
@@ -53,13 +53,22 @@ def test_names_of_missing_extras_say_what_to_install(run):
         ("MLPModel", "torch", "train"),
         ("DDPMMLPPipeline", "torch", "train"),
         ("train", "torch", "train"),
-        ("load_points", "datasets", "train"),
-        ("compile_scheduler", "torch", "train"),
+        ("load_points", "pandas", "train"),
+        ("compile_scheduler", "torch", "export"),
+        ("export_bundle", "diffusers", "export"),
     ]:
         result = run(sys.executable, "-c", code + name)
         last = result.stderr.splitlines()[-1]
         assert f"{name} needs {module}, which is not installed: pip install 'ddpm-mlp-pipeline[{extra}]'" in last
     assert run(sys.executable, "-c", code + "OnnxSampler").returncode == 0
+
+
+@pytest.mark.parametrize("script", ["train_points.py", "train_images.py"])
+def test_training_without_its_extra_says_what_to_install(run, script):
+    code = (
+        BASE_INSTALL + f"import runpy; runpy.run_path({str(ROOT / 'train_scripts' / script)!r}, run_name='__main__')"
+    )
+    assert_one_line_error(run(sys.executable, "-c", code), "pip install 'ddpm-mlp-pipeline[train]'")
 
 
 def test_export_without_its_extra_says_what_to_install(run, tmp_path):
@@ -109,16 +118,30 @@ def test_wrong_samplings_end_in_one_line(run, ddim_bundle, tmp_path):
         ((ddim_bundle, "--seed", -1, "--output", ok), ["--seed"]),
         ((ddim_bundle, "--seed", 2**63, "--output", ok), ["--seed"]),
         ((ddim_bundle,), ["--output"]),
-        ((ddim_bundle, "--output", tmp_path / "a.jpeg"), [".png, .npy, .csv"]),
+        ((ddim_bundle, "--output", tmp_path / "a.jpeg"), [".png, .npy or .csv"]),
         ((ddim_bundle, "--output", tmp_path / "none" / "a.png"), ["no such folder"]),
-        ((ddim_bundle, "--output", tmp_path), ["must end in"]),
+        ((ddim_bundle, "--output", tmp_path / "cwd"), ["a folder is for images"]),
         ((ddim_bundle, "--output", "/proc/a.png"), ["/proc/a.png"]),
         ((tmp_path / "nowhere", "--output", ok), ["there is no folder"]),
-        ((pretrained("heart"), "--output", ok), ["is no bundle"]),
+        ((tmp_path / "cwd", "--output", ok), ["is no bundle"]),
+        ((ddim_bundle, "--output", tmp_path / "folder"), ["a folder is for images"]),
+        ((ddim_bundle, "--output", ok, "--scheduler", "ddpm"), ["step table"]),
+        ((pretrained("heart"), "--output", ok, "--num_inference_steps", 1001), ["from 1 to 1000"]),
     ]:
         assert_one_line_error(run("ddpm-sample", *argv), *fragments)
     assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
     assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_a_checkpoint_is_sampled_with_torch(run, tmp_path):
+    argv = (pretrained("heart"), "--num_samples", 30, "--scheduler", "ddim", "--num_inference_steps", 20)
+    for batch_size in (7, 30):
+        result = run("ddpm-sample", *argv, "--batch_size", batch_size, "--output", tmp_path / f"{batch_size}.npy")
+        assert result.returncode == 0, result.stderr
+    points = np.load(tmp_path / "30.npy")
+    assert points.shape == (30, 2)
+    np.testing.assert_allclose(np.load(tmp_path / "7.npy"), points, atol=1e-5)
+    assert np.abs(np.linalg.norm(points, axis=1) - 0.9).max() < 0.7  # on the heart, or near it
 
 
 def limit_file_size(size):
@@ -131,7 +154,8 @@ def test_a_full_disk_leaves_no_half_written_samples(run, ddim_bundle, tmp_path, 
     output = tmp_path / f"heart{suffix}"
     output.write_text("old")
     argv = ("--num_samples", 3000, "--output", output)
-    assert_one_line_error(run("ddpm-sample", ddim_bundle, *argv, preexec_fn=limit_file_size(4096)))
+    result = run("ddpm-sample", ddim_bundle, *argv, preexec_fn=limit_file_size(4096))
+    assert_one_line_error(result, f"{output}: can't be written")
     assert output.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"cwd", output.name}
 

@@ -27,15 +27,15 @@ def test_ddpm_is_equation_7_of_ho_et_al(beta_schedule, clip_sample):
 
     # The stock scheduler keeps alphas_cumprod in float32; 1 − ᾱ loses digits where ᾱ is near 1.
     np.testing.assert_array_equal(table.timesteps, np.arange(1000)[::-1])
-    np.testing.assert_allclose(table.next[:, 3], noise, rtol=1e-3)
+    np.testing.assert_allclose(table.to_next[:, 3], noise, rtol=1e-3)
     if clip_sample:
-        np.testing.assert_allclose(table.x_0, x_0, rtol=1e-3)
-        np.testing.assert_allclose(table.next[:, 2], of_x_0, rtol=1e-3)
-        np.testing.assert_allclose(table.next[:, 0], of_x, rtol=1e-3)
-        np.testing.assert_allclose(table.next[:, 1], 0, atol=1e-9)
+        np.testing.assert_allclose(table.to_x_0, x_0, rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 2], of_x_0, rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 0], of_x, rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 1], 0, atol=1e-9)
     else:
-        np.testing.assert_allclose(table.next[:, 0], of_x_0 * x_0[:, 0] + of_x, rtol=1e-3)
-        np.testing.assert_allclose(table.next[:, 1], of_x_0 * x_0[:, 1], rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 0], of_x_0 * x_0[:, 0] + of_x, rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 1], of_x_0 * x_0[:, 1], rtol=1e-3)
     assert not table.is_stochastic[-1]
 
 
@@ -47,9 +47,9 @@ def test_ddim_is_equation_12_of_song_et_al(steps):
     alphas_cumprod = scheduler.alphas_cumprod.double().numpy()
     before = np.array([alphas_cumprod[t] if t >= 0 else 1.0 for t in timesteps - 1000 // steps])
     np.testing.assert_array_equal(table.timesteps, timesteps)
-    np.testing.assert_allclose(table.next[:, 2], np.sqrt(before), rtol=1e-5)
-    np.testing.assert_allclose(table.next[:, 1], np.sqrt(1 - before), rtol=1e-3, atol=1e-9)
-    assert not table.next[:, 0].any()
+    np.testing.assert_allclose(table.to_next[:, 2], np.sqrt(before), rtol=1e-5)
+    np.testing.assert_allclose(table.to_next[:, 1], np.sqrt(1 - before), rtol=1e-3, atol=1e-9)
+    assert not table.to_next[:, 0].any()
     assert not table.is_stochastic.any()
 
 
@@ -71,8 +71,8 @@ def test_table_replays_the_scheduler_on_a_nonlinear_network(cls, beta_schedule, 
         x = scheduler.step(torch.tanh(x + float(t) / 1000), t, x, generator=generator).prev_sample
         z = torch.randn(x.shape, generator=again, dtype=torch.float64).numpy()
         rows = [mine, np.tanh(mine + float(t) / 1000)]
-        x_0 = np.clip(np.tensordot(table.x_0[k], rows, 1), *((-1.5, 1.5) if clip_sample else (0, 0)))
-        mine = np.tensordot(table.next[k], [*rows, x_0, z], 1)
+        x_0 = np.clip(np.tensordot(table.to_x_0[k], rows, 1), *((-1.5, 1.5) if clip_sample else (0, 0)))
+        mine = np.tensordot(table.to_next[k], [*rows, x_0, z], 1)
         np.testing.assert_allclose(mine, x.numpy(), atol=1e-12)
 
 

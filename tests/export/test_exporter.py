@@ -7,9 +7,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, SmallUNet2DModel, export_bundle, pretrained
 from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, ConfigurationError, ParityError
 
 
@@ -54,8 +55,9 @@ def test_the_network_takes_any_batch_and_one_timestep(ddim_bundle):
 
 
 def test_a_bundle_that_differs_is_not_left_behind(tmp_path):
-    with pytest.raises(ParityError, match="differs from the pipeline"):
+    with pytest.raises(ParityError, match="differs from the pipeline") as error:
         export_bundle(pretrained("heart"), tmp_path / "bundle", "ddim", 5, tolerance=0.0)
+    assert not error.value.report.ok
     assert not list(tmp_path.iterdir())
 
 
@@ -79,6 +81,64 @@ def test_a_bundle_is_replaced_and_anything_else_is_left_alone(ddim_bundle, tmp_p
     with pytest.raises(BundleError, match="left alone"):
         export_bundle(pretrained("heart"), tmp_path / "precious")
     assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_a_users_file_in_the_bundle_is_not_lost(tmp_path):
+    bundle = tmp_path / "bundle"
+    export_bundle(pretrained("heart"), bundle, "ddim", 5)
+    (bundle / "heart.png").touch()
+    with pytest.raises(BundleError, match="left alone"):
+        export_bundle(pretrained("heart"), bundle, "ddim", 5)
+
+
+def test_weights_that_lack_a_tensor_are_refused(heart, tmp_path):
+    heart.save_pretrained(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["proj_out.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lack"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+
+
+def stock_unet(channels, size):
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [28, 32])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda channels, size: SmallUNet2DModel(size, channels, block_out_channels=(16, 32)),
+        lambda channels, size: MLPModel(channels, size, hidden_dim=32),
+        stock_unet,
+    ],
+    ids=["SmallUNet2DModel", "MLPModel", "UNet2DModel"],
+)
+def test_image_networks_agree_with_torch(tmp_path, make, channels, size):
+    """Stock DDPMPipeline folders, too."""
+    torch.manual_seed(0)
+    network = make(channels, size).eval()
+    pipeline = DDPMPipeline if isinstance(network, UNet2DModel) else DDPMMLPPipeline
+    pipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    assert export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 4).ok
+    sampler = OnnxSampler(tmp_path / "bundle")
+    for batch_size in (1, 7, 64):
+        x = torch.randn(batch_size, channels, size, size)
+        with torch.no_grad():
+            expected = network(x, 321).sample
+        np.testing.assert_allclose(sampler.predict(x.numpy(), 321), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [0, 1001])

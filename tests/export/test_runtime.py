@@ -122,7 +122,10 @@ def cut(name):
         (cut("step_table.json"), r"is not a step table"),
         (cut("bundle.json"), r"does not describe a bundle"),
         (edit_info(version=2), r"version 1"),
-        (edit_info(sample_shape=[3], data_mean=[0] * 3, data_std=[1] * 3), r"shape \(3,\), but the network"),
+        (
+            edit_info(sample_shape=[3], data_mean=[0] * 3, data_std=[1] * 3, data_columns=[*"xyz"]),
+            r"shape \(3,\), but the network",
+        ),
         (edit_info(sample_shape=[]), r"no shape"),
         (edit_info(data_mean=[1.0]), r"data_mean must hold 2 numbers"),
         (edit_info(data_columns=["x"]), r"data_columns must hold 2 names"),

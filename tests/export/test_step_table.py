@@ -19,7 +19,7 @@ def path(tmp_path):
 
 def test_a_saved_table_is_the_same_bit_for_bit(path):
     table, again = compile_scheduler(DDPMScheduler(), 30), StepTable.load(path)
-    for name in ("timesteps", "x_0", "next"):
+    for name in ("timesteps", "to_x_0", "to_next"):
         np.testing.assert_array_equal(getattr(again, name), getattr(table, name))
     assert (again.scheduler, again.clip_range) == ("DDPMScheduler", 1.0)
 
@@ -38,9 +38,9 @@ def test_a_table_prints_its_steps(path):
         lambda content: content.update(steps="many"),
         lambda content: content.update(version=99),
         lambda content: content.update(clip_range=-1),
-        lambda content: content["steps"][3].pop("next"),
-        lambda content: content["steps"][3].update(next=[1, 2]),
-        lambda content: content["steps"][3].update(next=[1, 2, 3, float("nan")]),
+        lambda content: content["steps"][3].pop("to_next"),
+        lambda content: content["steps"][3].update(to_next=[1, 2]),
+        lambda content: content["steps"][3].update(to_next=[1, 2, 3, float("nan")]),
         lambda content: content["steps"][3].update(timestep="soon"),
     ],
 )

@@ -32,6 +32,8 @@ def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         # diffusers has no error of its own for a folder that it can't make sense of
         raise CheckpointError(f"can't load the checkpoint {folder}: {error}") from None
+    if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
+        raise CheckpointError(f"can't load the checkpoint {folder}: its weights lack some of the network's")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -39,6 +41,7 @@ def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars and warnings of loading and exporting, about which users can do nothing."""
+    had_progress_bars = diffusers.utils.logging.is_progress_bar_enabled()
     level, disabled = diffusers.utils.logging.get_verbosity(), logging.root.manager.disable
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -49,5 +52,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-        diffusers.utils.logging.enable_progress_bar()
+        if had_progress_bars:
+            diffusers.utils.logging.enable_progress_bar()
         diffusers.utils.logging.set_verbosity(level)

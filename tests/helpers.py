@@ -1,0 +1,19 @@
+"""What several tests use."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = Path(sys.executable).parent
+MNIST = ROOT.parent / "shared" / "data" / "mnist"  # where it is, tests use the real one
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) -> None:
+    """The command failed, and the last thing it said is one line that holds the fragments; no traceback."""
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stderr.splitlines()[-1] == line
+    for fragment in fragments:
+        assert fragment in line, line

@@ -1,0 +1,126 @@
+"""Images from a folder to a picture that onnxruntime drew: train, plot, export and sample, as a user runs them."""
+
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT, SCRIPTS, assert_one_line_error
+from PIL import Image
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline
+
+SCRIPT = ROOT / "train_scripts" / "train_images.py"
+LAUNCH = (
+    SCRIPTS / "accelerate",
+    "launch",
+    "--quiet",
+    "--cpu",
+    "--num_processes",
+    1,
+    "--num_cpu_threads_per_process",
+    2,
+)
+SMALL = ("--block_out_channels", "16,32", "--train_batch_size", 16, "--ddpm_num_steps", 20, "--lr_warmup_steps", 2)
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """A folder of grey images, 11 × 9, each a bright rectangle on black."""
+    folder = tmp_path_factory.mktemp("squares")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = np.zeros((9, 11), dtype=np.uint8)
+        x, y = rng.integers(6), rng.integers(5)
+        pixels[y : y + 4, x : x + 4] = 255
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(squares, tmp_path_factory):
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("run") / "squares"
+    argv = (*LAUNCH, SCRIPT, "--dataset_name", squares, "--output_dir", folder, *SMALL, "--num_epochs", 4)
+    argv += ("--save_samples_epochs", 2, "--ddpm_num_inference_steps", 5, "--snr_gamma", 5, "--random_flip")
+    subprocess.run([str(word) for word in argv], check=True, capture_output=True, text=True)
+    return folder
+
+
+def test_training_leaves_checkpoint_figures_and_samples(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        *("model_index.json", "pipeline.py", "unet", "scheduler", "logs", "samples"),
+        *("loss.png", "forward_process.png", "samples.png", "process.gif"),
+    }
+    assert {path.name for path in (trained / "samples").iterdir()} == {"epoch-0002.png", "epoch-0004.png"}
+    assert (trained / "unet" / "unet.py").exists()
+    pipeline = DDPMMLPPipeline.from_pretrained(trained)
+    assert pipeline.sample_shape == (1, 9, 11)
+    assert pipeline(2, num_inference_steps=3).images[0].size == (11, 9)
+
+
+def test_export_and_every_output(trained, run, tmp_path):
+    bundle = tmp_path / "bundle"
+    result = run("ddpm-export", trained, bundle, "--scheduler", "ddpm", "--num_inference_steps", 10)
+    assert result.returncode == 0, result.stderr
+    for batch_size, name in ((4, "images.npy"), (10, "again.npy"), (4, "grid.png"), (4, "folder")):
+        argv = ("--num_samples", 10, "--batch_size", batch_size, "--output", tmp_path / name)
+        result = run("ddpm-sample", bundle, *argv)
+        assert result.returncode == 0, result.stderr
+    images = np.load(tmp_path / "images.npy")
+    assert images.shape == (10, 9, 11, 1)
+    np.testing.assert_allclose(np.load(tmp_path / "again.npy"), images, atol=1e-4)
+    grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+    assert grid.shape == (3 * 9, 4 * 11)
+    np.testing.assert_allclose(grid[9:18, 11:22], images[5, ..., 0] * 255, atol=1)
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [file.name for file in files] == [f"{i}.png" for i in range(10)]
+    np.testing.assert_allclose(np.asarray(Image.open(files[7])).astype(int), images[7, ..., 0] * 255, atol=1)
+    assert_one_line_error(run("ddpm-sample", bundle, "--output", tmp_path / "images.csv"), ".csv holds points")
+
+
+def test_sampling_from_the_checkpoint(trained, run, tmp_path):
+    argv = ("--num_samples", 4, "--num_inference_steps", 5, "--output", tmp_path / "images.npy")
+    assert run("ddpm-sample", trained, *argv).returncode == 0
+    assert np.load(tmp_path / "images.npy").shape == (4, 9, 11, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("samples", "a.png", ()),
+        ("forward", "a.png", ("--dataset",)),
+        ("reverse", "a.png", ("--timesteps", 19, 10, 0)),
+        ("animation", "a.gif", ()),
+    ],
+)
+def test_every_picture_from_a_checkpoint(trained, squares, run, tmp_path, kind, name, options):
+    options = (*options, squares) if options == ("--dataset",) else options
+    result = run("ddpm-plot", kind, trained, "--output", tmp_path / name, "--num_samples", 4, *options)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / name) as picture:
+        assert getattr(picture, "n_frames", 1) >= (10 if kind == "animation" else 1)
+
+
+def test_wrong_plots_end_in_one_line(trained, run, tmp_path):
+    for argv, fragment in [
+        (("samples", trained, "--output", tmp_path / "a.gif"), ".png"),
+        (("animation", trained, "--output", tmp_path / "a.png"), ".gif or .mp4"),
+        (("forward", trained, "--output", tmp_path / "a.png"), "--dataset"),
+        (("reverse", trained, "--output", tmp_path / "a.png", "--timesteps", 21), "from 0 to 20"),
+        (("samples", tmp_path, "--output", tmp_path / "a.png"), "no checkpoint"),
+    ]:
+        assert_one_line_error(run("ddpm-plot", *argv), fragment)
+
+
+def test_wrong_trainings_end_in_one_line(squares, run, tmp_path):
+    base = (sys.executable, SCRIPT, "--output_dir", tmp_path / "run")
+    for argv, fragment in [
+        ((), "--dataset_name"),
+        (("--dataset_name", tmp_path / "nowhere"), "neither a folder here"),
+        (("--dataset_name", squares, "--train_batch_size", 41), "larger than the data set, which holds 40"),
+        (("--dataset_name", squares, "--block_out_channels", "12,32"), "norm_num_groups"),
+        (("--dataset_name", squares, "--block_out_channels", "wide"), "'wide'"),
+        (("--dataset_name", squares, "--channels", 2), "channels"),
+    ]:
+        assert_one_line_error(run(*base, *argv), fragment)
