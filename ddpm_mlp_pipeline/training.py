@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors import SafetensorError
@@ -30,6 +31,7 @@ from .pipeline import DDPMMLPPipeline
 
 # diffusers' schedules that need nothing but the numbers of steps
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
+BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
 
 
@@ -47,6 +49,8 @@ class TrainingArguments:
     """
 
     output_dir: str = option(help="folder for the checkpoint, the figures and the logs")
+    ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
+    ddpm_beta_schedule: str = option("squaredcos_cap_v2", "the forward process's β", choices=BETA_SCHEDULES)
     train_batch_size: int = option(128, "batch size of each process")
     num_epochs: int | None = option(None, "passes over the data set")
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
@@ -75,6 +79,8 @@ class TrainingArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {value}")
+        if self.ddpm_num_steps < 2:
+            raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
         if self.num_epochs is None and self.max_train_steps is None:
             raise ConfigurationError("give num_epochs or max_train_steps")
         for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
@@ -87,6 +93,19 @@ class TrainingArguments:
             raise ConfigurationError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         if not 0 <= self.ema_max_decay < 1:
             raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
+
+    def make_scheduler(self, clip_sample_range: float) -> DDPMScheduler:
+        """The forward process, for data of at most that magnitude.
+
+        Where hardly any signal is left, x_0's prediction is a small difference, divided by √ᾱ_t, near 0: clipping it
+        to the data's range is what keeps every sampler's first steps on track.
+        """
+        return DDPMScheduler(
+            num_train_timesteps=self.ddpm_num_steps,
+            beta_schedule=self.ddpm_beta_schedule,
+            clip_sample=True,
+            clip_sample_range=clip_sample_range,
+        )
 
 
 class TensorBatches(Dataset):

@@ -7,6 +7,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
 MNIST = ROOT.parent / "shared" / "data" / "mnist"  # where it is, tests use the real one
+LAUNCH = (
+    SCRIPTS / "accelerate",
+    "launch",
+    "--quiet",
+    "--cpu",
+    "--num_processes",
+    1,
+    "--num_cpu_threads_per_process",
+    1,
+)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) -> None:

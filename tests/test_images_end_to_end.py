@@ -4,22 +4,12 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, SCRIPTS, assert_one_line_error
+from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline
 
 SCRIPT = ROOT / "train_scripts" / "train_images.py"
-LAUNCH = (
-    SCRIPTS / "accelerate",
-    "launch",
-    "--quiet",
-    "--cpu",
-    "--num_processes",
-    1,
-    "--num_cpu_threads_per_process",
-    2,
-)
 SMALL = ("--block_out_channels", "16,32", "--train_batch_size", 16, "--ddpm_num_steps", 20, "--lr_warmup_steps", 2)
 
 

@@ -10,23 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import ROOT, SCRIPTS, assert_one_line_error
+from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.training import TensorBatches
 
-LAUNCH = (
-    SCRIPTS / "accelerate",
-    "launch",
-    "--quiet",
-    "--cpu",
-    "--num_processes",
-    1,
-    "--num_cpu_threads_per_process",
-    2,
-)
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 
 

@@ -13,7 +13,6 @@ with one_line_errors(), explain_missing_extra("training"):
     import torch
     from accelerate import PartialState
     from accelerate.utils import set_seed
-    from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
     from ddpm_mlp_pipeline import plots
@@ -45,10 +44,6 @@ class ImageTrainingArguments(TrainingArguments):
     embedding_dim: int = option(100, "mlp: size of the timestep's embedding")
     hidden_dim: int = option(2048, "mlp: width")
     num_hidden_layers: int = option(5, "mlp: number of residual blocks")
-    ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
-    ddpm_beta_schedule: str = option(
-        "squaredcos_cap_v2", "the forward process's β", choices=["linear", "scaled_linear", "squaredcos_cap_v2"]
-    )
     ddpm_num_inference_steps: int = option(100, "sampling steps of the sample figures")
 
     learning_rate: float = option(1e-3, "peak learning rate of Adam")
@@ -59,8 +54,6 @@ class ImageTrainingArguments(TrainingArguments):
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 20
         super().__post_init__()
-        if self.ddpm_num_steps < 2:
-            raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:
             raise ConfigurationError(f"ddpm_num_inference_steps must be from 1 to {self.ddpm_num_steps}")
 
@@ -82,8 +75,7 @@ def make_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, in
             )
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    scheduler = DDPMScheduler(num_train_timesteps=args.ddpm_num_steps, beta_schedule=args.ddpm_beta_schedule)
-    return DDPMMLPPipeline(unet.to(memory_format=torch.channels_last), scheduler)
+    return DDPMMLPPipeline(unet.to(memory_format=torch.channels_last), args.make_scheduler(clip_sample_range=1.0))
 
 
 def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: EMAModel | None, epoch: int) -> None:

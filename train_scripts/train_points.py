@@ -13,7 +13,6 @@ with one_line_errors(), explain_missing_extra("training"):
     import torch
     from accelerate import PartialState
     from accelerate.utils import set_seed
-    from diffusers import DDPMScheduler
 
     from ddpm_mlp_pipeline import plots
     from ddpm_mlp_pipeline.arguments import parse_options
@@ -33,10 +32,6 @@ class PointTrainingArguments(TrainingArguments):
     embedding_dim: int = option(32, "size of the embedding of the timestep and of each coordinate")
     hidden_dim: int = option(64, "width of the network")
     num_hidden_layers: int = option(4, "number of residual blocks")
-    ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
-    ddpm_beta_schedule: str = option(
-        "squaredcos_cap_v2", "the forward process's β", choices=["linear", "scaled_linear", "squaredcos_cap_v2"]
-    )
 
     train_batch_size: int = option(2048, "batch size of each process")
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs (8,000 if neither is given)")
@@ -50,8 +45,6 @@ class PointTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.mixed_precision != "no":
             raise ConfigurationError("points are trained in float32: lower precision would blur their embedding")
-        if self.ddpm_num_steps < 2:
-            raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
 
 
 def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
@@ -69,14 +62,7 @@ def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.
         unet = MLPModel(points.shape[1], None, args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    scheduler = DDPMScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
-        # Where hardly any signal is left, x_0's prediction is a small difference, divided by √ᾱ_t, near 0: clipping
-        # it to the data's range is what keeps every sampler's first steps on track.
-        clip_sample=True,
-        clip_sample_range=x_0.abs().max().item(),
-    )
+    scheduler = args.make_scheduler(clip_sample_range=x_0.abs().max().item())
     pipeline = DDPMMLPPipeline(unet, scheduler, mean.tolist(), std.tolist(), dataset.column_names)
     return pipeline, x_0
 
