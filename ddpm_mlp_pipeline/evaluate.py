@@ -31,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         output = None if args.output is None else stack.enter_context(whole_file(args.output))
-        with explain_missing_extra("ddpm-evaluate"):
+        with explain_missing_extra("ddpm-evaluate", "evaluate"):
+            from .data import points  # noqa: F401
+            from .metrics import sliced_wasserstein_distance  # noqa: F401
+        with explain_missing_extra("evaluating a checkpoint"):
             _evaluate(args, output)
 
 
@@ -76,6 +79,8 @@ def _draw(args: Namespace, seed: int) -> np.ndarray:
     from .data.points import load_points, to_array
 
     if args.samples.is_file():
+        if args.samples.suffix not in (".npy", ".csv", ".parquet"):
+            raise ConfigurationError(f"{args.samples} is no file of points: give a .npy, .csv or .parquet")
         return to_array(load_points(args.samples, args.num_samples, seed=seed))
     if (args.samples / "bundle.json").is_file():
         from .export.runtime import OnnxSampler

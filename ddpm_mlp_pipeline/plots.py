@@ -1,4 +1,4 @@
-"""Figures and animations of data, of the forward and reverse process, and of training; and the command `ddpm-plot`."""
+"""Figures and animations of data, of the forward and reverse process, and of training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
@@ -15,16 +14,13 @@ from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .commands import CommandParser, command, noise_seed, positive_int
 from .errors import ConfigurationError
 from .files import whole_file
-from .loading import load_checkpoint
 from .pipeline import DDPMMLPPipeline
 
 # Enough to show a density of points or a variety of images; few enough to see single ones
 NUM_POINTS, NUM_IMAGES = 3000, 64
 DATA_COLOR, SAMPLE_COLOR = "tab:blue", "tab:orange"
-STYLE = {"savefig.dpi": 100, "figure.constrained_layout.use": True}
 
 # x_t by t, as it is shown: points [n, 2] in the data's units, or images [n, height, width, channels] in [0, 1]
 Frames = dict[int, np.ndarray]
@@ -52,7 +48,7 @@ def draw_training_run(
         number = NUM_POINTS if len(pipeline.sample_shape) == 1 else NUM_IMAGES
         forward = forward_process(pipeline, x_0[:number], seed)
         reverse = reverse_process(pipeline, number, seed)
-        figures["forward_process.png"] = plot_process(_some_frames(forward), DATA_COLOR)
+        figures["forward_process.png"] = plot_process(some_frames(forward), DATA_COLOR)
         figures["samples.png"] = plot_samples(forward[0], reverse[0])
         frames = [("forward", forward), ("reverse", reverse)]
     for name, figure in figures.items():
@@ -123,7 +119,8 @@ def _timesteps_to_show(T: int, number: int = 41) -> list[int]:
     return sorted({round(T * u**2) for u in np.linspace(0, 1, number)})
 
 
-def _some_frames(frames: Frames, number: int = 6) -> Frames:
+def some_frames(frames: Frames, number: int = 6) -> Frames:
+    """A few of them, evenly spaced, the first and the last among them."""
     timesteps = list(frames)
     return {timesteps[round(i)]: frames[timesteps[round(i)]] for i in np.linspace(0, len(timesteps) - 1, number)}
 
@@ -136,7 +133,7 @@ def _to_show(pipeline: DDPMMLPPipeline, x_t: torch.Tensor) -> np.ndarray:
 
 def plot_losses(losses: Sequence[float]) -> Figure:
     """The loss over training, each step's and smoothed over 1 % of them."""
-    figure = Figure(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss, mean of (ε − ε_θ)²")
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=DATA_COLOR, alpha=0.25, linewidth=0.5, label="each step")
@@ -150,7 +147,7 @@ def plot_losses(losses: Sequence[float]) -> Figure:
 
 def plot_process(frames: Frames, color: str = SAMPLE_COLOR) -> Figure:
     """x_t at several t, side by side."""
-    figure = Figure(figsize=(2.4 * len(frames), 2.7))
+    figure = Figure(figsize=(2.4 * len(frames), 2.7), layout="constrained")
     limits = _limits(frames.values())
     for axes, (t, x_t) in zip(figure.subplots(1, len(frames), squeeze=False)[0], frames.items(), strict=True):
         _panel(axes, x_t, limits, color, f"t = {t}")
@@ -159,7 +156,7 @@ def plot_process(frames: Frames, color: str = SAMPLE_COLOR) -> Figure:
 
 def plot_samples(data: np.ndarray, samples: np.ndarray, titles: tuple[str, str] = ("data", "samples")) -> Figure:
     """Data and samples, side by side."""
-    figure = Figure(figsize=(8, 4.3))
+    figure = Figure(figsize=(8, 4.3), layout="constrained")
     limits = _limits([data, samples])
     for axes, x, color, title in zip(
         figure.subplots(1, 2), (data, samples), (DATA_COLOR, SAMPLE_COLOR), titles, strict=True
@@ -180,7 +177,7 @@ def animate_process(processes: Sequence[tuple[str, Frames]], path: Path) -> None
     """
     if path.suffix == ".mp4" and shutil.which("ffmpeg") is None:
         raise ConfigurationError("an .mp4 needs ffmpeg, which is not installed: use .gif")
-    figure = Figure(figsize=(4, 4.3))
+    figure = Figure(figsize=(4, 4.3), layout="constrained")
     axes = figure.add_subplot()
     limits = _limits([x_t for _, frames in processes for x_t in frames.values()])
     shots = [(name, t, x_t) for name, frames in processes for t, x_t in frames.items()]
@@ -192,7 +189,7 @@ def animate_process(processes: Sequence[tuple[str, Frames]], path: Path) -> None
         _panel(axes, x_t, limits, DATA_COLOR if name == "forward" else SAMPLE_COLOR, f"{name} process, t = {t}")
 
     writer = FFMpegWriter(fps=15) if path.suffix == ".mp4" else PillowWriter(fps=15)
-    with matplotlib.rc_context(STYLE), whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         FuncAnimation(figure, draw, shots).save(temporary, writer, dpi=80)
 
 
@@ -210,8 +207,8 @@ def tile(images: np.ndarray) -> np.ndarray:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all."""
-    with matplotlib.rc_context(STYLE), whole_file(path) as temporary:
-        figure.savefig(temporary)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 Limits = tuple[np.ndarray, np.ndarray] | None
@@ -241,59 +238,3 @@ def _panel(axes: Axes, x: np.ndarray, limits: Limits, color: str, title: str) ->
         # The axes' units may differ (height and weight, say): a square box rather than an equal scale.
         axes.set_box_aspect(1)
     axes.set_title(title)
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draw a checkpoint's samples or processes."""
-    parser = CommandParser(prog="ddpm-plot", description=main.__doc__)
-    parser.add_argument("kind", choices=["samples", "forward", "reverse", "animation"], help="what to draw")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
-    parser.add_argument("--dataset", help="for forward: the point set or image set whose data turn into noise")
-    parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
-    parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
-    parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
-    args = parser.parse_args(argv)
-    suffixes = (".gif", ".mp4") if args.kind == "animation" else (".png",)
-    if args.output.suffix not in suffixes:
-        raise ConfigurationError(f"{args.output} must end in {' or '.join(suffixes)}")
-    pipeline = load_checkpoint(args.checkpoint)
-    is_points = len(pipeline.sample_shape) == 1
-    if is_points and pipeline.sample_shape[0] < 2:
-        raise ConfigurationError("points of one coordinate have no picture")
-    number = args.num_samples or (NUM_POINTS if is_points else 16)
-
-    if args.kind == "animation":
-        animate_process([("reverse", reverse_process(pipeline, number, args.seed))], args.output)
-    elif args.kind == "forward":
-        if args.dataset is None:
-            raise ConfigurationError("the forward process starts from data: name them with --dataset")
-        x_0 = _load_data(pipeline, args.dataset, number)
-        save(plot_process(_some_frames(forward_process(pipeline, x_0, args.seed)), DATA_COLOR), args.output)
-    else:
-        T = pipeline.scheduler.config.num_train_timesteps
-        several = args.timesteps or [T - 1, T * 3 // 4 - 1, T // 2 - 1, 0]
-        timesteps = [0] if args.kind == "samples" else several
-        if not all(0 <= t <= T for t in timesteps):
-            raise ConfigurationError(f"--timesteps must be from 0 to {T}")
-        save(plot_process(reverse_process(pipeline, number, args.seed, timesteps)), args.output)
-    print(args.output)
-
-
-def _load_data(pipeline: DDPMMLPPipeline, dataset: str, number: int) -> torch.Tensor:
-    """Data as the network sees them."""
-    if len(pipeline.sample_shape) == 1:
-        from .data.points import load_points, to_array
-
-        points = torch.from_numpy(to_array(load_points(dataset, number))).float()
-        return (points - points.new_tensor(pipeline.config.data_mean)) / points.new_tensor(pipeline.config.data_std)
-    from .data.images import ImageBatches, load_images
-
-    channels, height, _ = pipeline.sample_shape
-    images = load_images(dataset, split=f"train[:{number}]", resolution=height, channels=channels)
-    return ImageBatches(images).__getitems__(list(range(len(images))))
-
-
-if __name__ == "__main__":
-    main()

@@ -160,6 +160,8 @@ def train(
         KeyboardInterrupt: after Ctrl-C, once the step under way is done and its state is saved.
     """
     output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigurationError(f"output_dir must be a folder, but {output_dir} is a file")
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
         accelerator = Accelerator(
@@ -177,7 +179,7 @@ def train(
     if args.train_batch_size * accelerator.num_processes > len(dataset):
         raise ConfigurationError(
             f"a batch of {args.train_batch_size} on each of {accelerator.num_processes} processes is larger than the "
-            f"data set, which holds {len(dataset)} samples: lower train_batch_size"
+            f"data set, which holds {len(dataset)} samples: lower --train_batch_size"
         )
     set_seed(args.seed, device_specific=True)
 
@@ -216,12 +218,14 @@ def train(
     if args.resume_from_checkpoint is not None:
         _load_checkpoint(accelerator, pipeline, _find_checkpoint(output_dir, args.resume_from_checkpoint))
     step = len(history.losses)
+    if step > 0:
+        accelerator.print(f"resuming at step {step}")
     progress_bar = tqdm(
         total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
 
     batch_losses: list[float] = []
-    with _deferred_interrupt() as interrupt:
+    with progress_bar, _deferred_interrupt() as interrupt:
         while step < max_train_steps:
             epoch, steps_done = divmod(step, steps_per_epoch)
             dataloader.set_epoch(epoch)
@@ -265,7 +269,6 @@ def train(
                     folder = output_dir / f"checkpoint-{step}"
                     _save_checkpoint(accelerator, pipeline, folder, args.checkpoints_total_limit)
                 if interrupt.is_set():
-                    progress_bar.close()
                     raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume_from_checkpoint latest")
                 if step == max_train_steps:
                     break
@@ -274,7 +277,6 @@ def train(
                 if epoch_done or (args.save_samples_epochs is not None and step == max_train_steps):
                     draw_samples(pipeline, ema, epoch + 1)
 
-    progress_bar.close()
     accelerator.end_training()
     pipeline.unet = accelerator.unwrap_model(unet)
     if ema is not None:
@@ -283,6 +285,8 @@ def train(
     if accelerator.is_main_process:
         with _writing(output_dir), tempfile.TemporaryDirectory(prefix=".saving-", dir=output_dir) as folder:
             pipeline.save_pretrained(folder)
+            for weights in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
+                shutil.copymode(Path(folder) / pipeline.config_name, weights)
             move_into(Path(folder), output_dir)
     accelerator.wait_for_everyone()
     return history.losses

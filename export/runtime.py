@@ -123,16 +123,18 @@ class OnnxSampler:
         if workers == 1:
             yield from (self._draw(session, part, seed, on_step) for part in samples)
             return
+        stop = threading.Event()
         with ThreadPoolExecutor(workers) as pool:
             waiting = deque()
             try:
                 for part in samples:
-                    waiting.append(pool.submit(self._draw, session, part, seed, on_step))
+                    waiting.append(pool.submit(self._draw, session, part, seed, on_step, stop))
                     if len(waiting) == 2 * workers:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
-            finally:
+            finally:  # also after Ctrl-C, or where the caller wants no more
+                stop.set()
                 for future in waiting:
                     future.cancel()
 
@@ -173,9 +175,16 @@ class OnnxSampler:
         return self._session(self.num_threads).run(["out_sample"], feeds)[0]
 
     def _draw(
-        self, session: ort.InferenceSession, samples: range, seed: int, on_step: Callable[[int], Any] | None
+        self,
+        session: ort.InferenceSession,
+        samples: range,
+        seed: int,
+        on_step: Callable[[int], Any] | None,
+        stop: threading.Event | None = None,
     ) -> np.ndarray:
         for x in self._steps(session, samples, seed):  # noqa: B007
+            if stop is not None and stop.is_set():
+                break
             if on_step is not None:
                 with self._on_step_lock:  # batches run in threads of their own
                     on_step(len(samples))

@@ -189,6 +189,8 @@ def test_launched_it_leaves_checkpoint_figures_and_logs(launch, tmp_path):
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
     with Image.open(tmp_path / "run" / "process.gif") as animation:
         assert animation.n_frames > 50
+    modes = {path.stat().st_mode for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
+    assert len(modes) == 1  # the weights can be read by whom the rest can
     pipeline = DDPMMLPPipeline.from_pretrained(tmp_path / "run")
     assert pipeline(10, num_inference_steps=5).points.shape == (10, 2)
 
@@ -208,7 +210,7 @@ def test_a_users_table_of_three_columns(launch, run, tmp_path):
     table = rng.standard_normal((600, 3)) * [10, 0.1, 1] + [170, 2, 0]
     np.savetxt(tmp_path / "people.csv", table, delimiter=",", header="height,weight,age", comments="")
     argv = ("--dataset", tmp_path / "people.csv", "--output_dir", tmp_path / "run", "--max_train_steps", 20)
-    result = launch(*argv, "--train_batch_size", 100)
+    result = launch(*argv)
     assert result.returncode == 0, result.stderr
     assert run("ddpm-export", tmp_path / "run", tmp_path / "bundle").returncode == 0
     assert (
@@ -230,7 +232,7 @@ def test_wrong_trainings_end_in_one_line(run, tmp_path):
         (("--dataset", tmp_path / "flat.csv"), ["'b'", "constant"]),
         (("--dataset", tmp_path / "none.csv"), ["no file"]),
         (("--dataset_size", 0), ["at least 1"]),
-        (("--dataset_size", 100), ["larger than the data set, which holds 100"]),
+        (("--dataset_size", 100, "--train_batch_size", 101), ["larger than the data set, which holds 100"]),
         (("--max_train_steps", 0), ["max_train_steps"]),
         (("--train_batch_size", -1), ["train_batch_size"]),
         (("--embedding_dim", 7), ["embedding_dim"]),

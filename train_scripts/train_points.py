@@ -33,7 +33,9 @@ class PointTrainingArguments(TrainingArguments):
     hidden_dim: int = option(64, "width of the network")
     num_hidden_layers: int = option(4, "number of residual blocks")
 
-    train_batch_size: int = option(2048, "batch size of each process")
+    train_batch_size: int | None = option(
+        None, "batch size of each process; by default 2,048, or all of a smaller set"
+    )
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs (8,000 if neither is given)")
     learning_rate: float = option(2e-3, "peak learning rate of Adam")
     lr_warmup_steps: int = option(200, "steps of linear warm-up of the learning rate")
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(PointTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
     set_seed(args.seed)
     pipeline, x_0 = make_pipeline(args)
+    if args.train_batch_size is None:
+        args.train_batch_size = min(2048, len(x_0) // PartialState().num_processes)
     losses = train(pipeline, TensorBatches(x_0), args)
     if PartialState().is_main_process:
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)

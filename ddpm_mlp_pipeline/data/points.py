@@ -153,8 +153,9 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
     if len(bad):
         row, column = bad[0]
         value = table.iat[row, column]
+        value = "nan, or an empty cell," if pd.isna(value) else repr(value)
         raise DatasetError(
-            f"{path}: {value!r} in row {row + 1}, column {str(table.columns[column])!r} is not a finite number"
+            f"{path}: {value} in row {row + 1}, column {str(table.columns[column])!r} is not a finite number"
         )
     return numbers, [str(column) for column in table.columns]
 

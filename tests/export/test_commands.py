@@ -71,6 +71,14 @@ def test_training_without_its_extra_says_what_to_install(run, script):
     assert_one_line_error(run(sys.executable, "-c", code), "pip install 'ddpm-mlp-pipeline[train]'")
 
 
+def test_plots_and_evaluation_without_their_extras_say_what_to_install(run, ddim_bundle):
+    code = BASE_INSTALL + "from ddpm_mlp_pipeline.plot import main; sys.exit(main())"
+    assert_one_line_error(run(sys.executable, "-c", code), "pip install 'ddpm-mlp-pipeline[train]'")
+    code = BASE_INSTALL + "from ddpm_mlp_pipeline.evaluate import main; sys.exit(main())"
+    result = run(sys.executable, "-c", code, ddim_bundle, "--dataset", "heart")
+    assert_one_line_error(result, "pip install 'ddpm-mlp-pipeline[evaluate]'")
+
+
 def test_export_without_its_extra_says_what_to_install(run, tmp_path):
     code = BASE_INSTALL + "from ddpm_mlp_pipeline.export.__main__ import main; sys.exit(main())"
     result = run(sys.executable, "-c", code, pretrained("heart"), tmp_path / "bundle")

@@ -74,6 +74,17 @@ def test_batches_come_in_order_and_one_at_a_time(sampler):
     np.testing.assert_allclose(np.concatenate([first, *batches]), sampler.sample(100), atol=1e-5)
 
 
+def test_batches_that_nobody_wants_stop_at_once(sampler):
+    sampler.num_threads = 2
+    moved = []
+    batches = sampler.batches(5000, batch_size=10, on_step=moved.append)
+    next(batches)
+    batches.close()  # as Ctrl-C does
+    so_far = sum(moved)
+    assert so_far <= 8 * 10 * len(sampler.table)
+    assert sum(moved) == so_far
+
+
 def test_progress_counts_every_step_of_every_sample(sampler):
     moved = []
     sampler.sample(20, batch_size=6, on_step=moved.append)

@@ -1,0 +1,74 @@
+"""Draw a checkpoint's samples, or the forward or reverse process: the command `ddpm-plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .commands import CommandParser, command, noise_seed, one_line_errors, positive_int
+from .errors import ConfigurationError, explain_missing_extra
+
+with one_line_errors(), explain_missing_extra("ddpm-plot"):
+    import torch
+
+    from . import plots
+    from .loading import load_checkpoint
+    from .pipeline import DDPMMLPPipeline
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-plot", description=__doc__)
+    parser.add_argument("kind", choices=["samples", "forward", "reverse", "animation"], help="what to draw")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
+    parser.add_argument("--dataset", help="for forward: the point set or image set whose data turn into noise")
+    parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
+    parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
+    parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
+    args = parser.parse_args(argv)
+    suffixes = (".gif", ".mp4") if args.kind == "animation" else (".png",)
+    if args.output.suffix not in suffixes:
+        raise ConfigurationError(f"{args.output} must end in {' or '.join(suffixes)}")
+    pipeline = load_checkpoint(args.checkpoint)
+    is_points = len(pipeline.sample_shape) == 1
+    if is_points and pipeline.sample_shape[0] < 2:
+        raise ConfigurationError("points of one coordinate have no picture")
+    number = args.num_samples or (plots.NUM_POINTS if is_points else 16)
+
+    if args.kind == "animation":
+        plots.animate_process([("reverse", plots.reverse_process(pipeline, number, args.seed))], args.output)
+    elif args.kind == "forward":
+        if args.dataset is None:
+            raise ConfigurationError("the forward process starts from data: name them with --dataset")
+        x_0 = _load_data(pipeline, args.dataset, number)
+        plots.save(
+            plots.plot_process(plots.some_frames(plots.forward_process(pipeline, x_0, args.seed)), plots.DATA_COLOR),
+            args.output,
+        )
+    else:
+        T = pipeline.scheduler.config.num_train_timesteps
+        several = args.timesteps or [T - 1, T * 3 // 4 - 1, T // 2 - 1, 0]
+        timesteps = [0] if args.kind == "samples" else several
+        if not all(0 <= t <= T for t in timesteps):
+            raise ConfigurationError(f"--timesteps must be from 0 to {T}")
+        plots.save(plots.plot_process(plots.reverse_process(pipeline, number, args.seed, timesteps)), args.output)
+    print(args.output)
+
+
+def _load_data(pipeline: DDPMMLPPipeline, dataset: str, number: int) -> torch.Tensor:
+    """Data as the network sees them."""
+    if len(pipeline.sample_shape) == 1:
+        from .data.points import load_points, to_array
+
+        points = torch.from_numpy(to_array(load_points(dataset, number))).float()
+        return (points - points.new_tensor(pipeline.config.data_mean)) / points.new_tensor(pipeline.config.data_std)
+    from .data.images import ImageBatches, load_images
+
+    channels, height, _ = pipeline.sample_shape
+    images = load_images(dataset, split=f"train[:{number}]", resolution=height, channels=channels)
+    return ImageBatches(images).__getitems__(list(range(len(images))))
+
+
+if __name__ == "__main__":
+    main()
