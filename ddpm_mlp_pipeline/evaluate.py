@@ -31,16 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         output = None if args.output is None else stack.enter_context(whole_file(args.output))
-        with explain_missing_extra("ddpm-evaluate", "evaluate"):
-            from .data import points  # noqa: F401
-            from .metrics import sliced_wasserstein_distance  # noqa: F401
-        with explain_missing_extra("evaluating a checkpoint"):
-            _evaluate(args, output)
+        _evaluate(args, output)
 
 
 def _evaluate(args: Namespace, output: Path | None) -> None:
-    from .data.points import POINT_SETS, load_points, to_array
-    from .metrics import sliced_wasserstein_distance
+    with explain_missing_extra("ddpm-evaluate", "evaluate"):
+        from .data.points import POINT_SETS, load_points, to_array
+        from .metrics import sliced_wasserstein_distance
 
     # Every draw has data of its own on both sides: a distance between two finite draws is never 0, and how far it is
     # from 0 when both are data is the floor that a model's distance has to be read against.
@@ -88,9 +85,10 @@ def _draw(args: Namespace, seed: int) -> np.ndarray:
         sampler = OnnxSampler(args.samples)
         points = sampler.sample(args.num_samples, seed) if sampler.is_points else None
     else:
-        import torch
+        with explain_missing_extra("evaluating a checkpoint"):
+            import torch
 
-        from .loading import load_checkpoint
+            from .loading import load_checkpoint
 
         pipeline = load_checkpoint(args.samples)
         generator = torch.Generator().manual_seed(seed)
