@@ -49,7 +49,9 @@ class UnsupportedSchedulerError(DDPMPipelineError, ValueError):
 class ParityError(DDPMPipelineError, RuntimeError):
     """An exported bundle doesn't reproduce the pipeline that it was made from. `report` says where they differ."""
 
-    report: object = None
+    def __init__(self, message: str, report: object = None):
+        super().__init__(message)
+        self.report = report
 
 
 class DivergenceError(DDPMPipelineError, ArithmeticError):

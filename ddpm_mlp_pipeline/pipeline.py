@@ -79,6 +79,11 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     @property
+    def is_points(self) -> bool:
+        """Whether the samples are points rather than images."""
+        return len(self.sample_shape) == 1
+
+    @property
     def data_columns(self) -> list[str]:
         """Names of the points' coordinates."""
         return self.config.data_columns or [f"x{i}" for i in range(self.sample_shape[0])]
@@ -148,7 +153,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return output_class(samples) if return_dict else (samples,)
 
     def _to_output(self, x_0: torch.Tensor, output_type: str) -> tuple[Any, type[BaseOutput]]:
-        if len(self.sample_shape) == 1:
+        if self.is_points:
             points = self.to_data_units(x_0)
             return (points if output_type == "pt" else points.cpu().numpy()), PointPipelineOutput
         images = (x_0 / 2 + 0.5).clamp(0, 1)

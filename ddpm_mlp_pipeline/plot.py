@@ -31,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.suffix not in suffixes:
         raise ConfigurationError(f"{args.output} must end in {' or '.join(suffixes)}")
     pipeline = load_checkpoint(args.checkpoint)
-    is_points = len(pipeline.sample_shape) == 1
-    if is_points and pipeline.sample_shape[0] < 2:
+    if pipeline.is_points and pipeline.sample_shape[0] < 2:
         raise ConfigurationError("points of one coordinate have no picture")
-    number = args.num_samples or (plots.NUM_POINTS if is_points else 16)
+    number = args.num_samples or (plots.NUM_POINTS if pipeline.is_points else 16)
 
     if args.kind == "animation":
         plots.animate_process([("reverse", plots.reverse_process(pipeline, number, args.seed))], args.output)
@@ -58,16 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _load_data(pipeline: DDPMMLPPipeline, dataset: str, number: int) -> torch.Tensor:
     """Data as the network sees them."""
-    if len(pipeline.sample_shape) == 1:
-        from .data.points import load_points, to_array
+    if pipeline.is_points:
+        from .data.points import POINT_SETS, load_points, to_array
 
-        points = torch.from_numpy(to_array(load_points(dataset, number))).float()
+        # Of a file, as many as there are, up to that number
+        rows = load_points(dataset, number if dataset in POINT_SETS else None)
+        points = torch.from_numpy(to_array(rows)[:number]).float()
         return (points - points.new_tensor(pipeline.config.data_mean)) / points.new_tensor(pipeline.config.data_std)
-    from .data.images import ImageBatches, load_images
+    from .data.images import load_images, to_network_units
 
-    channels, height, _ = pipeline.sample_shape
-    images = load_images(dataset, split=f"train[:{number}]", resolution=height, channels=channels)
-    return ImageBatches(images).__getitems__(list(range(len(images))))
+    channels, height, width = pipeline.sample_shape
+    resolution = height if height == width else None
+    return to_network_units(load_images(dataset, f"train[:{number}]", resolution, channels=channels))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def draw_training_run(
     """
     figures = {"loss.png": plot_losses(losses)}
     frames: list[tuple[str, Frames]] = []
-    if len(pipeline.sample_shape) == 3 or pipeline.sample_shape[0] >= 2:
-        number = NUM_POINTS if len(pipeline.sample_shape) == 1 else NUM_IMAGES
+    if not pipeline.is_points or pipeline.sample_shape[0] >= 2:
+        number = NUM_POINTS if pipeline.is_points else NUM_IMAGES
         forward = forward_process(pipeline, x_0[:number], seed)
         reverse = reverse_process(pipeline, number, seed)
         figures["forward_process.png"] = plot_process(some_frames(forward), DATA_COLOR)
@@ -109,9 +109,7 @@ def reverse_process(
 
 def draw_samples(pipeline: DDPMMLPPipeline, num_inference_steps: int, seed: int, number: int = 36) -> np.ndarray:
     """Samples as they are shown, from the pipeline's scheduler with some of its steps."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn((number, *pipeline.sample_shape), generator=generator)
-    return pipeline(number, generator, num_inference_steps, "np", latents=latents)[0]
+    return pipeline(number, torch.Generator().manual_seed(seed), num_inference_steps, "np")[0]
 
 
 def _timesteps_to_show(T: int, number: int = 41) -> list[int]:

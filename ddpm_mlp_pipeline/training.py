@@ -148,7 +148,8 @@ def train(
         dataset: the training data as the network is to see it, normalised points or images in [-1, 1], whose
             `__getitems__(indices)` is a batch, `[len(indices), *pipeline.sample_shape]`.
         args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
-        draw_samples: called as `draw_samples(pipeline, ema, epoch)` after every `args.save_samples_epochs` epochs.
+        draw_samples: called as `draw_samples(pipeline, ema, epoch)` after every `args.save_samples_epochs` epochs,
+            and at the end.
 
     Returns:
         The loss of every optimizer step.
@@ -272,9 +273,9 @@ def train(
                     raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume_from_checkpoint latest")
                 if step == max_train_steps:
                     break
-            if draw_samples is not None and accelerator.is_main_process:
-                epoch_done = step % steps_per_epoch == 0 and (epoch + 1) % (args.save_samples_epochs or math.inf) == 0
-                if epoch_done or (args.save_samples_epochs is not None and step == max_train_steps):
+            if draw_samples is not None and args.save_samples_epochs is not None and accelerator.is_main_process:
+                epoch_is_whole = step % steps_per_epoch == 0
+                if (epoch_is_whole and (epoch + 1) % args.save_samples_epochs == 0) or step == max_train_steps:
                     draw_samples(pipeline, ema, epoch + 1)
 
     accelerator.end_training()

@@ -69,9 +69,8 @@ def export_bundle(
         (folder / "bundle.json").write_text(info + "\n", encoding="utf-8")
         report = compare(pipeline, folder, num_inference_steps, tolerance)
         if not report.ok:
-            error = ParityError(f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written")
-            error.report = report
-            raise error
+            message = f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written"
+            raise ParityError(message, report)
     return report
 
 
@@ -112,7 +111,7 @@ def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: 
     """bundle.json: what the runtime must know of the data, and where the bundle comes from."""
     shape, config = pipeline.sample_shape, pipeline.config
     info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sample_shape": list(shape)}
-    if len(shape) == 1:
+    if pipeline.is_points:
         info["data_mean"] = config.data_mean or [0.0] * shape[0]
         info["data_std"] = config.data_std or [1.0] * shape[0]
         info["data_columns"] = pipeline.data_columns

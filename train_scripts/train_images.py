@@ -17,7 +17,7 @@ with one_line_errors(), explain_missing_extra("training"):
 
     from ddpm_mlp_pipeline import plots
     from ddpm_mlp_pipeline.arguments import parse_options
-    from ddpm_mlp_pipeline.data.images import ImageBatches, load_images
+    from ddpm_mlp_pipeline.data.images import ImageBatches, load_images, to_network_units
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     losses = train(pipeline, dataset, args, lambda *state: draw_samples(args, *state))
     if PartialState().is_main_process:
-        x_0 = ImageBatches(images[: plots.NUM_IMAGES]).__getitems__(list(range(min(len(images), plots.NUM_IMAGES))))
+        x_0 = to_network_units(images[: plots.NUM_IMAGES])
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
         print(f"{args.output_dir}: the checkpoint, and {', '.join(figures)}")
 

@@ -74,6 +74,11 @@ def load_images(
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
+def to_network_units(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as the network is to see them: float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 class ImageBatches(torch.utils.data.Dataset):
     """Images in memory, handed out in batches as the network is to see them: in [-1, 1], some of them mirrored.
 
@@ -89,7 +94,7 @@ class ImageBatches(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        x_0 = self.images[indices].float() / 127.5 - 1
+        x_0 = to_network_units(self.images[indices])
         if self.random_flip:
             mirrored = torch.rand(len(x_0), 1, 1, 1) < 0.5
             x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
