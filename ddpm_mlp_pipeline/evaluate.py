@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,9 @@ def _evaluate(args: Namespace, output: Path | None) -> None:
                 f"{args.dataset} holds {len(points)} points, too few for two sets of {n}: lower --num_samples"
             )
         data = [np.random.default_rng(1000 + i).permutation(points) for i in range(args.repeats)]
-    references, fresh = [draw[:n] for draw in data], [draw[n : 2 * n] for draw in data]
-    samples = [_draw(args, seed) for seed in range(args.repeats)]
+    references, fresh = [both[:n] for both in data], [both[n : 2 * n] for both in data]
+    draw = _make_draw(args)
+    samples = [draw(seed) for seed in range(args.repeats)]
     if samples[0].shape[1] != data[0].shape[1]:
         raise DatasetError(
             f"the samples have {samples[0].shape[1]} coordinates, but {args.dataset} has {data[0].shape[1]}"
@@ -71,32 +72,36 @@ def _evaluate(args: Namespace, output: Path | None) -> None:
         output.write_text(json.dumps({"samples": str(args.samples), "dataset": args.dataset, **report}, indent=2))
 
 
-def _draw(args: Namespace, seed: int) -> np.ndarray:
-    """Points `[num_samples, dimension]`, of the seed or, from a file, chosen by it."""
+def _make_draw(args: Namespace) -> Callable[[int], np.ndarray]:
+    """What draws points, `[num_samples, dimension]`, of a seed, or chooses them by it from a file."""
     from .data.points import load_points, to_array
 
     if args.samples.is_file():
         if args.samples.suffix not in (".npy", ".csv", ".parquet"):
             raise ConfigurationError(f"{args.samples} is no file of points: give a .npy, .csv or .parquet")
-        return to_array(load_points(args.samples, args.num_samples, seed=seed))
+        return lambda seed: to_array(load_points(args.samples, args.num_samples, seed=seed))
     if (args.samples / "bundle.json").is_file():
         from .export.runtime import OnnxSampler
 
-        sampler = OnnxSampler(args.samples)
-        points = sampler.sample(args.num_samples, seed) if sampler.is_points else None
+        source = OnnxSampler(args.samples)
+
+        def draw(seed: int) -> np.ndarray:
+            return source.sample(args.num_samples, seed)
     else:
         with explain_missing_extra("evaluating a checkpoint"):
             import torch
 
             from .loading import load_checkpoint
 
-        pipeline = load_checkpoint(args.samples)
-        generator = torch.Generator().manual_seed(seed)
-        is_points = len(pipeline.sample_shape) == 1
-        points = pipeline(args.num_samples, generator, args.num_inference_steps).points if is_points else None
-    if points is None:
+        source = load_checkpoint(args.samples)
+
+        def draw(seed: int) -> np.ndarray:
+            generator = torch.Generator().manual_seed(seed)
+            return source(args.num_samples, generator, args.num_inference_steps).points
+
+    if not source.is_points:
         raise ConfigurationError(f"{args.samples} makes images: only points can be evaluated")
-    return points
+    return draw
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        with naming(path):
+        with _naming(path):
             temporary.touch()
             yield temporary
             temporary.replace(path)
@@ -50,7 +50,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(path))
     temporary, replaced = (path.with_name(f".{path.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     try:
-        with naming(path):
+        with _naming(path):
             temporary.mkdir(parents=True)
             yield temporary
             if path.exists():
@@ -64,7 +64,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     """Have errors of the file system name the path that the user knows, and say that it is not written."""
     try:
         yield

@@ -78,18 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 lambda size=size: _seconds(lambda: sampler.sample(size, batch_size=size)),
                 args.repeats,
             )
-            what = f"one at a time, {args.num_inference_steps} DDPM steps, ms per sample"
-            if size > 1:
-                what = f"{size} together, {args.num_inference_steps} DDPM steps, ms per sample"
+            what = "one at a time" if size == 1 else f"{size} together"
+            what = f"{what}, {args.num_inference_steps} DDPM steps, ms per sample"
             rows.append((what, 1000 * torch_time / size, 1000 * bundle_time / size))
 
         compile_scheduler(DDIMScheduler.from_config(pipeline.scheduler.config), 50).save(bundle / "step_table.json")
         number = 2000 if sampler.is_points else 16
         picture = Path(folder) / "samples.png"
-        package = __package__
-        torch_process = [sys.executable, "-c", TORCH_PROCESS.format(package=package)]
+        torch_process = [sys.executable, "-c", TORCH_PROCESS.format(package=__package__)]
         torch_process += [str(args.checkpoint), str(number), str(picture)]
-        bundle_process = [sys.executable, "-m", f"{package}.sample", str(bundle), "--num_samples", str(number)]
+        bundle_process = [sys.executable, "-m", f"{__package__}.sample", str(bundle), "--num_samples", str(number)]
         bundle_process += ["--output", str(picture)]
         torch_run, bundle_run = _alternate(
             lambda: _process(torch_process), lambda: _process(bundle_process), args.repeats

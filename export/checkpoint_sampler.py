@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.loading import load_checkpoint
 
+from .compile import check_num_inference_steps
 from .exporter import SCHEDULERS
 
 
@@ -37,15 +37,10 @@ class CheckpointSampler:
         self.pipeline = load_checkpoint(checkpoint)
         if scheduler is not None:
             self.pipeline.scheduler = SCHEDULERS[scheduler].from_config(self.pipeline.scheduler.config)
-        trained_steps = self.pipeline.scheduler.config.num_train_timesteps
-        self.num_inference_steps = num_inference_steps or trained_steps
-        if self.num_inference_steps > trained_steps:
-            raise ConfigurationError(
-                f"the number of steps must be from 1 to {trained_steps}, which the model was trained with; "
-                f"got {self.num_inference_steps}"
-            )
+        self.num_inference_steps = num_inference_steps or self.pipeline.scheduler.config.num_train_timesteps
+        check_num_inference_steps(self.pipeline.scheduler, self.num_inference_steps)
         self.sample_shape = self.pipeline.sample_shape
-        self.is_points = len(self.sample_shape) == 1
+        self.is_points = self.pipeline.is_points
 
     @property
     def data_columns(self) -> list[str]:

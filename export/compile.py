@@ -32,11 +32,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> St
         UnsupportedSchedulerError: if the scheduler's steps are not of this form.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if not 1 <= num_inference_steps <= config.num_train_timesteps:
-        raise ConfigurationError(
-            f"the number of steps must be from 1 to {config.num_train_timesteps}, which the model was trained with; "
-            f"got {num_inference_steps}"
-        )
+    check_num_inference_steps(scheduler, num_inference_steps)
     if config.get("thresholding"):
         raise UnsupportedSchedulerError(f"{name} with thresholding can't be compiled: it depends on whole samples")
     if str(config.get("variance_type")).startswith("learned"):
@@ -78,6 +74,16 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> St
         to_next=np.array(rows_next),
         clip_range=clip_range,
     )
+
+
+def check_num_inference_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Raise a `ConfigurationError` unless the scheduler, as it was trained with, has so many steps."""
+    trained = scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= trained:
+        raise ConfigurationError(
+            f"the number of steps must be from 1 to {trained}, which the model was trained with; "
+            f"got {num_inference_steps}"
+        )
 
 
 def _fit(name: str, columns: list[torch.Tensor], target: torch.Tensor) -> np.ndarray:
