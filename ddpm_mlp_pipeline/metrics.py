@@ -1,9 +1,19 @@
-"""Distances between samples and data."""
+"""Distances between samples and data.
+
+What each needs is imported where it is used: points need no torch, images no optimal transport.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import numpy as np
-import ot
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_SIZE = 500  # of images whose features are taken at once
 
 
 def sliced_wasserstein_distance(x: np.ndarray, y: np.ndarray, num_projections: int = 1000, seed: int = 0) -> float:
@@ -18,4 +28,39 @@ def sliced_wasserstein_distance(x: np.ndarray, y: np.ndarray, num_projections: i
     Returns:
         The distance, in the units of the points.
     """
+    import ot
+
     return float(ot.sliced_wasserstein_distance(x, y, n_projections=num_projections, p=2, seed=seed))
+
+
+def to_uint8(images: np.ndarray) -> torch.Tensor:
+    """Images in [0, 1], `[batch, height, width, channels]`, as feature networks take them."""
+    import torch
+
+    return torch.from_numpy(np.rint(images * 255).astype(np.uint8)).permute(0, 3, 1, 2)
+
+
+def frechet_distance(
+    samples: Iterable[torch.Tensor], references: Iterable[torch.Tensor], features: torch.nn.Module
+) -> float:
+    """The Fréchet distance between the features of two sets of images (Heusel et al. 2017, eq. 6, which takes an
+    Inception network's), as torchmetrics computes it.
+
+    It compares means and covariances only, and is biased upwards by the number of samples: compare distances of
+    as many samples.
+
+    Args:
+        samples, references: batches of images, uint8, `[batch, channels, height, width]`; the sets' sizes may differ.
+        features: what turns such a batch into features, `[batch, num_features]`, and says how many in its attribute
+            `num_features`: a [`FeatureNetwork`], for instance.
+    """
+    import torch
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(features)
+    with torch.no_grad():
+        for batches, real in ((samples, False), (references, True)):
+            for images in batches:
+                for batch in images.split(BATCH_SIZE):
+                    metric.update(batch, real=real)
+    return float(metric.compute())

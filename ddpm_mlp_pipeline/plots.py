@@ -132,7 +132,7 @@ def _to_show(pipeline: DDPMMLPPipeline, x_t: torch.Tensor) -> np.ndarray:
 def plot_losses(losses: Sequence[float]) -> Figure:
     """The loss over training, each step's and smoothed over 1 % of them."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss, mean of (ε − ε_θ)²")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (mean squared error)")
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=DATA_COLOR, alpha=0.25, linewidth=0.5, label="each step")
     window = max(1, len(losses) // 100)

@@ -31,6 +31,7 @@ from .pipeline import DDPMMLPPipeline
 
 # diffusers' schedules that need nothing but the numbers of steps
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
 
@@ -51,6 +52,7 @@ class TrainingArguments:
     output_dir: str = option(help="folder for the checkpoint, the figures and the logs")
     ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
     ddpm_beta_schedule: str = option("squaredcos_cap_v2", "the forward process's β", choices=BETA_SCHEDULES)
+    prediction_type: str = option("epsilon", "what the network predicts", choices=PREDICTION_TYPES)
     train_batch_size: int = option(128, "batch size of each process")
     num_epochs: int | None = option(None, "passes over the data set")
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
@@ -103,6 +105,7 @@ class TrainingArguments:
         return DDPMScheduler(
             num_train_timesteps=self.ddpm_num_steps,
             beta_schedule=self.ddpm_beta_schedule,
+            prediction_type=self.prediction_type,
             clip_sample=True,
             clip_sample_range=clip_sample_range,
         )
@@ -234,16 +237,17 @@ def train(
             for x_0 in batches:
                 with accelerator.accumulate(unet):
                     # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
+                    # (or on the same of another target than ε: see _target).
                     t = torch.randint(noise_scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
                     eps = torch.randn_like(x_0)
                     x_t = noise_scheduler.add_noise(x_0, eps, t)
-                    errors = F.mse_loss(unet(x_t, t).sample.float(), eps, reduction="none").flatten(1).mean(dim=1)
+                    target = _target(noise_scheduler, x_0, eps, t)
+                    errors = F.mse_loss(unet(x_t, t).sample.float(), target, reduction="none").flatten(1).mean(dim=1)
                     loss = errors.mean()
                     if args.snr_gamma is None:
                         accelerator.backward(loss)
                     else:
-                        snr = compute_snr(noise_scheduler, t)
-                        accelerator.backward((errors * snr.clamp(max=args.snr_gamma) / snr).mean())
+                        accelerator.backward((_min_snr_weights(noise_scheduler, t, args.snr_gamma) * errors).mean())
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
                     optimizer.step()
@@ -291,6 +295,21 @@ def train(
             move_into(Path(folder), output_dir)
     accelerator.wait_for_everyone()
     return history.losses
+
+
+def _target(scheduler: DDPMScheduler, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What the network is to predict: ε, x_0, or v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans & Ho 2022, section 4)."""
+    if scheduler.config.prediction_type == "v_prediction":
+        return scheduler.get_velocity(x_0, eps, t)
+    return eps if scheduler.config.prediction_type == "epsilon" else x_0
+
+
+def _min_snr_weights(scheduler: DDPMScheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(SNR, γ) is the weight of x_0's squared error (Hang et al. 2023, section 3.4), which is 1 / SNR times ε's,
+    and 1 / (SNR + 1) times v's."""
+    snr = compute_snr(scheduler, t)
+    of_x_0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / of_x_0[scheduler.config.prediction_type]
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ import torch
 
 from ddpm_mlp_pipeline.loading import load_checkpoint
 
-from .compile import check_num_inference_steps
-from .exporter import SCHEDULERS
+from .compile import SCHEDULERS, check_num_inference_steps
 
 
 class CheckpointSampler:

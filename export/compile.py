@@ -6,12 +6,14 @@ import inspect
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError
 
 from .step_table import StepTable
 
+SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}  # by the names that the commands take
 NUM_PROBES = 64  # equations for each step's four unknowns
 TOLERANCE = 1e-9
 

@@ -11,7 +11,6 @@ from typing import Any
 import diffusers
 import onnx
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 
 import ddpm_mlp_pipeline
 from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, ParityError
@@ -19,12 +18,11 @@ from ddpm_mlp_pipeline.files import whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
-from .compile import compile_scheduler
+from .compile import SCHEDULERS, compile_scheduler
 from .parity import ParityReport, compare
 from .runtime import FORMAT, VERSION
 
 FILES = {"unet.onnx", "step_table.json", "bundle.json"}
-SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 
 
 def export_bundle(

@@ -38,14 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.suffix not in (".png", ".npy", ".csv", ""):
         raise ConfigurationError(f"{args.output} must end in .png, .npy or .csv, or be a folder's name")
 
-    if (args.source / "model_index.json").is_file():
-        with explain_missing_extra("sampling from a checkpoint", "export"):
-            from .checkpoint_sampler import CheckpointSampler
-        sampler = CheckpointSampler(args.source, args.scheduler, args.num_inference_steps)
-    elif args.scheduler is not None or args.num_inference_steps is not None:
-        raise ConfigurationError("a bundle's scheduler and steps are its step table's: export it again to change them")
-    else:
-        sampler = OnnxSampler(args.source)
+    sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
     write = find_writer(sampler.sample_shape, args.output.suffix)
 
     whole = whole_file if args.output.suffix else whole_folder
@@ -56,6 +49,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         write(path, batches, args.num_samples, sampler)
     print(f"{args.output}: {args.num_samples} {'points' if sampler.is_points else 'images'}")
+
+
+def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> OnnxSampler:
+    """What draws from a bundle, or in the same way from a checkpoint, with torch.
+
+    Raises:
+        ConfigurationError: if a scheduler or a number of steps is asked of a bundle, which has its own.
+        BundleError, CheckpointError, MissingExtraError: if it can't be loaded.
+    """
+    if (source / "model_index.json").is_file():
+        with explain_missing_extra("sampling from a checkpoint", "train"):
+            from .checkpoint_sampler import CheckpointSampler
+        return CheckpointSampler(source, scheduler, num_inference_steps)
+    if scheduler is not None or num_inference_steps is not None:
+        raise ConfigurationError("a bundle's scheduler and steps are its step table's: export it again to change them")
+    return OnnxSampler(source)
 
 
 def find_writer(sample_shape: tuple[int, ...], suffix: str):

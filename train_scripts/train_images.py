@@ -13,6 +13,7 @@ with one_line_errors(), explain_missing_extra("training"):
     import torch
     from accelerate import PartialState
     from accelerate.utils import set_seed
+    from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
 
     from ddpm_mlp_pipeline import plots
@@ -36,10 +37,10 @@ class ImageTrainingArguments(TrainingArguments):
     fit: str = option("resize", "how: scale the images, or centre them on black", choices=["resize", "pad"])
     channels: int | None = option(None, "1 (grey) or 3 (RGB); by default what the first image has")
     random_flip: bool = option(False, "mirror half of the images, left to right")
-    model: str = option("unet", "the network", choices=["unet", "mlp"])
-    block_out_channels: str = option("64,128", "unet: width at each resolution, separated by commas")
-    layers_per_block: int = option(1, "unet: residual blocks at each resolution, down and up")
-    attention: bool = option(True, "unet: self-attention at the lowest resolution")
+    model: str = option("unet", "the network; stock is diffusers' UNet2DModel", choices=["unet", "mlp", "stock"])
+    block_out_channels: str = option("64,128", "unet, stock: width at each resolution, separated by commas")
+    layers_per_block: int = option(1, "unet, stock: residual blocks at each resolution, down and up")
+    attention: bool = option(True, "unet, stock: self-attention at the lowest resolution")
     time_conditioning: str = option("every_block", "unet: where the timestep enters", choices=["every_block", "once"])
     embedding_dim: int = option(100, "mlp: size of the timestep's embedding")
     hidden_dim: int = option(2048, "mlp: width")
@@ -62,16 +63,32 @@ def make_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, in
     """The untrained pipeline, for images of `(channels, height, width)`."""
     channels, *size = sample_shape
     try:
+        widths = tuple(int(width) for width in args.block_out_channels.split(","))
         if args.model == "mlp":
             unet = MLPModel(channels, tuple(size), args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
-        else:
+        elif args.model == "unet":
             unet = SmallUNet2DModel(
                 sample_size=tuple(size),
                 in_channels=channels,
-                block_out_channels=tuple(int(width) for width in args.block_out_channels.split(",")),
+                block_out_channels=widths,
                 layers_per_block=args.layers_per_block,
                 attention=args.attention,
                 time_conditioning=args.time_conditioning,
+            )
+        else:
+            divisor = 2 ** (len(widths) - 1)
+            if any(length % divisor for length in size):
+                raise ConfigurationError(f"the stock model needs heights and widths that are multiples of {divisor}")
+            lowest = "Attn" if args.attention else ""
+            unet = UNet2DModel(
+                sample_size=tuple(size),
+                in_channels=channels,
+                out_channels=channels,
+                block_out_channels=widths,
+                layers_per_block=args.layers_per_block,
+                down_block_types=("DownBlock2D",) * (len(widths) - 1) + (f"{lowest}DownBlock2D",),
+                up_block_types=(f"{lowest}UpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
+                add_attention=args.attention,
             )
     except ValueError as error:
         raise ConfigurationError(str(error)) from None

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 
+FEATURES = Path(__file__).parent / "mnist_features"  # the feature network that Fréchet distances are taken on
+
 
 def pretrained(name: str) -> Path:
     """The folder of a checkpoint that the package ships, for `DDPMMLPPipeline.from_pretrained`.

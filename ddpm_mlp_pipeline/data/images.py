@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import tempfile
 from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
@@ -22,8 +25,14 @@ def load_images(
     resolution: int | None = None,
     fit: str = "resize",
     channels: int | None = None,
+    number: int | None = None,
+    seed: int = 0,
+    max_memory: int | None = None,
 ) -> torch.Tensor:
-    """Load a data set of images and decode it.
+    """Load a data set of images and decode it, once.
+
+    The images stay in memory, or, where they are too many for it, in a temporary file that the tensor is a view of
+    (beside the cache of `datasets`, where there is room for data sets).
 
     Args:
         name: a data set on the hub, a folder that `datasets.load_dataset` takes, or a folder of images.
@@ -32,6 +41,9 @@ def load_images(
             one size.
         fit: `"resize"` scales an image to the resolution, `"pad"` centres it on black. Nothing is cropped.
         channels: 1 (grey), 3 (RGB) or 4 (RGBA), to which every image is converted; by default what the first has.
+        number: only so many of the images, chosen at random; by default all of them.
+        seed: of that choice.
+        max_memory: bytes that the images may take in memory; by default half of what is free.
 
     Returns:
         uint8, `[number of images, channels, height, width]`.
@@ -44,34 +56,40 @@ def load_images(
         raise DatasetError(f"resolution must be at least 1, got {resolution}")
     if channels is not None and channels not in MODES:
         raise DatasetError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), got {channels}")
-    rows = _load(name, split)
-    columns = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if not columns:
-        raise DatasetError(f"{name} has no column of images, only {', '.join(rows.features)}")
-    if len(rows) == 0:
-        raise DatasetError(f"the split {split!r} of {name} is empty")
-    rows = rows.select_columns(columns[:1])
+    rows, column = _load_column(name, split, datasets.Image, "images")
+    if number is not None and number < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(number))
 
     images: np.ndarray | None = None
     for i in tqdm(range(len(rows)), desc="decoding", leave=False):
         try:
-            image = rows[i][columns[0]]
+            image = rows[i][column]
             image.load()
         except Exception as error:  # Pillow's decoders raise errors of many kinds
             raise DatasetError(f"row {i} of {name} is no image that can be decoded: {error}") from None
         if channels is None:
             channels = 1 if image.mode in ("1", "L", "I", "I;16", "F") else 4 if image.mode == "RGBA" else 3
         pixels = np.asarray(_fit(image.convert(MODES[channels]), resolution, fit, f"row {i} of {name}"))
-        pixels = pixels.reshape(*pixels.shape[:2], channels)
+        pixels = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
         if images is None:
-            images = np.empty((len(rows), *pixels.shape), dtype=np.uint8)
+            images = _allocate((len(rows), *pixels.shape), max_memory)
         if pixels.shape != images.shape[1:]:
             raise DatasetError(
-                f"row {i} of {name} is {pixels.shape[1]}×{pixels.shape[0]} pixels, but the first image is "
-                f"{images.shape[2]}×{images.shape[1]}: give a resolution to bring them to"
+                f"row {i} of {name} is {pixels.shape[2]}×{pixels.shape[1]} pixels, but the first image is "
+                f"{images.shape[3]}×{images.shape[2]}: give a resolution to bring them to"
             )
         images[i] = pixels
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(images)
+
+
+def load_labels(name: str | os.PathLike, split: str = "train") -> torch.Tensor:
+    """The classes of a data set's rows, int64, `[number of rows]`, from its column of type `ClassLabel`.
+
+    Raises:
+        DatasetError: if the set can't be loaded, is empty or has no such column.
+    """
+    rows, column = _load_column(name, split, datasets.ClassLabel, "labels")
+    return torch.tensor(rows[:][column])
 
 
 def to_network_units(images: torch.Tensor) -> torch.Tensor:
@@ -101,6 +119,17 @@ class ImageBatches(torch.utils.data.Dataset):
         return x_0
 
 
+def _load_column(name: str | os.PathLike, split: str, feature_type: type, what: str) -> tuple[datasets.Dataset, str]:
+    """A data set's first column of a type, which may have any name, and that name."""
+    rows = _load(name, split)
+    columns = [column for column, feature in rows.features.items() if isinstance(feature, feature_type)]
+    if not columns:
+        raise DatasetError(f"{name} has no column of {what}, only {', '.join(rows.features)}")
+    if len(rows) == 0:
+        raise DatasetError(f"the split {split!r} of {name} is empty")
+    return rows.select_columns(columns[:1]), columns[0]
+
+
 def _load(name: str | os.PathLike, split: str) -> datasets.Dataset:
     progress_bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -113,6 +142,18 @@ def _load(name: str | os.PathLike, split: str) -> datasets.Dataset:
     finally:
         if not progress_bars:
             datasets.enable_progress_bars()
+
+
+def _allocate(shape: tuple[int, ...], max_memory: int | None) -> np.ndarray:
+    """Room for so many bytes, in memory if they fit."""
+    if max_memory is None:
+        max_memory = psutil.virtual_memory().available // 2
+    if math.prod(shape) <= max_memory:
+        return np.empty(shape, dtype=np.uint8)
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:  # which lasts as long as it is mapped
+        return np.memmap(file, dtype=np.uint8, shape=shape)
 
 
 def _fit(image: Image.Image, resolution: int | None, fit: str, what: str) -> Image.Image:

@@ -1,0 +1,65 @@
+"""`FeatureNetwork`, a small classifier of images, whose last hidden layer is what Fréchet distances are taken on."""
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class FeatureNetwork(ModelMixin, ConfigMixin):
+    r"""
+    A convolutional classifier. Called, it gives an image's features rather than its class, as torchmetrics wants it
+    of a feature network.
+
+    Parameters:
+        sample_size (`int`, defaults to 28):
+            Height and width that images are brought to.
+        in_channels (`int`, defaults to 1):
+            Number of the images' channels.
+        num_classes (`int`, defaults to 10):
+            Number of classes.
+        num_features (`int`, defaults to 64):
+            Width of the last hidden layer.
+        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128)`):
+            Width at each resolution, from the highest; each has half the height and width of the one before.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 28,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        num_features: int = 64,
+        block_out_channels: tuple[int, ...] = (32, 64, 128),
+    ):
+        super().__init__()
+        self.num_features = num_features  # which torchmetrics reads
+        blocks: list[nn.Module] = []
+        for width, previous in zip(block_out_channels, (in_channels, *block_out_channels), strict=False):
+            blocks += [nn.Conv2d(previous, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        size = sample_size // 2 ** len(block_out_channels)
+        self.blocks = nn.Sequential(*blocks, nn.Flatten())
+        self.hidden = nn.Linear(block_out_channels[-1] * size**2, num_features)
+        self.classifier = nn.Linear(num_features, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        r"""
+        The features of images.
+
+        Args:
+            images (`torch.Tensor`): uint8, `[batch, in_channels, height, width]`, of any height and width.
+
+        Returns:
+            `torch.Tensor`: `[batch, num_features]`.
+        """
+        x = images.to(self.dtype) / 127.5 - 1
+        size = self.config.sample_size
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        return F.relu(self.hidden(self.blocks(x)))
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """The classes' logits, `[batch, num_classes]`, of images as `forward` takes them."""
+        return self.classifier(self.forward(images))
