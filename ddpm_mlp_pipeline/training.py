@@ -72,6 +72,9 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = option(None, "'latest', or a folder checkpoint-<step>, to go on from")
     report_to: str = option("tensorboard", "tracker for loss and learning rate", choices=TRACKERS)
     logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
+    push_to_hub: bool = option(False, "push the checkpoint, its figures and its model card to the hub")
+    hub_model_id: str | None = option(None, "repository to push to; by default output_dir's name, in your namespace")
+    hub_private_repo: bool = option(False, "make that repository private")
 
     def __post_init__(self) -> None:
         for name in (

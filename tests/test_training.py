@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError, DivergenceError
-from ddpm_mlp_pipeline.training import TensorBatches
+from ddpm_mlp_pipeline.training import PREDICTION_TYPES, TensorBatches, _min_snr_weights, _target
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 
@@ -159,6 +159,29 @@ def test_min_snr_weighting_leaves_the_reported_loss_as_it_is(tmp_path, snr_gamma
     _, weighted = train_small(tmp_path / "weighted", snr_gamma=snr_gamma)
     assert weighted[0] == plain[0]
     assert weighted[-1] != plain[-1]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_targets_and_their_weights_agree_with_the_stock_scheduler(prediction_type):
+    """Whatever the network predicts, the scheduler turns the target into x_0, and a wrong prediction costs
+    min(SNR, γ) times the squared error of the x_0 that follows from it."""
+    args = TrainingArguments(output_dir="", num_epochs=1, prediction_type=prediction_type)
+    scheduler = DDPMScheduler.from_config(args.make_scheduler(1.0).config, clip_sample=False)
+    torch.manual_seed(0)
+    x_0, eps, error = torch.randn(3, 200, 5, dtype=torch.float64)
+    t = torch.randint(900, (200,))
+    x_t, target = scheduler.add_noise(x_0, eps, t), _target(scheduler, x_0, eps, t)
+
+    def implied_x_0(prediction):
+        rows = zip(prediction, t, x_t, strict=True)
+        return torch.stack([scheduler.step(*row).pred_original_sample for row in rows])
+
+    torch.testing.assert_close(implied_x_0(target), x_0, rtol=1e-4, atol=1e-4)
+    squared_error = (implied_x_0(target + error) - x_0).square().sum(dim=1)
+    alphas_cumprod = scheduler.alphas_cumprod[t]
+    expected = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=5) * squared_error
+    weighted = _min_snr_weights(scheduler, t, 5) * error.square().sum(dim=1)
+    torch.testing.assert_close(weighted, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_ctrl_c_saves_the_state_and_says_how_to_resume(tmp_path):

@@ -16,7 +16,7 @@ with one_line_errors(), explain_missing_extra("training"):
     from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
 
-    from ddpm_mlp_pipeline import plots
+    from ddpm_mlp_pipeline import hub, plots
     from ddpm_mlp_pipeline.arguments import parse_options
     from ddpm_mlp_pipeline.data.images import ImageBatches, load_images, to_network_units
     from ddpm_mlp_pipeline.models.mlp import MLPModel
@@ -117,6 +117,7 @@ def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: E
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(ImageTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
     set_seed(args.seed)
+    repo_id = hub.create_repo(args) if args.push_to_hub and PartialState().is_main_process else None
     with PartialState().local_main_process_first():
         images = load_images(args.dataset_name, args.split, args.resolution, args.fit, args.channels)
     dataset = ImageBatches(images, args.random_flip)
@@ -126,7 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if PartialState().is_main_process:
         x_0 = to_network_units(images[: plots.NUM_IMAGES])
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
-        print(f"{args.output_dir}: the checkpoint, and {', '.join(figures)}")
+        hub.write_model_card(args, pipeline, len(losses), args.dataset_name)
+        print(f"{args.output_dir}: the checkpoint, README.md, {', '.join(figures)}")
+        if repo_id is not None:
+            print(hub.push(repo_id, args))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ with one_line_errors(), explain_missing_extra("training"):
     from accelerate import PartialState
     from accelerate.utils import set_seed
 
-    from ddpm_mlp_pipeline import plots
+    from ddpm_mlp_pipeline import hub, plots
     from ddpm_mlp_pipeline.arguments import parse_options
     from ddpm_mlp_pipeline.data.points import POINT_SETS, load_points, to_array
     from ddpm_mlp_pipeline.models.mlp import MLPModel
@@ -73,13 +73,17 @@ def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(PointTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
     set_seed(args.seed)
+    repo_id = hub.create_repo(args) if args.push_to_hub and PartialState().is_main_process else None
     pipeline, x_0 = make_pipeline(args)
     if args.train_batch_size is None:
         args.train_batch_size = min(2048, len(x_0) // PartialState().num_processes)
     losses = train(pipeline, TensorBatches(x_0), args)
     if PartialState().is_main_process:
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
-        print(f"{args.output_dir}: the checkpoint, and {', '.join(figures)}")
+        hub.write_model_card(args, pipeline, len(losses), args.dataset)
+        print(f"{args.output_dir}: the checkpoint, README.md, {', '.join(figures)}")
+        if repo_id is not None:
+            print(hub.push(repo_id, args))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from helpers import MNIST
 from PIL import Image
 
 from ddpm_mlp_pipeline import load_images
-from ddpm_mlp_pipeline.data.images import ImageBatches
+from ddpm_mlp_pipeline.data.images import ImageBatches, load_labels
 from ddpm_mlp_pipeline.errors import DatasetError
 
 
@@ -58,6 +58,28 @@ def test_padding_centres_on_black_and_changes_no_pixel(folder):
     torch.testing.assert_close(images[:, :, 3:13, 2:14], load_images(folder))
     images[:, :, 3:13, 2:14] = 0
     assert not images.any()
+
+
+def test_what_does_not_fit_in_memory_is_kept_in_a_file(folder):
+    images = load_images(folder, max_memory=479)  # one byte too few
+    assert isinstance(images.numpy().base, np.memmap)
+    torch.testing.assert_close(images, load_images(folder, max_memory=480))
+
+
+def test_some_of_the_images_at_random(folder):
+    images = load_images(folder)
+    some = load_images(folder, number=3, seed=1)
+    rows = [next(i for i in range(4) if torch.equal(image, images[i])) for image in some]
+    assert len(set(rows)) == 3
+    assert len({load_images(folder, number=2, seed=seed).sum().item() for seed in range(8)}) > 1
+
+
+def test_labels_are_found_by_their_type(tmp_path):
+    features = datasets.Features({"n": datasets.Value("int64"), "kind": datasets.ClassLabel(names=["a", "b"])})
+    datasets.Dataset.from_dict({"n": [5, 6, 7], "kind": [1, 0, 1]}, features).to_parquet(tmp_path / "train.parquet")
+    assert load_labels(tmp_path).tolist() == [1, 0, 1]
+    with pytest.raises(DatasetError, match="no column of images, only n, kind"):
+        load_images(tmp_path)
 
 
 def test_resizing_keeps_a_constant_image_constant(tmp_path):

@@ -1,0 +1,110 @@
+"""A trained checkpoint's model card, and its way to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from .errors import ConfigurationError
+from .files import whole_file
+from .pipeline import DDPMMLPPipeline
+from .training import TrainingArguments
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+A small DDPM, trained with ddpm-mlp-pipeline, a plugin for 🤗 diffusers.
+
+{picture}```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
+samples = pipeline(batch_size=16)[0]
+```
+
+With the plugin installed, `DDPMMLPPipeline.from_pretrained` does the same and runs no code from this folder;
+`ddpm-export` turns the folder into one that samples without PyTorch.
+
+## Training
+
+{parameters:,} parameters, {steps:,} optimizer steps, with these options:
+
+```yaml
+{options}```
+"""
+LOCAL = ["output_dir", "logging_dir", "resume_from_checkpoint", "report_to"]  # of no interest to others
+
+
+def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_steps: int, dataset: str) -> None:
+    """Write `README.md` into a run's folder, with its samples, its options and how to load it.
+
+    Args:
+        args: the run's options.
+        pipeline: what was trained.
+        num_steps: optimizer steps taken.
+        dataset: the data set's name; it becomes part of the card's metadata unless it is a folder or a file here.
+    """
+    folder = Path(args.output_dir)
+    data = ModelCardData(
+        library_name="diffusers",
+        tags=["ddpm", "unconditional-image-generation", "ddpm-mlp-pipeline"],
+        datasets=None if Path(dataset).exists() else [dataset],
+    )
+    options = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
+    text = CARD.format(
+        metadata=data.to_yaml(),
+        name=folder.resolve().name,
+        picture="![Samples, beside the data](samples.png)\n\n" if (folder / "samples.png").exists() else "",
+        repo_id=args.hub_model_id or folder.resolve().name,
+        parameters=pipeline.unet.num_parameters(),
+        steps=num_steps,
+        options=yaml.safe_dump({name: value for name, value in options.items() if name not in LOCAL}),
+    )
+    with whole_file(folder / "README.md") as path:
+        ModelCard(text).save(path)
+
+
+def create_repo(args: TrainingArguments) -> str:
+    """Create the repository that the run is to be pushed to, unless it is there; before the training rather than
+    after it, so that a missing login costs nothing.
+
+    Returns:
+        Its full name, with the user's or the organisation's.
+
+    Raises:
+        ConfigurationError: if the hub can't be reached, or refuses.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    with _explained(f"can't push to the hub as {name}"):
+        return HfApi().create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+
+
+def push(repo_id: str, args: TrainingArguments) -> str:
+    """Push a run's folder, without the states to resume from and the logs.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ConfigurationError: if the hub can't be reached any more, or refuses.
+    """
+    ignored = ["checkpoint-*", f"{args.logging_dir}/*", "*.partial"]
+    with _explained(f"{args.output_dir} is complete, but can't be pushed to the hub as {repo_id}"):
+        return str(HfApi().upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored))
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ConfigurationError(f"{what}: {str(error).strip().splitlines()[0]}") from None

@@ -1,0 +1,80 @@
+"""`FeatureNetwork`, its training, and the Fréchet distance on its features."""
+
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import MNIST, ROOT
+from scipy import linalg
+
+from ddpm_mlp_pipeline.checkpoints import FEATURES
+from ddpm_mlp_pipeline.data.images import load_images, load_labels
+from ddpm_mlp_pipeline.errors import CheckpointError
+from ddpm_mlp_pipeline.loading import load_features
+from ddpm_mlp_pipeline.metrics import frechet_distance
+from ddpm_mlp_pipeline.models.features import FeatureNetwork
+
+
+class Pixels(torch.nn.Module):
+    """The first pixels of an image, as they are."""
+
+    num_features = 3
+
+    def forward(self, images):
+        return images.flatten(1)[:, :3].double()
+
+
+def test_the_distance_is_the_closed_form_for_gaussians():
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), by a direct matrix square root."""
+    rng = np.random.default_rng(0)
+    x = rng.normal((120, 90, 60), (20, 10, 30), (4000, 3)).clip(0, 255).astype(np.uint8)
+    y = (rng.normal(0, 25, (3000, 3)) @ rng.normal(0, 0.5, (3, 3)) + 128).clip(0, 255).astype(np.uint8)
+    covariances = [np.cov(side, rowvar=False) for side in (x, y)]
+    root = linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
+    x, y = (torch.from_numpy(side)[:, :, None, None] for side in (x, y))
+    assert frechet_distance(x.split(999), [y], Pixels()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_images_of_any_size_have_features():
+    network = FeatureNetwork(in_channels=3).eval()
+    images = torch.randint(256, (2, 3, 40, 31), dtype=torch.uint8)
+    assert network(images).shape == (2, network.num_features)
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
+def test_the_shipped_network_knows_digits_and_tells_data_from_noise():
+    features = load_features(FEATURES)
+    assert sum(file.stat().st_size for file in FEATURES.iterdir()) < 1e6
+    images, labels = load_images(MNIST, "test"), load_labels(MNIST, "test")
+    with torch.no_grad():
+        right = (features.logits(images).argmax(dim=1) == labels).float().mean()
+    assert right > 0.99
+    floor = frechet_distance([load_images(MNIST, number=2000)], [images], features)
+    blurred = torch.nn.functional.avg_pool2d(images.float(), 3, 1, 1)[:2000].to(torch.uint8)
+    assert 10 * floor < frechet_distance([blurred], [images], features)
+
+
+def test_a_folder_that_holds_no_network_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="can't load the feature network"):
+        load_features(tmp_path)
+
+
+def test_training_one(run, tmp_path):
+    """On images whose class can be seen: bright above or bright below."""
+    rng = np.random.default_rng(0)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["above", "below"])})
+    for split, number in (("train", 200), ("test", 60)):
+        labels = rng.integers(2, size=number)
+        pixels = rng.integers(100, size=(number, 16, 16), dtype=np.uint8)
+        for image, label in zip(pixels, labels, strict=True):
+            image[8 * label : 8 * label + 8] += 120
+        rows = datasets.Dataset.from_dict({"image": list(pixels), "label": labels}, features)
+        rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    argv = ("--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "net", "--train_batch_size", 20)
+    result = run(sys.executable, ROOT / "train_scripts" / "train_features.py", *argv)
+    assert result.returncode == 0, result.stderr
+    assert "60 of 60 test images" in result.stdout
+    assert load_features(tmp_path / "net").config.num_classes == 2
