@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
 MNIST = ROOT.parent / "shared" / "data" / "mnist"  # where it is, tests use the real one
@@ -27,3 +29,11 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) 
     assert result.stderr.splitlines()[-1] == line
     for fragment in fragments:
         assert fragment in line, line
+
+
+def random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights that hide nothing: those that begin at zero, too, are random."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model

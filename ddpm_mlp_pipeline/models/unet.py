@@ -32,7 +32,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             Number of the prediction's channels; as many as the images have by default.
         patch_size (`int`, defaults to 2):
             Side of the squares that the stem turns into channels.
-        block_out_channels (`tuple[int, ...]`, defaults to `(64, 128)`):
+        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128)`):
             Width at each resolution, from the highest; each has half the height and width of the one before.
         layers_per_block (`int`, defaults to 1):
             Residual blocks at each resolution, on the way down and on the way up.
@@ -53,7 +53,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         in_channels: int = 1,
         out_channels: int | None = None,
         patch_size: int = 2,
-        block_out_channels: tuple[int, ...] = (64, 128),
+        block_out_channels: tuple[int, ...] = (32, 64, 128),
         layers_per_block: int = 1,
         attention: bool = True,
         attention_head_dim: int = 32,
@@ -80,7 +80,9 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         temb_channels = time_dim if time_conditioning == "every_block" else None
 
         def resnet(width: int) -> ResnetBlock2D:
-            return ResnetBlock2D(in_channels=width, temb_channels=temb_channels, groups=norm_num_groups)
+            block = ResnetBlock2D(in_channels=width, temb_channels=temb_channels, groups=norm_num_groups)
+            _zero(block.conv2)
+            return block
 
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, time_dim, out_dim=None if temb_channels else first)
@@ -105,9 +107,11 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
                 upcast_softmax=True,
                 _from_deprecated_attn_block=True,
             )
+            _zero(self.mid_attention.to_out[0])
         self.norm_out = nn.GroupNorm(norm_num_groups, first)
         out_channels = in_channels if out_channels is None else out_channels
         self.conv_out = nn.Conv2d(first, out_channels * patch_size**2, kernel_size=3, padding=1)
+        _zero(self.conv_out)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
@@ -152,3 +156,9 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         eps = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
         eps = eps[..., :height, :width]
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
+
+
+def _zero(layer: nn.Module) -> None:
+    """What a residual block adds begins at zero, and so does ε_θ (as in the code of Ho et al. 2020)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)

@@ -120,7 +120,7 @@ def stock_unet(channels, size):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda channels, size: SmallUNet2DModel(size, channels, block_out_channels=(16, 32)),
+        lambda channels, size: random_weights(SmallUNet2DModel(size, channels, block_out_channels=(16, 32))),
         lambda channels, size: MLPModel(channels, size, hidden_dim=32),
         stock_unet,
     ],

@@ -5,6 +5,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
+from helpers import random_weights
+
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
 
 SMALL = {"block_out_channels": (16, 32), "attention_head_dim": 8}
@@ -13,7 +15,7 @@ SMALL = {"block_out_channels": (16, 32), "attention_head_dim": 8}
 @pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("size", [(28, 28), (30, 45), (7, 1), (32, 32)])
 def test_any_size_and_every_form_of_timestep(channels, size):
-    model, x = SmallUNet2DModel(size, channels, **SMALL).eval(), torch.randn(3, channels, *size)
+    model, x = random_weights(SmallUNet2DModel(size, channels, **SMALL)).eval(), torch.randn(3, channels, *size)
     with torch.no_grad():
         expected = model(x, 7).sample
         assert expected.shape == x.shape
@@ -44,6 +46,11 @@ def test_every_option_trains(config):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_untrained_it_predicts_nothing():
+    """The loss of ε-prediction then begins at 1, the variance of ε."""
+    assert not SmallUNet2DModel(**SMALL)(torch.randn(2, 1, 28, 28), 5).sample.any()
+
+
 def test_the_timestep_enters_where_it_is_told_to():
     every, once = (SmallUNet2DModel(**SMALL, time_conditioning=where) for where in ("every_block", "once"))
     names = [name for name, _ in every.named_parameters() if "time_emb_proj" in name]
@@ -53,7 +60,7 @@ def test_the_timestep_enters_where_it_is_told_to():
 
 def test_it_drops_into_the_stock_pipeline_and_is_saved_with_its_code(tmp_path):
     torch.manual_seed(0)
-    model = SmallUNet2DModel((9, 10), 3, **SMALL).eval()
+    model = random_weights(SmallUNet2DModel((9, 10), 3, **SMALL)).eval()
     ours = DDPMMLPPipeline(model, DDPMScheduler())
     ours.save_pretrained(tmp_path)
     assert (tmp_path / "unet" / "unet.py").exists()
