@@ -4,10 +4,11 @@ BIN := .venv/bin
 DEMO ?= demo
 LAUNCH := $(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2
-SHIPPED := heart swiss_roll
+SHIPPED := heart swiss_roll mnist
+MNIST ?= ylecun/mnist
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint pretrained pictures clean
+.PHONY: demo test lint pretrained features pictures clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -34,12 +35,18 @@ lint: .venv/installed
 # Train the checkpoints that the package ships. Their code stays two lines that import the package's own.
 pretrained: .venv/installed
 	for name in $(SHIPPED); do \
-		$(LAUNCH) train_scripts/train_points.py --config $$name --output_dir runs/$$name || exit 1; \
+		case $$name in mnist*) script=train_images.py data="--dataset_name $(MNIST)";; *) script=train_points.py data=;; esac; \
+		$(LAUNCH) train_scripts/$$script --config $$name --output_dir runs/$$name $$data || exit 1; \
 		for file in model_index.json scheduler/scheduler_config.json unet/config.json \
 				unet/diffusion_pytorch_model.safetensors; do \
 			install -D -m 644 runs/$$name/$$file ddpm_mlp_pipeline/checkpoints/$$name/$$file || exit 1; \
 		done; \
 	done
+
+# Train the network on whose features the package takes Fréchet distances.
+features: .venv/installed
+	$(BIN)/python train_scripts/train_features.py --dataset_name $(MNIST) --output_dir runs/mnist_features
+	install -m 644 -t ddpm_mlp_pipeline/checkpoints/mnist_features runs/mnist_features/*
 
 # The pictures that the README shows.
 pictures: .venv/installed

@@ -71,16 +71,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.copytree(args.bundle, bundle)
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         compile_scheduler(pipeline.scheduler, args.num_inference_steps).save(bundle / "step_table.json")
-        sampler = OnnxSampler(bundle)
+        sampler, own = OnnxSampler(bundle), OnnxSampler(args.bundle)
+        own_steps = f"{len(own)} {own.table.scheduler.removesuffix('Scheduler')} steps"
         for size in args.batch_sizes:
-            torch_time, bundle_time = _alternate(
-                lambda size=size: _seconds(lambda: pipeline(size, None, args.num_inference_steps, "np")),
-                lambda size=size: _seconds(lambda: sampler.sample(size, batch_size=size)),
+            torch_time, bundle_time, own_time = _alternate(
+                [
+                    lambda size=size: _seconds(lambda: pipeline(size, None, args.num_inference_steps, "np")),
+                    lambda size=size: _seconds(lambda: sampler.sample(size, batch_size=size)),
+                    lambda size=size: _seconds(lambda: own.sample(size, batch_size=size)),
+                ],
                 args.repeats,
             )
             what = "one at a time" if size == 1 else f"{size} together"
-            what = f"{what}, {args.num_inference_steps} DDPM steps, ms per sample"
-            rows.append((what, 1000 * torch_time / size, 1000 * bundle_time / size))
+            steps = f"{args.num_inference_steps} DDPM steps"
+            rows.append((f"{what}, {steps}, ms per sample", 1000 * torch_time / size, 1000 * bundle_time / size))
+            rows.append((f"{what}, {steps} against {own_steps}", 1000 * torch_time / size, 1000 * own_time / size))
 
         compile_scheduler(DDIMScheduler.from_config(pipeline.scheduler.config), 50).save(bundle / "step_table.json")
         number = 2000 if sampler.is_points else 16
@@ -90,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bundle_process = [sys.executable, "-m", f"{__package__}.sample", str(bundle), "--num_samples", str(number)]
         bundle_process += ["--output", str(picture)]
         torch_run, bundle_run = _alternate(
-            lambda: _process(torch_process), lambda: _process(bundle_process), args.repeats
+            [lambda: _process(torch_process), lambda: _process(bundle_process)], args.repeats
         )
         what = f"process start to picture of {number}, 50 DDIM steps"
         rows.append((f"{what}, s", torch_run[0], bundle_run[0]))
@@ -104,11 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{what:{width}} {torch_value:>9.4g} {bundle_value:>9.4g} {torch_value / bundle_value:>6.1f}×")
 
 
-def _alternate(first: Callable, second: Callable, repeats: int) -> tuple:
-    """Medians of what both return, run in turn, so that a busy moment of the machine hits both; one run to warm up."""
-    first(), second()
-    runs = [(first(), second()) for _ in range(repeats)]
-    return tuple(np.median(np.array(side), axis=0) for side in zip(*runs, strict=True))
+def _alternate(works: Sequence[Callable], repeats: int) -> tuple:
+    """Medians of what each returns, run in turn, so that a busy moment of the machine hits all; one run to warm up."""
+    runs = [[work() for work in works] for _ in range(repeats + 1)][1:]
+    return tuple(np.median(np.array(results), axis=0) for results in zip(*runs, strict=True))
 
 
 def _seconds(work: Callable[[], object]) -> float:

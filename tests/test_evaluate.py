@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from helpers import assert_one_line_error
+from helpers import MNIST, assert_one_line_error
+from PIL import Image
 from scipy import stats
 
-from ddpm_mlp_pipeline import export_bundle, pretrained
+from ddpm_mlp_pipeline import export_bundle, load_images, pretrained
 from ddpm_mlp_pipeline.metrics import sliced_wasserstein_distance
 
 
@@ -48,6 +49,38 @@ def test_samples_from_a_file(run, tmp_path):
     assert_one_line_error(run("ddpm-evaluate", *argv), "holds 400 points, fewer than the 10000")
     assert_one_line_error(run("ddpm-evaluate", tmp_path / "none.npy", "--dataset", "heart"), "none.npy")
     assert_one_line_error(run("ddpm-evaluate", *argv[:2], "hart"), "unknown data set")
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
+def test_images_from_a_file_and_from_a_folder(run, tmp_path):
+    """The same pictures are as far from the data in either form; digits are as far as the floor, noise is not."""
+    digits = load_images(MNIST, "train", number=500, seed=7)
+    np.save(tmp_path / "digits.npy", digits.permute(0, 2, 3, 1).numpy() / np.float32(255))
+    (tmp_path / "folder").mkdir()
+    for i, digit in enumerate(digits):
+        Image.fromarray(digit[0].numpy()).save(tmp_path / "folder" / f"{i}.png")
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).random((500, 28, 28, 1), dtype=np.float32))
+    reports = {}
+    for name in ("digits.npy", "folder", "noise.npy"):
+        argv = ("--dataset", MNIST, "--num_samples", 500, "--output", tmp_path / "report.json")
+        result = run("ddpm-evaluate", tmp_path / name, *argv)
+        assert result.returncode == 0, result.stderr
+        reports[name] = json.loads((tmp_path / "report.json").read_text())
+    assert reports["folder"]["distances"] == pytest.approx(reports["digits.npy"]["distances"], rel=1e-6)
+    assert 0.5 < reports["folder"]["ratio"] < 2
+    assert reports["noise.npy"]["ratio"] > 100
+
+    argv = ("--dataset", MNIST, "--num_samples", 501)
+    assert_one_line_error(
+        run("ddpm-evaluate", tmp_path / "digits.npy", *argv), "holds 500 samples, fewer than the 501"
+    )
+    argv = ("--dataset", MNIST, "--split", "train")
+    assert_one_line_error(run("ddpm-evaluate", tmp_path / "digits.npy", *argv), "must share no image")
+    np.save(tmp_path / "colour.npy", np.zeros((2, 8, 8, 3), dtype=np.float32))
+    argv = ("--dataset", MNIST, "--num_samples", 2)
+    assert_one_line_error(run("ddpm-evaluate", tmp_path / "colour.npy", *argv), "3 channels", "--features")
+    argv = (*argv, "--features", tmp_path)
+    assert_one_line_error(run("ddpm-evaluate", tmp_path / "digits.npy", *argv), "can't load the feature network")
 
 
 @pytest.mark.slow

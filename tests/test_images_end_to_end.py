@@ -1,9 +1,11 @@
 """Images from a folder to a picture that onnxruntime drew: train, plot, export and sample, as a user runs them."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline, UNet2DModel
 from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 
@@ -40,7 +42,7 @@ def trained(squares, tmp_path_factory):
 def test_training_leaves_checkpoint_figures_and_samples(trained):
     assert {path.name for path in trained.iterdir()} == {
         *("model_index.json", "pipeline.py", "unet", "scheduler", "logs", "samples"),
-        *("loss.png", "forward_process.png", "samples.png", "process.gif"),
+        *("loss.png", "forward_process.png", "samples.png", "process.gif", "README.md"),
     }
     assert {path.name for path in (trained / "samples").iterdir()} == {"epoch-0002.png", "epoch-0004.png"}
     assert (trained / "unet" / "unet.py").exists()
@@ -112,5 +114,34 @@ def test_wrong_trainings_end_in_one_line(squares, run, tmp_path):
         (("--dataset_name", squares, "--block_out_channels", "12,32"), "norm_num_groups"),
         (("--dataset_name", squares, "--block_out_channels", "wide"), "'wide'"),
         (("--dataset_name", squares, "--channels", 2), "channels"),
+        (("--dataset_name", squares, "--model", "stock", "--block_out_channels", "32,32"), "multiples of 2"),
     ]:
         assert_one_line_error(run(*base, *argv), fragment)
+
+
+def test_the_stock_model_trains_and_loads_with_diffusers_alone(squares, run, tmp_path):
+    argv = ("--dataset_name", squares, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 2)
+    argv += ("--model", "stock", "--resolution", 8, "--block_out_channels", "32,32")
+    result = run(sys.executable, SCRIPT, *argv)
+    assert result.returncode == 0, result.stderr
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "run", use_safetensors=True)
+    assert type(pipeline.unet) is UNet2DModel
+    assert pipeline(1, num_inference_steps=2).images[0].size == (8, 8)
+
+
+@pytest.mark.slow
+def test_ways_of_training_are_compared(squares, run, tmp_path):
+    """The light variant of a preset of one's own, beside the preset; on data whose test set is the training set."""
+    preset = tmp_path / "squares.yaml"
+    preset.write_text(f"dataset_name: {squares}\ntrain_batch_size: 16\nddpm_num_steps: 20\nlr_warmup_steps: 2\n")
+    argv = (preset, f"{preset} --block_out_channels 8,8", "--minutes", 0.02, "--repeats", 1, "--split", "train")
+    argv += ("--num_samples", 40, "--num_inference_steps", 5, "--output_dir", tmp_path / "runs")
+    result = run(sys.executable, ROOT / "train_scripts" / "benchmark_training.py", *argv)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "runs" / "benchmark.json").read_text())
+    assert [row["variant"] for row in rows] == [str(preset), f"{preset} --block_out_channels 8,8"]
+    assert rows[0]["parameters"] > rows[1]["parameters"]
+    assert all(row["steps"] >= 1 and row["frechet_distance"] > 0 for row in rows)
+    assert DDPMMLPPipeline.from_pretrained(tmp_path / "runs" / "1").unet.config.block_out_channels == [8, 8]
+    argv = (preset, f"{preset} --mixed_precision bf16")
+    assert_one_line_error(run(sys.executable, ROOT / "train_scripts" / "benchmark_training.py", *argv), "share one")

@@ -207,7 +207,7 @@ def test_launched_it_leaves_checkpoint_figures_and_logs(launch, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         *("model_index.json", "pipeline.py", "unet", "scheduler", "logs"),
-        *("loss.png", "forward_process.png", "samples.png", "process.gif"),
+        *("loss.png", "forward_process.png", "samples.png", "process.gif", "README.md"),
     }
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
     with Image.open(tmp_path / "run" / "process.gif") as animation:

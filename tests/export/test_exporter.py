@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from helpers import random_weights
 from safetensors.torch import load_file, save_file
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, SmallUNet2DModel, export_bundle, pretrained

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-
 from helpers import random_weights
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
