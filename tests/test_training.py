@@ -173,8 +173,8 @@ def test_targets_and_their_weights_agree_with_the_stock_scheduler(prediction_typ
     x_t, target = scheduler.add_noise(x_0, eps, t), _target(scheduler, x_0, eps, t)
 
     def implied_x_0(prediction):
-        rows = zip(prediction, t, x_t, strict=True)
-        return torch.stack([scheduler.step(*row).pred_original_sample for row in rows])
+        rows = zip(prediction[:, None], t, x_t[:, None], strict=True)
+        return torch.cat([scheduler.step(*row).pred_original_sample for row in rows])
 
     torch.testing.assert_close(implied_x_0(target), x_0, rtol=1e-4, atol=1e-4)
     squared_error = (implied_x_0(target + error) - x_0).square().sum(dim=1)

@@ -38,14 +38,14 @@ class ImageTrainingArguments(TrainingArguments):
     channels: int | None = option(None, "1 (grey) or 3 (RGB); by default what the first image has")
     random_flip: bool = option(False, "mirror half of the images, left to right")
     model: str = option("unet", "the network; stock is diffusers' UNet2DModel", choices=["unet", "mlp", "stock"])
-    block_out_channels: str = option("64,128", "unet, stock: width at each resolution, separated by commas")
+    block_out_channels: str = option("32,64,128", "unet, stock: width at each resolution, separated by commas")
     layers_per_block: int = option(1, "unet, stock: residual blocks at each resolution, down and up")
     attention: bool = option(True, "unet, stock: self-attention at the lowest resolution")
     time_conditioning: str = option("every_block", "unet: where the timestep enters", choices=["every_block", "once"])
     embedding_dim: int = option(100, "mlp: size of the timestep's embedding")
     hidden_dim: int = option(2048, "mlp: width")
     num_hidden_layers: int = option(5, "mlp: number of residual blocks")
-    ddpm_num_inference_steps: int = option(100, "sampling steps of the sample figures")
+    ddpm_num_inference_steps: int | None = option(None, "sampling steps of the sample figures; by default 100, or T")
 
     learning_rate: float = option(1e-3, "peak learning rate of Adam")
     lr_warmup_steps: int = option(200, "steps of linear warm-up of the learning rate")
@@ -55,6 +55,8 @@ class ImageTrainingArguments(TrainingArguments):
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 20
         super().__post_init__()
+        if self.ddpm_num_inference_steps is None:
+            self.ddpm_num_inference_steps = min(100, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:
             raise ConfigurationError(f"ddpm_num_inference_steps must be from 1 to {self.ddpm_num_steps}")
 

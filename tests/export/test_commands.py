@@ -107,7 +107,8 @@ def test_the_benchmark_prints_a_table(run, ddim_bundle):
     head, columns, *rows = result.stdout.splitlines()
     assert "onnxruntime" in head
     assert columns.split() == ["torch", "bundle", "ratio"]
-    assert len(rows) == 4
+    assert len(rows) == 6
+    assert sum("20 DDPM steps against 20 DDIM steps" in row for row in rows) == 2
     assert all(row.endswith("×") for row in rows)
 
 
