@@ -148,7 +148,7 @@ def test_ways_of_training_are_compared(squares, run, tmp_path):
     result = run(sys.executable, ROOT / "train_scripts" / "benchmark_training.py", *argv)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "runs" / "benchmark.json").read_text())
-    assert [row["variant"] for row in rows] == [str(preset), f"{preset} --no-attention --block_out_channels 8,8"]
+    assert [row["variant"] for row in rows] == [str(preset), narrow]
     assert rows[0]["parameters"] > rows[1]["parameters"]
     assert all(row["steps"] >= 1 and row["frechet_distance"] > 0 for row in rows)
     assert DDPMMLPPipeline.from_pretrained(tmp_path / "runs" / "1").unet.config.block_out_channels == [8, 8]
