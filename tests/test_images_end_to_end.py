@@ -134,16 +134,8 @@ def test_ways_of_training_are_compared(squares, run, tmp_path):
     """The light variant of a preset of one's own, beside the preset; on data whose test set is the training set."""
     preset = tmp_path / "squares.yaml"
     preset.write_text(f"dataset_name: {squares}\ntrain_batch_size: 16\nddpm_num_steps: 20\nlr_warmup_steps: 2\n")
-    argv = (
-        preset,
-        f"{preset} --no-attention --block_out_channels 8,8",
-        "--minutes",
-        0.02,
-        "--repeats",
-        1,
-        "--split",
-        "train",
-    )
+    narrow = f"{preset} --no-attention --block_out_channels 8,8"
+    argv = (preset, narrow, "--minutes", 0.02, "--repeats", 1, "--split", "train")
     argv += ("--num_samples", 40, "--num_inference_steps", 5, "--output_dir", tmp_path / "runs")
     result = run(sys.executable, ROOT / "train_scripts" / "benchmark_training.py", *argv)
     assert result.returncode == 0, result.stderr

@@ -28,9 +28,9 @@ def test_other_names_are_not():
 
 
 def test_shipped_checkpoints_are_small():
-    for name in ("heart", "swiss_roll"):
+    for name, parameters, size in (("heart", 39_426, 2e5), ("swiss_roll", 39_426, 2e5), ("mnist", 1_365_140, 6e6)):
         weights = pretrained(name) / "unet" / "diffusion_pytorch_model.safetensors"
-        assert sum(tensor.size for tensor in load_file(weights).values()) == 39_426
-        assert weights.stat().st_size < 200_000
-    with pytest.raises(ConfigurationError, match="'hart'; there are: heart, swiss_roll"):
+        assert sum(tensor.size for tensor in load_file(weights).values()) == parameters
+        assert weights.stat().st_size < size
+    with pytest.raises(ConfigurationError, match="'hart'; there are: heart, mnist, swiss_roll"):
         pretrained("hart")

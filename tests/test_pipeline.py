@@ -132,7 +132,7 @@ import sys
 {prelude}
 import torch
 pipeline = {load}
-print(pipeline(2, torch.Generator().manual_seed(0), 10).points.tolist())
+print(pipeline(2, torch.Generator().manual_seed(0), 10, "np")[0].tolist())
 print(type(pipeline).__module__, type(pipeline.unet).__module__)
 """
 WITHOUT_PLUGIN = """
@@ -198,12 +198,12 @@ def test_model_index_can_not_name_a_module_to_import(heart, tmp_path):
     assert "antigravity" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["heart", "swiss_roll"])
-def test_shipped_checkpoints_load_with_diffusers_too(name, tmp_path, run):
+@pytest.mark.parametrize(("name", "module"), [("heart", "mlp"), ("swiss_roll", "mlp"), ("mnist", "unet")])
+def test_shipped_checkpoints_load_with_diffusers_too(name, module, tmp_path, run):
     load = "DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)"
     prelude = "from diffusers import DiffusionPipeline"
     _, modules = load_in_a_process(run, load, prelude, pretrained(name), tmp_path)
-    assert modules == "ddpm_mlp_pipeline.pipeline ddpm_mlp_pipeline.models.mlp"
+    assert modules == f"ddpm_mlp_pipeline.pipeline ddpm_mlp_pipeline.models.{module}"
 
 
 def test_an_image_checkpoint_round_trips(tmp_path):
