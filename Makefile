@@ -53,6 +53,9 @@ pictures: .venv/installed
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/heart runs/heart-onnx
 	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/heart.png
 	cp runs/heart/process.gif docs/heart.gif
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx --scheduler ddpm --num_inference_steps 100
+	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/mnist.png
+	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/mnist_reverse.png
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
