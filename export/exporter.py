@@ -40,7 +40,8 @@ def export_bundle(
         scheduler: `"ddpm"` or `"ddim"`.
         num_inference_steps: number of sampling steps.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
-            (where the data have a standard deviation, or for images a range, of about 1).
+            (where the data have a standard deviation, or for images a range, of about 1), unless rounding explains
+            more: see `ParityReport`.
 
     Returns:
         What the comparison found.
