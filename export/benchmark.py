@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -9,7 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -71,24 +75,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.copytree(args.bundle, bundle)
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         compile_scheduler(pipeline.scheduler, args.num_inference_steps).save(bundle / "step_table.json")
-        sampler, own = OnnxSampler(bundle), OnnxSampler(args.bundle)
+        own = OnnxSampler(args.bundle)
         own_steps = f"{len(own)} {own.table.scheduler.removesuffix('Scheduler')} steps"
-        for size in args.batch_sizes:
-            torch_time, bundle_time, own_time = _alternate(
-                [
-                    lambda size=size: _seconds(lambda: pipeline(size, None, args.num_inference_steps, "np")),
-                    lambda size=size: _seconds(lambda: sampler.sample(size, batch_size=size)),
-                    lambda size=size: _seconds(lambda: own.sample(size, batch_size=size)),
-                ],
-                args.repeats,
-            )
-            what = "one at a time" if size == 1 else f"{size} together"
-            steps = f"{args.num_inference_steps} DDPM steps"
-            rows.append((f"{what}, {steps}, ms per sample", 1000 * torch_time / size, 1000 * bundle_time / size))
-            rows.append((f"{what}, {steps} against {own_steps}", 1000 * torch_time / size, 1000 * own_time / size))
+        with (
+            Contender(_torch_sampler, args.checkpoint, args.num_inference_steps) as torch_contender,
+            Contender(_bundle_sampler, bundle) as bundle_contender,
+            Contender(_bundle_sampler, args.bundle) as own_contender,
+        ):
+            for size in args.batch_sizes:
+                contenders = [torch_contender, bundle_contender, own_contender]
+                works = [functools.partial(contender.seconds, size) for contender in contenders]
+                torch_time, bundle_time, own_time = (1000 * time / size for time in _alternate(works, args.repeats))
+                what = "one at a time" if size == 1 else f"{size} together"
+                steps = f"{args.num_inference_steps} DDPM steps"
+                rows.append((f"{what}, {steps}, ms per sample", torch_time, bundle_time))
+                rows.append((f"{what}, {steps} against {own_steps}", torch_time, own_time))
 
         compile_scheduler(DDIMScheduler.from_config(pipeline.scheduler.config), 50).save(bundle / "step_table.json")
-        number = 2000 if sampler.is_points else 16
+        number = 2000 if own.is_points else 16
         picture = Path(folder) / "samples.png"
         torch_process = [sys.executable, "-c", TORCH_PROCESS.format(package=__package__)]
         torch_process += [str(args.checkpoint), str(number), str(picture)]
@@ -102,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append((f"{what}, peak MiB", torch_run[1], bundle_run[1]))
 
     versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
-    print(f"{versions}, {sampler.num_threads} cores; medians of {args.repeats}")
+    print(f"{versions}, {own.num_threads} cores; medians of {args.repeats}")
     width = max(len(row[0]) for row in rows)
     print(f"{'':{width}} {'torch':>9} {'bundle':>9} {'ratio':>7}")
     for what, torch_value, bundle_value in rows:
@@ -115,10 +119,55 @@ def _alternate(works: Sequence[Callable], repeats: int) -> tuple:
     return tuple(np.median(np.array(results), axis=0) for results in zip(*runs, strict=True))
 
 
-def _seconds(work: Callable[[], object]) -> float:
+class Contender:
+    """Draws samples in a process of its own.
+
+    The threads of torch and of onnxruntime wait busily for their next task: in one process, each slows the other.
+
+    Args:
+        open_sampler: called in the process, with `args`; returns what draws a number of samples.
+    """
+
+    def __init__(self, open_sampler: Callable[..., Callable[[int], object]], *args: Any):
+        self._process = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), initializer=_open, initargs=(open_sampler, args)
+        )
+
+    def seconds(self, num_samples: int) -> float:
+        """How long it takes to draw so many samples together."""
+        return self._process.submit(_seconds, num_samples).result()
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.shutdown()
+
+
+def _open(open_sampler: Callable[..., Callable[[int], object]], args: tuple) -> None:
+    global _draw
+    _draw = open_sampler(*args)
+
+
+def _seconds(num_samples: int) -> float:
     start = time.perf_counter()
-    work()
+    _draw(num_samples)
     return time.perf_counter() - start
+
+
+def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:
+    from diffusers import DDPMScheduler
+
+    from ddpm_mlp_pipeline.loading import load_checkpoint
+
+    pipeline = load_checkpoint(checkpoint)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    return lambda num_samples: pipeline(num_samples, None, num_inference_steps, "np")
+
+
+def _bundle_sampler(bundle: Path) -> Callable[[int], object]:
+    sampler = OnnxSampler(bundle)
+    return lambda num_samples: sampler.sample(num_samples, batch_size=num_samples)
 
 
 def _process(argv: list[str]) -> tuple[float, float]:
