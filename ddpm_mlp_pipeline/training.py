@@ -191,7 +191,7 @@ def train(
     set_seed(args.seed, device_specific=True)
 
     unet, noise_scheduler = pipeline.unet, pipeline.scheduler
-    optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate, fused=True)
     dataloader = DataLoader(
         dataset,
         batch_size=args.train_batch_size,
