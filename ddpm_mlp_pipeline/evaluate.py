@@ -14,6 +14,7 @@ import numpy as np
 from .checkpoints import FEATURES
 from .commands import CommandParser, command, positive_int
 from .errors import ConfigurationError, DatasetError, explain_missing_extra
+from .export.schedulers import SCHEDULERS
 from .files import whole_file
 
 NUM_POINTS, NUM_IMAGES = 10_000, 2_000
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help=f"samples, on both sides if points (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
     )
-    parser.add_argument("--scheduler", choices=["ddpm", "ddim"], help="of a checkpoint (default: its own)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="of a checkpoint (default: its own)")
     parser.add_argument(
         "--num_inference_steps", type=positive_int, metavar="N", help="of a checkpoint (default: all timesteps)"
     )

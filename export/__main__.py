@@ -8,20 +8,32 @@ from pathlib import Path
 from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
 from ddpm_mlp_pipeline.errors import explain_missing_extra
 
+from .schedulers import SCHEDULERS, scheduler_option
+
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-export", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     parser.add_argument("bundle", type=Path, help="the folder to write")
-    parser.add_argument("--scheduler", choices=["ddpm", "ddim"], default="ddim", help="sampler (default: ddim)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler (default: ddim)")
+    parser.add_argument(
+        "--scheduler_options",
+        type=scheduler_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the diffusers class, where they are to differ from those of training: use_karras_sigmas=true",
+    )
     parser.add_argument(
         "--num_inference_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)"
     )
     args = parser.parse_args(argv)
     with explain_missing_extra("ddpm-export", "export"):
         from .exporter import export_bundle
-    report = export_bundle(args.checkpoint, args.bundle, args.scheduler, args.num_inference_steps)
+    report = export_bundle(
+        args.checkpoint, args.bundle, args.scheduler, args.num_inference_steps, **dict(args.scheduler_options)
+    )
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())
     print(f"{args.bundle}: {args.scheduler}, {args.num_inference_steps} steps, {size / 1024:.0f} KiB")

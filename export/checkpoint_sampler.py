@@ -11,7 +11,7 @@ import torch
 
 from ddpm_mlp_pipeline.loading import load_checkpoint
 
-from .compile import SCHEDULERS, check_num_inference_steps
+from .compile import check_num_inference_steps, make_scheduler
 
 
 class CheckpointSampler:
@@ -22,7 +22,7 @@ class CheckpointSampler:
 
     Args:
         checkpoint: the folder.
-        scheduler: `"ddpm"` or `"ddim"`; by default the checkpoint's own.
+        scheduler: a key of `SCHEDULERS`; by default the checkpoint's own.
         num_inference_steps: sampling steps; by default as many as the scheduler was trained with.
 
     Raises:
@@ -35,7 +35,7 @@ class CheckpointSampler:
     ):
         self.pipeline = load_checkpoint(checkpoint)
         if scheduler is not None:
-            self.pipeline.scheduler = SCHEDULERS[scheduler].from_config(self.pipeline.scheduler.config)
+            self.pipeline.scheduler = make_scheduler(scheduler, self.pipeline.scheduler)
         self.num_inference_steps = num_inference_steps or self.pipeline.scheduler.config.num_train_timesteps
         check_num_inference_steps(self.pipeline.scheduler, self.num_inference_steps)
         self.sample_shape = self.pipeline.sample_shape

@@ -2,80 +2,114 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError
 
-from .step_table import StepTable
+from .schedulers import SCHEDULERS
+from .step_table import EPS, X_0, StepTable, X, Z
 
-SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}  # by the names that the commands take
-NUM_PROBES = 64  # equations for each step's four unknowns
-TOLERANCE = 1e-9
+NUM_PROBES = 128  # equations for each step's unknowns, of which there are 4 · MAX_HISTORY at most
+MAX_HISTORY = 16  # network calls: multistep solvers remember up to four outputs; PNDM's first of these are four apart
+# What rounding may leave of a step, and of a whole trajectory, relative to its outcome: in float64; and in float32, in
+# which some schedulers compute whatever they are given.
+TOLERANCES = ((1e-9, 1e-6), (1e-6, 1e-4))
 
 
-def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> StepTable:
+def make_scheduler(name: str, like: SchedulerMixin, **options: Any) -> SchedulerMixin:
+    """The stock scheduler of one of the commands' names, for a network that was trained with another.
+
+    Args:
+        name: a key of `SCHEDULERS`.
+        like: the scheduler that the network was trained with.
+        options: of the scheduler's own, that are to differ.
+
+    Raises:
+        ConfigurationError: if there is no such scheduler, or it has no such options.
+    """
+    if name not in SCHEDULERS:
+        raise ConfigurationError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
+    cls = getattr(diffusers, SCHEDULERS[name])
+    unknown = set(options) - set(inspect.signature(cls).parameters)
+    if unknown:
+        raise ConfigurationError(f"{cls.__name__} has no option {', '.join(sorted(unknown))}")
+    try:
+        return cls.from_config(_whole_config(like), **options)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigurationError(f"{cls.__name__}: {error}") from None
+
+
+def _whole_config(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """A configuration that another class takes as it is: stock, what was left at its default becomes that class's."""
+    return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+
+
+def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **step_options: Any) -> StepTable:
     """Find the coefficients of a scheduler's steps by taking the steps.
 
-    Each step of DDPM and DDIM is linear in the sample, the network's output, the clipped prediction of x_0 and the
-    noise. So the real scheduler takes every step, in float64, on random numbers in place of these, and least squares
-    finds the coefficients; that the fit is exact shows that the step was of this form.
+    Every stock scheduler for an ε-, v- or x_0-network is linear in the samples, the network's outputs, the clipped
+    predictions of x_0 and the noise, of this step and of a few before. So the real scheduler takes all its steps, in
+    float64, on random numbers in place of the network's outputs, and for each step, least squares finds the shortest
+    sum that gives what the network sees next. That the sum holds for more numbers than it has terms shows that the
+    step was of this form; and at last the whole table is run beside the scheduler with a nonlinear network.
 
     Args:
         scheduler: a stock scheduler; it is left as it is.
-        num_inference_steps: number of sampling steps.
+        num_inference_steps: number of sampling steps. (Schedulers of second order call the network twice in most.)
+        step_options: what to pass to each of the scheduler's steps, such as `eta`.
 
     Raises:
-        ConfigurationError: if the scheduler can't take so many steps.
+        ConfigurationError: if the scheduler can't take so many steps, or has no such option.
         UnsupportedSchedulerError: if the scheduler's steps are not of this form.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    if "trained_betas" not in config:
+        raise UnsupportedSchedulerError(f"{name} can't be compiled: it is for networks of another kind than DDPM's")
     check_num_inference_steps(scheduler, num_inference_steps)
-    if config.get("thresholding"):
+    # A configuration also keeps what other schedulers know and this one doesn't.
+    options = {key: config[key] for key in inspect.signature(type(scheduler)).parameters if key in config}
+    if options.get("thresholding"):
         raise UnsupportedSchedulerError(f"{name} with thresholding can't be compiled: it depends on whole samples")
-    if str(config.get("variance_type")).startswith("learned"):
+    if str(options.get("variance_type")).startswith("learned"):
         raise UnsupportedSchedulerError(f"{name} with a learned variance can't be compiled: it needs another network")
-    clip_range = float(config.clip_sample_range) if config.get("clip_sample") else None
+    unknown = set(step_options) - set(inspect.signature(scheduler.step).parameters)
+    if unknown:
+        raise ConfigurationError(f"{name}'s steps take no {', '.join(sorted(unknown))}")
 
-    scheduler = type(scheduler).from_config(config)
-    scheduler.set_timesteps(num_inference_steps)
-    unclipped = type(scheduler).from_config(config, clip_sample=False)
-    unclipped.set_timesteps(num_inference_steps)
-
-    generator = torch.Generator().manual_seed(0)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_kwargs = {"generator": generator} if takes_generator else {}
-    rows_x_0, rows_next = [], []
-    for t in scheduler.timesteps:
-        x, eps = torch.randn(2, 1, NUM_PROBES, generator=generator, dtype=torch.float64)
-        x_0_row = np.zeros(2)
-        columns = [x, eps]
-        if clip_range is not None:
-            x_0 = unclipped.step(eps, t, x, **step_kwargs).pred_original_sample
-            x_0_row = _fit(name, [x, eps], x_0)
-            # Scaled so that about half of the predictions are clipped: only then can the share of x̂_0 in the next
-            # sample be told from those of x and ε, of which it is a sum where it is not clipped.
-            scale = 1.5 * clip_range / x_0.std()
-            x, eps = scale * x, scale * eps
-            columns = [x, eps, (scale * x_0).clamp(-clip_range, clip_range)]
-        # The scheduler draws its own noise: the same generator, set back, gives it again.
-        state = generator.get_state()
-        x_next = scheduler.step(eps, t, x, **step_kwargs).prev_sample
-        z = torch.randn(x.shape, generator=generator.set_state(state), dtype=torch.float64)
-        row = _fit(name, [*columns, z], x_next)
-        rows_x_0.append(x_0_row)
-        rows_next.append(row if clip_range is not None else np.insert(row, 2, 0.0))
-    return StepTable(
+    clip_range = float(options["clip_sample_range"]) if options.get("clip_sample") else None
+    probes = _Probes(scheduler, num_inference_steps, clip_range)
+    try:
+        steps = list(_steps(scheduler, num_inference_steps, probes, step_options))
+    except UnsupportedSchedulerError:
+        raise
+    except (ValueError, IndexError, TypeError, NotImplementedError) as error:
+        raise ConfigurationError(f"{name} can't take {num_inference_steps} such steps: {error}") from None
+    fits = ((_to_next(steps, probes.x_0, fit), replay) for fit, replay in TOLERANCES)
+    to_next, replay_tolerance = next(((found, replay) for found, replay in fits if found is not None), (None, None))
+    if to_next is None:
+        raise UnsupportedSchedulerError(
+            f"{name} can't be compiled: its steps are no sums of samples, network outputs and noise"
+        )
+    table = StepTable(
         scheduler=name,
-        timesteps=scheduler.timesteps.numpy().astype(np.float32),
-        to_x_0=np.array(rows_x_0),
-        to_next=np.array(rows_next),
+        initial_scale=steps[0].initial_scale,
+        timesteps=np.array([step.timestep for step in steps], dtype=np.float32),
+        to_x_0=np.array(probes.to_x_0) if clip_range is not None else np.zeros((len(steps), 2)),
+        to_next=to_next,
         clip_range=clip_range,
     )
+    _check_by_replay(table, scheduler, num_inference_steps, step_options, replay_tolerance)
+    return table
 
 
 def check_num_inference_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
@@ -88,15 +122,194 @@ def check_num_inference_steps(scheduler: SchedulerMixin, num_inference_steps: in
         )
 
 
-def _fit(name: str, columns: list[torch.Tensor], target: torch.Tensor) -> np.ndarray:
-    """The coefficients with which the columns sum to the target."""
-    A = np.stack([column.numpy().ravel() for column in columns], axis=1)
-    b = target.numpy().ravel()
-    size = np.abs(A).max(axis=0)
-    coefficients = np.linalg.lstsq(A / size, b, rcond=None)[0]
-    if not np.abs(A / size @ coefficients - b).max() <= TOLERANCE * np.abs(b).max():
+@dataclass
+class _Step:
+    """What went into a step, and what came of it: float64 `[NUM_PROBES]`."""
+
+    timestep: float
+    x: np.ndarray  # what the network saw
+    eps: np.ndarray  # its output, whatever it predicts
+    z: np.ndarray | None  # the noise drawn, if any was
+    x_next: np.ndarray  # what the network sees next, or at last the sample
+    initial_scale: float
+
+
+def _steps(
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    network: Callable[[SchedulerMixin, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    step_options: dict[str, Any],
+) -> Iterator[_Step]:
+    """Take a scheduler's steps as the pipeline does, on numbers that no step mixes."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler.set_timesteps(num_inference_steps)
+    generator = torch.Generator().manual_seed(0)
+    options = dict(step_options)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = generator
+    noise = torch.randn(1, NUM_PROBES, generator=generator, dtype=torch.float64)
+    sample = noise * scheduler.init_noise_sigma
+    timesteps = scheduler.timesteps
+    x = scheduler.scale_model_input(sample, timesteps[0])
+    initial_scale = float((x / noise).median())
+    for k, t in enumerate(timesteps):
+        eps = network(scheduler, t, sample, x)
+        state = generator.get_state()
+        sample = scheduler.step(eps, t, sample, **options).prev_sample
+        z = _noise_drawn(generator, state)
+        x_next = scheduler.scale_model_input(sample, timesteps[k + 1]) if k + 1 < len(timesteps) else sample
+        _check_finite(scheduler, t, x_next)
+        yield _Step(float(t), *(_numbers(values) for values in (x, eps, z, x_next)), initial_scale)
+        x = x_next
+
+
+def _numbers(values: torch.Tensor | None) -> np.ndarray | None:
+    return None if values is None else values.double().numpy().ravel()
+
+
+def _check_finite(scheduler: SchedulerMixin, t: torch.Tensor, values: torch.Tensor) -> None:
+    if not values.isfinite().all():
         raise UnsupportedSchedulerError(
-            f"{name} can't be compiled: its steps are not sums of the sample, the network's output and noise"
+            f"{type(scheduler).__name__} can't be compiled: its step at t = {float(t):g} divides by zero"
         )
-    coefficients[np.abs(coefficients) < TOLERANCE * np.abs(coefficients).max()] = 0.0  # rounding, where none is
+
+
+def _noise_drawn(generator: torch.Generator, state: torch.Tensor) -> torch.Tensor | None:
+    """What a scheduler drew since the generator was in that state: it is set back, and draws it again."""
+    if torch.equal(state, generator.get_state()):
+        return None
+    for dtype in (torch.float64, torch.float32):
+        again = torch.Generator().set_state(state)
+        z = torch.randn(1, NUM_PROBES, generator=again, dtype=dtype)
+        if torch.equal(again.get_state(), generator.get_state()):
+            return z
+    raise ValueError("its steps draw noise in a way that can't be followed")
+
+
+class _Probes:
+    """Random numbers in place of a network's outputs. Where x̂_0 is clipped, about half of its values are.
+
+    Only then can the share of x̂_0 in what comes next be told from those of x and ε, of which it is a sum where it is
+    not clipped. That sum is read off a scheduler that doesn't clip: of the same class, or of DDIM's, where the class
+    keeps its x̂_0 to itself.
+
+    Attributes:
+        to_x_0: for each step, x̂_0's coefficients of x and ε, before it is clipped.
+        x_0: for each step, x̂_0, clipped.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, num_inference_steps: int, clip_range: float | None):
+        self.generator = torch.Generator().manual_seed(1)
+        self.clip_range = clip_range
+        self.to_x_0: list[np.ndarray] = []
+        self.x_0: list[np.ndarray] = []
+        if clip_range is not None:
+            for cls in (type(scheduler), DDIMScheduler):
+                self.unclipped = cls.from_config(_whole_config(scheduler), clip_sample=False)
+                self.unclipped.set_timesteps(num_inference_steps)
+                zeros = torch.zeros(1, 1, dtype=torch.float64)
+                output = copy.deepcopy(self.unclipped).step(zeros, self.unclipped.timesteps[0], zeros)
+                if getattr(output, "pred_original_sample", None) is not None:
+                    break
+
+    def __call__(self, scheduler: SchedulerMixin, t: torch.Tensor, sample: torch.Tensor, x: torch.Tensor):
+        eps = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+        if self.clip_range is None:
+            return eps
+        x_0 = copy.deepcopy(self.unclipped).step(eps, t, sample).pred_original_sample
+        _check_finite(scheduler, t, x_0)
+        row = _least_squares([_numbers(x), _numbers(eps)], _numbers(x_0))
+        if row[1] != 0:  # DDIM's inverse begins where x is x_0
+            x_0 = 1.5 * self.clip_range * torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
+            eps = (x_0 - row[0] * x) / row[1]
+        self.unclipped.step(eps, t, sample)
+        self.to_x_0.append(row)
+        self.x_0.append(_numbers(x_0.clamp(-self.clip_range, self.clip_range)))
+        return eps
+
+
+def _to_next(steps: list[_Step], x_0: list[np.ndarray], tolerance: float) -> np.ndarray | None:
+    """For each step, the shortest sum that gives what the network sees next, `[steps, history, 4]`, or `None`."""
+    to_next = np.zeros((len(steps), MAX_HISTORY, 4))
+    for k, step in enumerate(steps):
+        for history in range(1, min(k + 1, MAX_HISTORY) + 1):
+            columns = {}
+            for i in reversed(range(history)):  # the oldest first
+                past = steps[k - i]
+                columns[i, Z], columns[i, X], columns[i, EPS] = past.z, past.x, past.eps
+                columns[i, X_0] = x_0[k - i] if x_0 else None
+            columns = {place: values for place, values in columns.items() if values is not None}
+            coefficients = _shortest_sum(columns, step.x_next, tolerance)
+            if coefficients is not None:
+                break
+        else:
+            return None
+        for place, coefficient in coefficients.items():
+            to_next[(k, *place)] = coefficient
+    history = max(1, *(np.flatnonzero(to_next.any(axis=(0, 2))) + 1))
+    return to_next[:, :history]
+
+
+def _shortest_sum(
+    columns: dict[tuple[int, int], np.ndarray], target: np.ndarray, tolerance: float
+) -> dict[tuple[int, int], float] | None:
+    """Coefficients with which the columns sum to the target, as few and as new ones as will do, or `None`."""
+
+    def fit(places: list[tuple[int, int]]) -> np.ndarray | None:
+        coefficients = _least_squares([columns[place] for place in places], target)
+        terms = np.array(
+            [coefficient * columns[place] for coefficient, place in zip(coefficients, places, strict=True)]
+        )
+        error = np.abs(terms.sum(axis=0) - target).max()
+        return coefficients if error <= tolerance * max(np.abs(target).max(), 1e-30) else None
+
+    places = list(columns)
+    coefficients = fit(places)
+    if coefficients is None:
+        return None
+    for place in columns:
+        fewer = [other for other in places if other != place]
+        shorter = fit(fewer) if fewer else None
+        if shorter is not None:
+            places, coefficients = fewer, shorter
+    return dict(zip(places, coefficients.tolist(), strict=True))
+
+
+def _least_squares(columns: list[np.ndarray], target: np.ndarray) -> np.ndarray:
+    A = np.stack(columns, axis=1)
+    size = np.abs(A).max(axis=0)
+    coefficients = np.linalg.lstsq(A / size, target, rcond=None)[0]
+    coefficients[np.abs(coefficients) < 1e-12 * np.abs(coefficients).max()] = 0.0  # rounding, where none is
     return coefficients / size
+
+
+def _check_by_replay(
+    table: StepTable,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    step_options: dict[str, Any],
+    tolerance: float,
+) -> None:
+    """Run the table beside the scheduler, with a network that is not linear."""
+
+    def network(scheduler: SchedulerMixin, t: torch.Tensor, sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x + float(t) / scheduler.config.num_train_timesteps)
+
+    steps = list(_steps(scheduler, num_inference_steps, network, step_options))
+    rows = np.zeros((len(steps), 4, NUM_PROBES))
+    x = steps[0].x
+    for k, step in enumerate(steps):
+        rows[k, X] = x
+        rows[k, EPS] = np.tanh(x + step.timestep / scheduler.config.num_train_timesteps)
+        if table.clip_range is not None:
+            rows[k, X_0] = (table.to_x_0[k] @ rows[k, [X, EPS]]).clip(-table.clip_range, table.clip_range)
+        if step.z is not None:
+            rows[k, Z] = step.z
+        past = rows[max(0, k + 1 - table.history) : k + 1][::-1]
+        x = np.einsum("ij,ijn->n", table.to_next[k, : len(past)], past)
+        error = np.abs(x - step.x_next).max() / np.abs(step.x_next).max()
+        if not error <= tolerance:
+            raise UnsupportedSchedulerError(
+                f"{table.scheduler} can't be compiled: beside the scheduler, its table is off by {error:.1e} "
+                f"after step {k + 1}"
+            )

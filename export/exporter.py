@@ -15,12 +15,12 @@ import torch
 from onnxscript import opset20 as op
 
 import ddpm_mlp_pipeline
-from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, ParityError
+from ddpm_mlp_pipeline.errors import BundleError, ParityError
 from ddpm_mlp_pipeline.files import whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
-from .compile import SCHEDULERS, compile_scheduler
+from .compile import compile_scheduler, make_scheduler
 from .parity import ParityReport, compare
 from .runtime import FORMAT, VERSION
 
@@ -34,17 +34,19 @@ def export_bundle(
     scheduler: str = "ddim",
     num_inference_steps: int = 50,
     tolerance: float = 1e-4,
+    **scheduler_options: Any,
 ) -> ParityReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
 
     Args:
         checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
         bundle: the folder to write; a bundle that is there already is replaced.
-        scheduler: `"ddpm"` or `"ddim"`.
+        scheduler: a key of `SCHEDULERS`.
         num_inference_steps: number of sampling steps.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
             (where the data have a standard deviation, or for images a range, of about 1), unless rounding explains
             more: see `ParityReport`.
+        scheduler_options: of the stock scheduler's own, where they are to differ from those of training.
 
     Returns:
         What the comparison found.
@@ -56,12 +58,10 @@ def export_bundle(
         ParityError: if bundle and pipeline differ by more than the tolerance; none is written then.
     """
     bundle = Path(bundle)
-    if scheduler not in SCHEDULERS:
-        raise ConfigurationError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
     if bundle.is_dir() and not {file.name for file in bundle.iterdir()} <= FILES:
         raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
     pipeline = load_checkpoint(checkpoint)
-    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **scheduler_options)
     table = compile_scheduler(pipeline.scheduler, num_inference_steps)
 
     with whole_folder(bundle) as folder:

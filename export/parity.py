@@ -83,13 +83,15 @@ def _record(
 ) -> tuple[np.ndarray, list[np.ndarray | None], list[np.ndarray]]:
     """The pipeline's initial sample, the noise that it drew in each step (`None`: none), and each step's outcome.
 
-    With a `nudge`, the initial sample is moved by normal noise of that standard deviation."""
+    That is what the network sees next, and at last the sample. With a `nudge`, the initial sample is moved by normal
+    noise of that standard deviation.
+    """
     generator = torch.Generator().manual_seed(batch_size)
     latents = torch.randn((batch_size, *pipeline.sample_shape), generator=generator)
     latents += nudge * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     again = torch.Generator()
     state = generator.get_state()
-    noises, samples = [], []
+    noises, inputs, samples = [], [], []
 
     def record(pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
         nonlocal state
@@ -99,5 +101,9 @@ def _record(
         state = generator.get_state()
         return {}
 
-    pipeline(batch_size, generator, num_inference_steps, latents=latents, callback_on_step_end=record)
-    return latents.numpy(), noises, samples
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0].numpy()))
+    try:
+        pipeline(batch_size, generator, num_inference_steps, latents=latents, callback_on_step_end=record)
+    finally:
+        hook.remove()
+    return latents.numpy(), noises, [*inputs[1:], samples[-1]]

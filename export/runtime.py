@@ -19,7 +19,7 @@ import onnxruntime as ort
 from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError
 
 from .noise import normal
-from .step_table import StepTable
+from .step_table import EPS, X_0, StepTable, X, Z
 
 FORMAT, VERSION = "ddpm-bundle", 1
 # Numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in the cache
@@ -167,7 +167,7 @@ class OnnxSampler:
         for k, x in enumerate(
             self._steps(session, range(num_samples), seed, latents, None if noises is None else iter(noises))
         ):
-            yield DenoisingStep(k, float(self.table.timesteps[k]), x.copy())
+            yield DenoisingStep(k, float(self.table.timesteps[k]), x)
 
     def predict(self, sample: np.ndarray, timestep: float) -> np.ndarray:
         """The network alone: ε for x_t, float32 `[batch, *sample_shape]`, both in the network's units."""
@@ -198,7 +198,7 @@ class OnnxSampler:
         latents: np.ndarray | None = None,
         noises: Iterator[np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yield the sample after each step: always the same array, which the next step overwrites."""
+        """Yield the sample after each step."""
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
         table, shape = self.table, (len(samples), *self.sample_shape)
@@ -208,29 +208,36 @@ class OnnxSampler:
         if latents is None:
             latents = normal(seed, samples, math.prod(self.sample_shape), range(1)).reshape(shape)
 
-        # The rows that the table's coefficients multiply. The network reads the first and writes the second in place.
-        rows = np.zeros((4, size), dtype=np.float32)
-        x, eps, x_0, z = rows
-        x.reshape(shape)[...] = latents
+        # What the table's coefficients multiply: for each call of the network that is remembered, x, ε, x̂_0 and z. The
+        # newest takes the oldest's place. The network reads x and writes ε in place.
+        history = np.zeros((table.history, 4, size), dtype=np.float32)
+        history[0, X].reshape(shape)[...] = latents
+        history[0, X] *= np.float32(table.initial_scale)
         timestep = np.empty((), dtype=np.float32)
-        network = session.io_binding()
-        network.bind_input("sample", "cpu", 0, np.float32, shape, x.ctypes.data)
-        network.bind_input("timestep", "cpu", 0, np.float32, (), timestep.ctypes.data)
-        network.bind_output("out_sample", "cpu", 0, np.float32, shape, eps.ctypes.data)
+        networks = []
+        for x, eps in zip(history[:, X], history[:, EPS], strict=True):
+            networks.append(network := session.io_binding())
+            network.bind_input("sample", "cpu", 0, np.float32, shape, x.ctypes.data)
+            network.bind_input("timestep", "cpu", 0, np.float32, (), timestep.ctypes.data)
+            network.bind_output("out_sample", "cpu", 0, np.float32, shape, eps.ctypes.data)
 
-        x_and_eps, sample, noise, clip_range = rows[:2], x.reshape(shape), z.reshape(shape), table.clip_range
+        clip_range, is_stochastic = table.clip_range, table.is_stochastic
         to_x_0, to_next = table.to_x_0.astype(np.float32), table.to_next.astype(np.float32)
-        steps = zip(table.timesteps.tolist(), to_x_0, to_next, table.is_stochastic.tolist(), strict=True)
-        for t, x_0_coefficients, next_coefficients, is_stochastic in steps:
+        places = np.arange(table.history)
+        for k, t in enumerate(table.timesteps.tolist()):
+            place = k % table.history
+            now = history[place]
             timestep[...] = t
-            session.run_with_iobinding(network)
+            session.run_with_iobinding(networks[place])
             if clip_range is not None:
-                x_0_coefficients.dot(x_and_eps, out=x_0)
-                x_0.clip(-clip_range, clip_range, out=x_0)
-            if is_stochastic:
-                noise[...] = next(noises)
-            x[:] = next_coefficients.dot(rows)
-            yield sample
+                to_x_0[k].dot(now[: EPS + 1], out=now[X_0])
+                now[X_0].clip(-clip_range, clip_range, out=now[X_0])
+            if is_stochastic[k]:
+                now[Z].reshape(shape)[...] = next(noises)
+            coefficients = to_next[k, (place - places) % table.history]  # in the order of the places
+            x = coefficients.ravel().dot(history.reshape(-1, size))
+            history[(k + 1) % table.history, X] = x
+            yield x.reshape(shape)
 
     def to_data_units(self, sample: np.ndarray) -> np.ndarray:
         """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as `sample` returns."""

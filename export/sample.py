@@ -14,6 +14,7 @@ from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 from ddpm_mlp_pipeline.files import whole_file, whole_folder
 
 from .runtime import OnnxSampler
+from .schedulers import SCHEDULERS
 
 PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="a .png, .npy or (for points) .csv file, or a folder for images"
     )
-    parser.add_argument("--scheduler", choices=["ddpm", "ddim"], help="for a checkpoint (default: its own)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
     parser.add_argument(
         "--num_inference_steps", type=positive_int, metavar="N", help="for a checkpoint (default: all timesteps)"
     )

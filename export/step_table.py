@@ -11,25 +11,32 @@ import numpy as np
 
 from ddpm_mlp_pipeline.errors import BundleError
 
-FORMAT, VERSION = "ddpm-step-table", 1
+FORMAT, VERSION = "ddpm-step-table", 2
+X, EPS, X_0, Z = range(4)  # the terms of a step, in the order of its coefficients
 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
     r"""
-    A sampler as a table, one row for each sampling step: with x the current sample, ε the network's output for it at
-    `timesteps[k]`, and z standard normal noise, step k is
+    A sampler as a table, one row for each call of the network. Call k turns x_k, what the network sees, and ε_k, its
+    output for it at `timesteps[k]`, into what it sees next:
 
-        x̂_0 = clip(to_x_0[k] · (x, ε), −clip_range, clip_range)
-        x   = to_next[k] · (x, ε, x̂_0, z)
+        x̂_0,k  = clip(to_x_0[k] · (x_k, ε_k), −clip_range, clip_range)
+        x_k+1  = Σ_i to_next[k, i] · (x_k−i, ε_k−i, x̂_0,k−i, z_k−i)
 
-    Without clipping, x̂_0 is not needed: its coefficient in `to_next` is 0.
+    where z_k is standard normal noise, and i goes back over as many calls as the scheduler remembers: one for DDPM,
+    DDIM and Euler, two or more for multistep solvers and those of second order. x_0 is `initial_scale` times standard
+    normal noise, and the last x is the sample. Without clipping, x̂_0 is not needed: its coefficients are 0.
+
+    (A scheduler that scales what the network sees, as Euler's does, keeps another sample than that. The table has the
+    scales in its coefficients.)
 
     Attributes:
         scheduler: name of the scheduler's class.
-        timesteps: float32 `[steps]`, what the network is told.
-        to_x_0: float64 `[steps, 2]`, coefficients of the predicted x_0 (Ho et al. 2020, eq. 15).
-        to_next: float64 `[steps, 4]`, coefficients of the next sample.
+        initial_scale: of the first x.
+        timesteps: float32 `[calls]`, what the network is told.
+        to_x_0: float64 `[calls, 2]`, coefficients of the predicted x_0 (Ho et al. 2020, eq. 15).
+        to_next: float64 `[calls, history, 4]`, coefficients of the next x.
         clip_range: largest magnitude of the predicted x_0, in the network's units, or `None`.
 
     Raises:
@@ -37,19 +44,25 @@ class StepTable:
     """
 
     scheduler: str
+    initial_scale: float
     timesteps: np.ndarray
     to_x_0: np.ndarray
     to_next: np.ndarray
     clip_range: float | None
 
     def __post_init__(self) -> None:
-        steps = len(self.timesteps)
-        for name, shape in (("timesteps", (steps,)), ("to_x_0", (steps, 2)), ("to_next", (steps, 4))):
+        calls, history = len(self.timesteps), self.history
+        for name, shape in (("timesteps", (calls,)), ("to_x_0", (calls, 2)), ("to_next", (calls, history, 4))):
             array = getattr(self, name)
-            if array.shape != shape or steps == 0:
+            if array.shape != shape or calls == 0 or history == 0:
                 raise BundleError(f"a step table's {name} must have the shape {shape}, not {array.shape}")
             if not np.isfinite(array).all():
                 raise BundleError(f"a step table's {name} must be finite")
+        for k in range(min(calls, history)):
+            if self.to_next[k, k + 1 :].any():
+                raise BundleError(f"a step table's row {k} can't use what was before the first")
+        if not 0 < self.initial_scale < np.inf:
+            raise BundleError(f"a step table's initial_scale must be positive, got {self.initial_scale}")
         if self.clip_range is not None and not 0 < self.clip_range < np.inf:
             raise BundleError(f"a step table's clip_range must be positive, got {self.clip_range}")
 
@@ -57,31 +70,44 @@ class StepTable:
         return len(self.timesteps)
 
     @property
+    def history(self) -> int:
+        """Over how many calls of the network a step looks back, its own among them."""
+        return self.to_next.shape[1] if self.to_next.ndim == 3 else 0
+
+    @property
     def is_stochastic(self) -> np.ndarray:
-        """bool `[steps]`: whether the step adds noise."""
-        return self.to_next[:, 3] != 0
+        """bool `[calls]`: whether the noise of the call is used, by its own step or a later one."""
+        used = np.zeros(len(self) + self.history, dtype=bool)
+        for i in range(self.history):
+            used[: len(self)][: len(self) - i] |= self.to_next[i:, i, Z] != 0
+        return used[: len(self)]
 
     def __repr__(self) -> str:
         clip = "no clipping" if self.clip_range is None else f"x̂_0 clipped to ±{self.clip_range:.4g}"
+        names = ("x", "ε", "x̂_0", "z")
+        terms = [(i, term) for i in range(self.history) for term in range(4) if self.to_next[:, i, term].any()]
         rows = [
-            f"{self.scheduler}, {len(self)} steps, {clip}",
-            f"{'step':>4} {'t':>7} │" + "".join(f"{name:>11}" for name in ("x", "ε", "x̂_0", "z")),
+            f"{self.scheduler}, {len(self)} network calls, {clip}",
+            f"{'call':>4} {'t':>7} │"
+            + "".join(f"{names[term] + (f'₋{chr(0x2080 + i)}' if i else ''):>11}" for i, term in terms),
         ]
         for k in range(len(self)):
             if len(self) > 20 and 8 <= k < len(self) - 8:
                 if k == 8:
                     rows.append(f"{'…':>4}")
                 continue
-            rows.append(f"{k:>4} {self.timesteps[k]:>7g} │" + "".join(f"{value:>11.5g}" for value in self.to_next[k]))
+            cells = "".join(f"{self.to_next[k, i, term]:>11.5g}" for i, term in terms)
+            rows.append(f"{k:>4} {self.timesteps[k]:>7g} │{cells}")
         return "\n".join(rows)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the table as JSON, one line for each step."""
-        head = {"format": FORMAT, "version": VERSION, "scheduler": self.scheduler, "clip_range": self.clip_range}
-        rows = [
-            json.dumps({"timestep": float(t), "to_x_0": list(to_x_0), "to_next": list(to_next)})
-            for t, to_x_0, to_next in zip(self.timesteps, self.to_x_0, self.to_next, strict=True)
-        ]
+        """Write the table as JSON, one line for each call."""
+        head = {"format": FORMAT, "version": VERSION, "scheduler": self.scheduler}
+        head |= {"initial_scale": self.initial_scale, "clip_range": self.clip_range}
+        rows = []
+        for t, to_x_0, to_next in zip(self.timesteps, self.to_x_0, self.to_next, strict=True):
+            used = max(1, *(np.flatnonzero(to_next.any(axis=1)) + 1))
+            rows.append(json.dumps({"timestep": float(t), "to_x_0": list(to_x_0), "to_next": to_next[:used].tolist()}))
         text = json.dumps(head)[:-1] + ', "steps": [\n' + ",\n".join(rows) + "\n]}\n"
         Path(path).write_text(text, encoding="utf-8")
 
@@ -97,11 +123,16 @@ class StepTable:
             if (content["format"], content["version"]) != (FORMAT, VERSION):
                 raise BundleError(f"{path} is not a step table of version {VERSION}")
             steps = content["steps"]
+            rows = [np.array(step["to_next"], dtype=np.float64).reshape(-1, 4) for step in steps]
+            to_next = np.zeros((len(rows), max((len(row) for row in rows), default=0), 4))
+            for k, row in enumerate(rows):
+                to_next[k, : len(row)] = row
             return cls(
                 scheduler=str(content["scheduler"]),
+                initial_scale=float(content["initial_scale"]),
                 timesteps=np.array([step["timestep"] for step in steps], dtype=np.float32),
                 to_x_0=np.array([step["to_x_0"] for step in steps], dtype=np.float64),
-                to_next=np.array([step["to_next"] for step in steps], dtype=np.float64),
+                to_next=to_next,
                 clip_range=None if content["clip_range"] is None else float(content["clip_range"]),
             )
         except FileNotFoundError:

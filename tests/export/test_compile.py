@@ -3,10 +3,25 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    ConfigMixin,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+)
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from ddpm_mlp_pipeline import compile_scheduler
+from ddpm_mlp_pipeline import DDPMMLPPipeline, compile_scheduler, export_bundle, pretrained
 from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError
+from ddpm_mlp_pipeline.export.compile import make_scheduler
+from ddpm_mlp_pipeline.export.exporter import export_network
+from ddpm_mlp_pipeline.export.parity import compare
 
 SCHEDULES = ["linear", "squaredcos_cap_v2"]
 
@@ -27,15 +42,15 @@ def test_ddpm_is_equation_7_of_ho_et_al(beta_schedule, clip_sample):
 
     # The stock scheduler keeps alphas_cumprod in float32; 1 − ᾱ loses digits where ᾱ is near 1.
     np.testing.assert_array_equal(table.timesteps, np.arange(1000)[::-1])
-    np.testing.assert_allclose(table.to_next[:, 3], noise, rtol=1e-3)
+    np.testing.assert_allclose(table.to_next[:, 0, 3], noise, rtol=1e-3)
     if clip_sample:
         np.testing.assert_allclose(table.to_x_0, x_0, rtol=1e-3)
-        np.testing.assert_allclose(table.to_next[:, 2], of_x_0, rtol=1e-3)
-        np.testing.assert_allclose(table.to_next[:, 0], of_x, rtol=1e-3)
-        np.testing.assert_allclose(table.to_next[:, 1], 0, atol=1e-9)
+        np.testing.assert_allclose(table.to_next[:, 0, 2], of_x_0, rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 0, 0], of_x, rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 0, 1], 0, atol=1e-9)
     else:
-        np.testing.assert_allclose(table.to_next[:, 0], of_x_0 * x_0[:, 0] + of_x, rtol=1e-3)
-        np.testing.assert_allclose(table.to_next[:, 1], of_x_0 * x_0[:, 1], rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 0, 0], of_x_0 * x_0[:, 0] + of_x, rtol=1e-3)
+        np.testing.assert_allclose(table.to_next[:, 0, 1], of_x_0 * x_0[:, 1], rtol=1e-3)
     assert not table.is_stochastic[-1]
 
 
@@ -47,47 +62,208 @@ def test_ddim_is_equation_12_of_song_et_al(steps):
     alphas_cumprod = scheduler.alphas_cumprod.double().numpy()
     before = np.array([alphas_cumprod[t] if t >= 0 else 1.0 for t in timesteps - 1000 // steps])
     np.testing.assert_array_equal(table.timesteps, timesteps)
-    np.testing.assert_allclose(table.to_next[:, 2], np.sqrt(before), rtol=1e-5)
-    np.testing.assert_allclose(table.to_next[:, 1], np.sqrt(1 - before), rtol=1e-3, atol=1e-9)
-    assert not table.to_next[:, 0].any()
+    np.testing.assert_allclose(table.to_next[:, 0, 2], np.sqrt(before), rtol=1e-5)
+    np.testing.assert_allclose(table.to_next[:, 0, 1], np.sqrt(1 - before), rtol=1e-3, atol=1e-9)
+    assert not table.to_next[:, 0, 0].any()
     assert not table.is_stochastic.any()
 
 
-@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler])
-@pytest.mark.parametrize("beta_schedule", SCHEDULES)
-@pytest.mark.parametrize("clip_sample", [True, False])
-@pytest.mark.parametrize("options", [{}, {"prediction_type": "v_prediction"}, {"timestep_spacing": "trailing"}])
-def test_table_replays_the_scheduler_on_a_nonlinear_network(cls, beta_schedule, clip_sample, options):
-    if beta_schedule == "squaredcos_cap_v2" and not clip_sample and options.get("timestep_spacing") == "trailing":
-        pytest.skip("divides by √ᾱ_T = 5e-5 without clipping: no sampler makes sense of it")
-    scheduler = cls(beta_schedule=beta_schedule, clip_sample=clip_sample, clip_sample_range=1.5, **options)
-    table = compile_scheduler(scheduler, 10)
-    scheduler.set_timesteps(10)
-    generator, again = torch.Generator().manual_seed(0), torch.Generator()
-    x = torch.randn(1, 100, generator=generator, dtype=torch.float64)
-    mine = x.numpy()
-    for k, t in enumerate(scheduler.timesteps):
-        again.set_state(generator.get_state())
-        x = scheduler.step(torch.tanh(x + float(t) / 1000), t, x, generator=generator).prev_sample
-        z = torch.randn(x.shape, generator=again, dtype=torch.float64).numpy()
-        rows = [mine, np.tanh(mine + float(t) / 1000)]
-        x_0 = np.clip(np.tensordot(table.to_x_0[k], rows, 1), *((-1.5, 1.5) if clip_sample else (0, 0)))
-        mine = np.tensordot(table.to_next[k], [*rows, x_0, z], 1)
-        np.testing.assert_allclose(mine, x.numpy(), atol=1e-12)
+def test_dpm_solver_pp_2m_is_algorithm_2_of_lu_et_al():
+    """DPM-Solver++(2M), Lu et al. 2022 (https://arxiv.org/abs/2211.01095): two predictions of x_0, extrapolated."""
+    scheduler = DPMSolverMultistepScheduler(final_sigmas_type="sigma_min")
+    table = compile_scheduler(scheduler, 20)
+    scheduler.set_timesteps(20)
+    sigmas = scheduler.sigmas.double().numpy()
+    alpha, sigma = 1 / np.sqrt(1 + sigmas**2), sigmas / np.sqrt(1 + sigmas**2)
+    lam = np.log(alpha / sigma)
+    k = 7
+    h, h_before = lam[k + 1] - lam[k], lam[k] - lam[k - 1]
+    of_d = -alpha[k + 1] * np.expm1(-h)
+    of_x_0, of_x_0_before = of_d * (1 + h / h_before / 2), -of_d * h / h_before / 2
+    x_0 = np.array([1 / alpha, -sigma / alpha])  # of x and ε
+    expected = np.zeros((2, 4))
+    expected[0, :2] = of_x_0 * x_0[:, k] + [sigma[k + 1] / sigma[k], 0]
+    expected[1, :2] = of_x_0_before * x_0[:, k - 1]
+    # That x_k came of x_k−1 and ε_k−1 (and, from the call before, of more) leaves one representation of the two.
+    np.testing.assert_allclose(table.to_next[k], expected, rtol=1e-3, atol=1e-5)
+    assert table.history == 2
+
+
+CASES = {
+    "ddpm": [{}, {"clip_sample": True}, {"variance_type": "fixed_large"}, {"timestep_spacing": "trailing"}],
+    "ddim": [{}, {"clip_sample": True}, {"timestep_spacing": "trailing"}, {"set_alpha_to_one": False}],
+    "ddim_inverse": [{}, {"clip_sample": True}],
+    "pndm": [{}, {"skip_prk_steps": True}, {"timestep_spacing": "trailing"}],
+    "ipndm": [{}],
+    "lms": [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}],
+    "euler": [
+        {},
+        {"use_karras_sigmas": True},
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "trailing"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"final_sigmas_type": "sigma_min"},
+    ],
+    "euler_ancestral": [{}, {"timestep_spacing": "trailing"}],
+    "heun": [{}, {"use_karras_sigmas": True}, {"clip_sample": True}],
+    "kdpm2": [{}, {"use_karras_sigmas": True}],
+    "kdpm2_ancestral": [{}, {"use_karras_sigmas": True}],
+    "dpmsolver_multistep": [
+        {},
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+        {"solver_order": 3},
+        {"solver_order": 1},
+        {"solver_type": "heun"},
+        {"use_karras_sigmas": True},
+        {"euler_at_final": True},
+        {"final_sigmas_type": "sigma_min"},
+    ],
+    "dpmsolver_singlestep": [{}, {"solver_order": 3}, {"use_karras_sigmas": True}],
+    "deis": [{}, {"solver_order": 3}, {"use_karras_sigmas": True}],
+    "unipc": [
+        {},
+        {"solver_order": 3},
+        {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+        {"use_karras_sigmas": True},
+    ],
+    "sasolver": [{}, {"predictor_order": 3, "corrector_order": 3}],
+    "lcm": [{}, {"clip_sample": True}],
+    "tcd": [{}, {"clip_sample": True}],
+}
+
+
+NO_X_0_PREDICTION = {"pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral"}
+
+
+class KnownNetwork(ModelMixin, ConfigMixin):
+    """What the best network predicts for normal data, so that all samplers work. (The bend makes it nonlinear.)"""
+
+    @register_to_config
+    def __init__(self, prediction_type: str, in_channels: int = 2, sample_size: int | None = None, std: float = 0.5):
+        super().__init__()
+        self.bend = torch.nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, sample, timestep, return_dict=True):
+        t = torch.as_tensor(timestep, dtype=torch.float32)
+        alpha_cumprod = torch.exp(-(1e-4 * t + 1e-5 * t**2))  # near that of the linear schedule
+        alpha, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod + 1e-4).sqrt()
+        variance = alpha**2 * self.config.std**2 + sigma**2
+        bend = self.bend * torch.tanh(2 * sample)
+        x_0 = alpha * self.config.std**2 / variance * sample + sigma * bend
+        eps = sigma / variance * sample - alpha * bend
+        output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x_0, "sample": x_0}[
+            self.config.prediction_type
+        ]
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """For each prediction type, a pipeline and its bundle, to which the tests give their schedulers."""
+    networks = {}
+    for kind in ("epsilon", "v_prediction", "sample"):
+        bundle = tmp_path_factory.mktemp(kind) / "bundle"
+        export_bundle(pretrained("heart"), bundle, "ddpm", 5)
+        pipeline = DDPMMLPPipeline(KnownNetwork(kind), DDPMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        export_network(pipeline.unet, (2,), bundle / "unet.onnx")
+        networks[kind] = pipeline, bundle
+    return networks
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What became of each case, printed at the end: pytest -s tests/export/test_compile.py"""
+    rows = []
+    yield rows
+    head = f"{'scheduler':22} {'options':64} {'calls':>5} {'back':>4} {'noise':>5} {'':>7} {'difference':>10}"
+    print(f"\n{head} torch, noise ± 1e-6")
+    print("\n".join(rows))
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "reason"),
+    ("name", "options"),
+    [pytest.param(name, options, id=f"{name}-{options}") for name, cases in CASES.items() for options in cases],
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_table_gives_the_samples_of_the_stock_pipeline(name, options, prediction_type, report, networks):
+    """The whole way: a float32 network through the stock scheduler, and through ONNX Runtime with the table."""
+    if name == "ipndm" and prediction_type != "epsilon":
+        pytest.skip("IPNDM knows no prediction type")
+    if name != "ipndm":
+        options = {"prediction_type": prediction_type} | options
+    pipeline, bundle = networks[options.get("prediction_type", "epsilon")]
+    pipeline.scheduler = make_scheduler(name, DDPMScheduler(clip_sample=False), **options)
+    shown = f"{name:22} {', '.join(f'{key}={value}' for key, value in options.items()):64.64}"
+    if name in NO_X_0_PREDICTION and prediction_type == "sample":
+        with pytest.raises(ConfigurationError, match=type(pipeline.scheduler).__name__):
+            compile_scheduler(pipeline.scheduler, 10)
+        report.append(f"{shown} refused, as by diffusers")
+        return
+    if name == "ddim_inverse" and prediction_type == "sample":  # at t = 0, ε = (x − x_0) / 0
+        with pytest.raises(UnsupportedSchedulerError, match=r"DDIMInverseScheduler .* by zero"):
+            compile_scheduler(pipeline.scheduler, 10)
+        report.append(f"{shown} refused: it divides by zero")
+        return
+    table = compile_scheduler(pipeline.scheduler, 10)
+    table.save(bundle / "step_table.json")
+    comparison = compare(pipeline, bundle, 10, 1e-4)
+    difference = max(steps[-1] for steps in comparison.differences.values())
+    kind = "exact" if table.clip_range is None else "clipped"
+    report.append(
+        f"{shown} {len(table):>5} {table.history:>4} {table.is_stochastic.sum():>5} {kind:>7} {difference:>10.1e}"
+        f"{max(comparison.amplifications.values()):>10.1e}"
+    )
+    assert difference < 1e-4
+
+
+def test_eta_is_an_option_of_the_step():
+    """DDIM with η = 1 is DDPM with the smaller variance (Song et al. 2021, section 4.1)."""
+    config = {"clip_sample": False, "timestep_spacing": "trailing"}
+    ddim = compile_scheduler(DDIMScheduler(**config), 1000, eta=1.0)
+    ddpm = compile_scheduler(DDPMScheduler(**config), 1000)
+    np.testing.assert_allclose(ddim.to_next, ddpm.to_next, rtol=1e-4, atol=1e-6)
+
+
+def test_a_long_table_looks_back_as_little_as_a_short_one():
+    assert compile_scheduler(DDPMScheduler(), 1000).history == 1
+    assert compile_scheduler(DPMSolverMultistepScheduler(timestep_spacing="trailing"), 1000).history == 2
+    assert compile_scheduler(UniPCMultistepScheduler(timestep_spacing="trailing"), 1000).history == 3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "reason"),
     [
-        (DDPMScheduler(thresholding=True), "DDPMScheduler with thresholding"),
-        (DDPMScheduler(variance_type="learned_range"), "DDPMScheduler with a learned variance"),
-        (PNDMScheduler(), "PNDMScheduler can't be compiled"),
-        (EulerDiscreteScheduler(), "EulerDiscreteScheduler can't be compiled"),
+        (DDPMScheduler(thresholding=True), 10, "DDPMScheduler with thresholding"),
+        (DDPMScheduler(variance_type="learned_range"), 10, "DDPMScheduler with a learned variance"),
+        (EDMEulerScheduler(), 10, "EDMEulerScheduler can't be compiled: it is for networks of another kind"),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            10,
+            "FlowMatchEulerDiscreteScheduler can't be compiled: it is for",
+        ),
+        # two of so many evenly spaced steps are rounded to the same timestep
+        (DPMSolverMultistepScheduler(), 1000, "its step at t = 500 divides by zero"),
     ],
 )
-def test_what_can_not_be_compiled_is_refused_by_name(scheduler, reason):
+def test_what_can_not_be_compiled_is_refused_by_name(scheduler, steps, reason):
     with pytest.raises(UnsupportedSchedulerError, match=reason):
-        compile_scheduler(scheduler, 10)
+        compile_scheduler(scheduler, steps)
+
+
+def test_unknown_schedulers_and_options_are_refused_by_name():
+    with pytest.raises(ConfigurationError, match=r"scheduler must be one of ddpm, .* got 'magic'"):
+        make_scheduler("magic", DDPMScheduler())
+    with pytest.raises(ConfigurationError, match="DDIMScheduler has no option magic"):
+        make_scheduler("ddim", DDPMScheduler(), magic=True)
+    with pytest.raises(ConfigurationError, match="DPMSolverMultistepScheduler: magic"):
+        make_scheduler("dpmsolver_multistep", DDPMScheduler(), algorithm_type="magic")
+    with pytest.raises(ConfigurationError, match="DDPMScheduler's steps take no eta"):
+        compile_scheduler(DDPMScheduler(), 10, eta=1.0)
+    with pytest.raises(ConfigurationError, match="LCMScheduler can't take 100 such steps"):
+        compile_scheduler(LCMScheduler(), 100)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
