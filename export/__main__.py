@@ -28,11 +28,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num_inference_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)"
     )
+    parser.add_argument(
+        "--sampler",
+        nargs="?",
+        choices=["float32", "uint8"],
+        const="float32",
+        help="also write sampler.onnx, the whole sampler as one graph, and which samples it has (default: float32)",
+    )
     args = parser.parse_args(argv)
     with explain_missing_extra("ddpm-export", "export"):
         from .exporter import export_bundle
     report = export_bundle(
-        args.checkpoint, args.bundle, args.scheduler, args.num_inference_steps, **dict(args.scheduler_options)
+        args.checkpoint,
+        args.bundle,
+        args.scheduler,
+        args.num_inference_steps,
+        sampler=args.sampler,
+        **dict(args.scheduler_options),
     )
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())

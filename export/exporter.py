@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -21,10 +22,11 @@ from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
 from .compile import compile_scheduler, make_scheduler
-from .parity import ParityReport, compare
+from .parity import ParityReport, compare, compare_sampler
 from .runtime import FORMAT, VERSION
+from .sampler_graph import build_sampler
 
-FILES = {"unet.onnx", "step_table.json", "bundle.json"}
+FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
 
 
@@ -34,6 +36,7 @@ def export_bundle(
     scheduler: str = "ddim",
     num_inference_steps: int = 50,
     tolerance: float = 1e-4,
+    sampler: str | None = None,
     **scheduler_options: Any,
 ) -> ParityReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
@@ -46,6 +49,8 @@ def export_bundle(
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
             (where the data have a standard deviation, or for images a range, of about 1), unless rounding explains
             more: see `ParityReport`.
+        sampler: whether the bundle also gets `sampler.onnx`, the whole sampler as one graph, and which samples that
+            has: `"float32"`, or for images `"uint8"`.
         scheduler_options: of the stock scheduler's own, where they are to differ from those of training.
 
     Returns:
@@ -70,6 +75,9 @@ def export_bundle(
         info = json.dumps(_describe(pipeline, Path(checkpoint), num_inference_steps), indent=2, ensure_ascii=False)
         (folder / "bundle.json").write_text(info + "\n", encoding="utf-8")
         report = compare(pipeline, folder, num_inference_steps, tolerance)
+        if sampler is not None:
+            onnx.save(build_sampler(folder, sampler), folder / "sampler.onnx")
+            report = dataclasses.replace(report, sampler_difference=compare_sampler(folder))
         if not report.ok:
             message = f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written"
             raise ParityError(message, report)

@@ -1,0 +1,245 @@
+"""`build_sampler`: a bundle's network, table and noise as one ONNX graph, to be run with nothing of ours.
+
+The graph does what `OnnxSampler` does: it draws the initial sample, and a `Loop` over the table's rows calls the
+network and takes the steps. ONNX's own random operators can't be seeded when a graph is run, so Philox is part of the
+graph: its 32-bit words lie in uint64 tensors, as in noise.py. What the network makes of the timestep alone is known
+beforehand, and is a table, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+from onnxscript import GraphBuilder, OpBuilder
+
+from ddpm_mlp_pipeline.errors import ConfigurationError
+
+from .noise import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
+from .runtime import NOISE_CHUNK, OnnxSampler
+from .step_table import EPS, X_0, StepTable, X, Z
+
+Values = Sequence[ir.Value]
+
+
+def build_sampler(bundle: str | os.PathLike, dtype: str = "float32") -> onnx.ModelProto:
+    """The whole sampler of a bundle.
+
+    Args:
+        bundle: a folder with `unet.onnx`, `step_table.json` and `bundle.json`.
+        dtype: of the samples: `"float32"`, or `"uint8"` for images.
+
+    Returns:
+        A model with the inputs `seed` and `num_samples`, int64 `[]`, and the output `samples`: points in the data's
+        units, `[num_samples, dimension]`, or images, `[num_samples, height, width, channels]`, in [0, 1] or 0 to 255.
+        They are the samples that `OnnxSampler` draws for the same seed, up to the rounding of float32.
+
+    Raises:
+        BundleError: if the bundle can't be loaded.
+        ConfigurationError: if points are to be uint8.
+    """
+    sampler = OnnxSampler(bundle)
+    table, shape = sampler.table, sampler.sample_shape
+    if dtype not in ("float32", "uint8") or (dtype == "uint8" and sampler.is_points):
+        raise ConfigurationError(f"samples can be float32, or for images uint8, not {dtype}")
+    path = sampler.folder / "unet.onnx"
+    network = ir.load(path)
+    graph = ir.Graph([], [], nodes=[], opset_imports=network.graph.opset_imports, name="sampler")
+    builder = GraphBuilder(graph)
+    op = builder.op
+    seed, num_samples = (builder.input(name, ir.DataType.INT64, []) for name in ("seed", "num_samples"))
+    noise = _Noise(op, seed, num_samples, math.prod(shape))
+    batch_shape = op.Concat(op.Reshape(num_samples, [-1]), [*shape], axis=0)
+    x = op.Mul(op.Reshape(noise(op, 0, 1), batch_shape), table.initial_scale)  # draw 0 is the initial sample
+    x.shape = ir.Shape(["num_samples", *shape])
+    step = _Step(table, network, _after_timestep(path, table.timesteps))
+    state = [x, *step.initial_past(op, x)]
+    calls = op.Constant(value_int=len(table))
+    if not table.is_stochastic.any():
+        x, *_ = _loop(op, calls, state, step)
+    else:
+        # Noise is drawn for many steps at once: where samples are small, that costs as little as drawing it for one.
+        chunk = op.Div(NOISE_CHUNK, op.Mul(num_samples, math.prod(shape)))
+        chunk = op.Min(op.Max(chunk, 1), calls)
+
+        def take_steps(op: OpBuilder, j: ir.Value, *state: ir.Value) -> Values:
+            first = op.Mul(j, chunk)
+            number = op.Min(chunk, op.Sub(calls, first))
+            z = op.Reshape(noise(op, op.Add(first, 1), number), op.Concat([-1], batch_shape, axis=0))
+            return _loop(
+                op, number, state, lambda op, i, *state: step(op, op.Add(first, i), *state, z=op.Gather(z, i))
+            )
+
+        x, *_ = _loop(op, op.Div(op.Sub(op.Add(calls, chunk), 1), chunk), state, take_steps)
+
+    if sampler.is_points:
+        mean, std = ([float(number) for number in sampler.info[name]] for name in ("data_mean", "data_std"))
+        samples = op.Add(op.Mul(x, std), mean)
+    else:
+        samples = op.Transpose(op.Clip(op.Add(op.Mul(x, 0.5), 0.5), 0.0, 1.0), perm=[0, 2, 3, 1])
+        if dtype == "uint8":
+            samples = op.Cast(op.Round(op.Mul(samples, 255.0)), to=ir.DataType.UINT8)
+    builder.add_output(samples, "samples")
+    model = ir.Model(graph, ir_version=network.ir_version, producer_name="ddpm-mlp-pipeline")
+    NameFixPass()(model)  # the network's names, and ours
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _loop(op: OpBuilder, trip_count: ir.Value, state: Values, body: Callable[..., Values]) -> Values:
+    """`state = body(op, i, *state)`, so many times."""
+    inputs = [ir.val("i", ir.DataType.INT64, []), ir.val("go_on", ir.DataType.BOOL, [])]
+    inputs += [ir.val(f"before_{j}", value.dtype, value.shape) for j, value in enumerate(state)]
+    outputs = [ir.val("goes_on", ir.DataType.BOOL, [])]
+    outputs += [ir.val(f"after_{j}", value.dtype, value.shape) for j, value in enumerate(state)]
+    graph = op.builder.subgraph(
+        lambda op, i, go_on, *state: [op.Identity(go_on), *body(op, i, *state)], inputs, outputs, name="body"
+    )
+    after = op.Loop(trip_count, None, *state, body=graph, _outputs=len(state))
+    after = [after] if len(state) == 1 else list(after)
+    for value, before in zip(after, state, strict=True):
+        value.dtype, value.shape = before.dtype, before.shape
+    return after
+
+
+class _Noise:
+    """Draws of standard normals, as `noise.normal` makes them."""
+
+    def __init__(self, op: OpBuilder, seed: ir.Value, num_samples: ir.Value, dimension: int):
+        self.dimension, self.num_samples = dimension, num_samples
+        index = op.Range(0, num_samples, 1)
+        self.index = op.Unsqueeze(op.Cast(index, to=ir.DataType.UINT64), [1])
+        seed = op.Cast(seed, to=ir.DataType.UINT64)
+        self.keys = [(_low(op, seed), _high(op, seed))]  # of each round
+        for _ in range(ROUNDS - 1):
+            key = zip(self.keys[-1], KEY_INCREMENTS, strict=True)
+            self.keys.append(tuple(_low(op, op.Add(word, int(increment))) for word, increment in key))
+
+    def __call__(self, op: OpBuilder, first: ir.Value | int, number: ir.Value | int) -> ir.Value:
+        """Some of the draws, `[number, num_samples, dimension]`."""
+        start = op.Mul(first, op.Constant(value_int=self.dimension))
+        stop = op.Add(start, op.Mul(number, self.dimension))
+        blocks = op.Range(op.Div(start, 4), op.Div(op.Add(stop, 3), 4), 1)
+        words = self._philox(op, op.Unsqueeze(op.Cast(blocks, to=ir.DataType.UINT64), [0]))
+        normals = [normal for pair in (words[:2], words[2:]) for normal in _box_muller(op, *pair)]
+        stream = op.Concat(*(op.Unsqueeze(normal, [-1]) for normal in normals), axis=-1)
+        stream = op.Reshape(stream, op.Concat(op.Reshape(self.num_samples, [-1]), [-1], axis=0))
+        skipped = op.Reshape(op.Mod(start, 4), [-1])
+        stream = op.Slice(stream, skipped, op.Add(skipped, op.Reshape(op.Sub(stop, start), [-1])), [1])
+        shape = op.Concat(op.Reshape(self.num_samples, [-1]), [-1, self.dimension], axis=0)
+        return op.Transpose(op.Reshape(stream, shape), perm=[1, 0, 2])
+
+    def _philox(self, op: OpBuilder, blocks: ir.Value) -> Values:
+        """Philox-4×32-10 of the counters (block, index of the sample, 0, 0): four words, `[num_samples, blocks]`."""
+        zero = op.CastLike(0, self.index)
+        c0, c1, c2, c3 = blocks, self.index, zero, zero
+        for k0, k1 in self.keys:
+            p0, p1 = op.Mul(c0, int(MULTIPLIERS[0])), op.Mul(c2, int(MULTIPLIERS[1]))
+            c0, c2 = (op.BitwiseXor(op.BitwiseXor(_high(op, p), c), k) for p, c, k in ((p1, c1, k0), (p0, c3, k1)))
+            c1, c3 = _low(op, p1), _low(op, p0)
+        return c0, c1, c2, c3
+
+
+def _low(op: OpBuilder, words: ir.Value) -> ir.Value:
+    return op.BitwiseAnd(words, 0xFFFFFFFF)
+
+
+def _high(op: OpBuilder, words: ir.Value) -> ir.Value:
+    return op.BitShift(words, 32, direction="RIGHT")
+
+
+def _box_muller(op: OpBuilder, a: ir.Value, b: ir.Value) -> Values:
+    """Two 32-bit words to two standard normals, as `noise._box_muller` does it."""
+    a, b = (op.BitShift(word, 8, direction="RIGHT") for word in (a, b))
+    u = op.Mul(op.Cast(op.Add(a, 1), to=ir.DataType.FLOAT), 2.0**-24)
+    angle = op.Mul(op.Cast(b, to=ir.DataType.FLOAT), 2.0**-24 * 2 * math.pi)
+    radius = op.Sqrt(op.Mul(op.Log(u), -2.0))
+    return op.Mul(radius, op.Cos(angle)), op.Mul(radius, op.Sin(angle))
+
+
+class _Step:
+    """A row of the table: the body of the loop. Of what came before, the loop carries what a row looks back to."""
+
+    def __init__(self, table: StepTable, network: ir.Model, after_timestep: dict[str, np.ndarray]):
+        self.table, self.network, self.after_timestep = table, network, after_timestep
+        self.terms = [
+            (i, term) for i in range(table.history) for term in (X, EPS, X_0, Z) if table.to_next[:, i, term].any()
+        ]
+        lags = {term: max(i for i, other in self.terms if other == term) for _, term in self.terms}
+        self.past = [(i, term) for term, lag in lags.items() for i in range(1, lag + 1)]
+
+    def initial_past(self, op: OpBuilder, x: ir.Value) -> Values:
+        """What the first row looks back to: zeros, which its coefficients multiply with zero."""
+        return [op.Mul(x, 0.0) for _ in self.past]
+
+    def __call__(self, op: OpBuilder, k: ir.Value, x: ir.Value, *past: ir.Value, z: ir.Value | None = None) -> Values:
+        table = self.table
+        values = dict(zip(self.past, past, strict=True))
+        values[0, X], values[0, EPS], values[0, Z] = x, self._call_network(op, k, x), z
+        if table.clip_range is not None:
+            x_0 = self._sum(op, k, table.to_x_0, [x, values[0, EPS]])
+            values[0, X_0] = op.Clip(x_0, -table.clip_range, table.clip_range)
+        coefficients = np.stack([table.to_next[:, i, term] for i, term in self.terms], axis=1)
+        x_next = self._sum(op, k, coefficients, [values[place] for place in self.terms])
+        # An output can't be an input as it is.
+        return x_next, *(op.Identity(values[i - 1, term]) for i, term in self.past)
+
+    def _sum(self, op: OpBuilder, k: ir.Value, coefficients: np.ndarray, values: Values) -> ir.Value:
+        row = op.Gather(_table(op, coefficients), k)
+        row = op.Split(row, num_outputs=len(values), _outputs=len(values)) if len(values) > 1 else [row]
+        terms = [op.Mul(value, coefficient) for value, coefficient in zip(values, row, strict=True)]
+        return functools.reduce(op.Add, terms)
+
+    def _call_network(self, op: OpBuilder, k: ir.Value, x: ir.Value) -> ir.Value:
+        """Move the network into the loop's body."""
+        graph = self.network.graph
+        values = {value.name: value for node in graph for value in node.outputs} | {v.name: v for v in graph.inputs}
+        for name, rows in self.after_timestep.items():
+            ir.convenience.replace_all_uses_with(values[name], op.Gather(_table(op, rows), k))
+        ir.convenience.replace_all_uses_with(values["sample"], x)
+        RemoveUnusedNodesPass()(self.network)  # those that led from the timestep there
+        # The weights go with it: from outside of a loop's body, ONNX Runtime doesn't arrange them for its kernels.
+        for initializer in list(graph.initializers.values()):
+            graph.initializers.pop(initializer.name)
+            op.builder.graph.register_initializer(initializer)
+        for node in list(graph):
+            graph.remove(node)
+            op.builder.add_node(node)
+        return graph.outputs[0]
+
+
+def _table(op: OpBuilder, rows: np.ndarray) -> ir.Value:
+    return op.Constant(value=ir.tensor(rows.astype(np.float32)))
+
+
+def _after_timestep(path: Path, timesteps: np.ndarray) -> dict[str, np.ndarray]:
+    """The values that a network makes of the timestep alone and then brings together with the sample.
+
+    Returns:
+        Each one's name, and what it is at each of the timesteps, `[calls, …]`.
+    """
+    model = onnx.load(path)
+    of_timestep, of_sample, met = {"timestep"}, {"sample"}, set()
+    for node in model.graph.node:
+        if of_sample & set(node.input):
+            of_sample.update(node.output)
+            met |= of_timestep & set(node.input)
+        elif of_timestep & set(node.input):
+            of_timestep.update(node.output)
+    values = {"timestep": timesteps} if "timestep" in met else {}
+    names = sorted(met - {"timestep"})
+    if names:
+        part = onnx.utils.Extractor(model).extract_model(["timestep"], names)
+        session = ort.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
+        rows = [session.run(names, {"timestep": np.array(t)}) for t in timesteps]
+        values |= {name: np.stack(row) for name, row in zip(names, zip(*rows, strict=True), strict=True)}
+    return values
