@@ -18,10 +18,10 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
     r"""
     A U-Net for images of any size and any number of channels, shaped for speed on CPUs.
 
-    Most of what a stock `UNet2DModel` costs on small images are its 3×3 convolutions at full resolution. Here, a
-    space-to-depth stem turns each `patch_size` × `patch_size` square of pixels into channels first, and the last layer
-    turns them back (as Shi et al. 2016, https://arxiv.org/abs/1609.05158, do), so that no convolution runs there;
-    and what the way down hands to the way up is added rather than concatenated, which halves the convolutions there.
+    Most of what a stock `UNet2DModel` costs on small images are its 3×3 convolutions at full resolution. Here, the
+    first convolution has a stride of `patch_size`, and the last, transposed one undoes it, so that all others run at a
+    lower resolution; and what the way down hands to the way up is added rather than concatenated, which halves the
+    convolutions there.
 
     Parameters:
         sample_size (`int` or `tuple[int, int]`, defaults to 28):
@@ -31,7 +31,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         out_channels (`int`, *optional*):
             Number of the prediction's channels; as many as the images have by default.
         patch_size (`int`, defaults to 2):
-            Side of the squares that the stem turns into channels.
+            Stride of the first and the last convolution, whose kernels see 3×3 patches of this size.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128)`):
             Width at each resolution, from the highest; each has half the height and width of the one before.
         layers_per_block (`int`, defaults to 1):
@@ -86,15 +86,16 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, time_dim, out_dim=None if temb_channels else first)
-        self.conv_in = nn.Conv2d(in_channels * patch_size**2, first, kernel_size=3, padding=1)
+        patches = {"kernel_size": 3 * patch_size, "stride": patch_size, "padding": patch_size}
+        self.conv_in = nn.Conv2d(in_channels, first, **patches)
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for width, next_width in zip(block_out_channels, (*block_out_channels[1:], None), strict=True):
             self.down_blocks.append(nn.ModuleList(resnet(width) for _ in range(layers_per_block)))
             self.up_blocks.insert(0, nn.ModuleList(resnet(width) for _ in range(layers_per_block)))
             if next_width is not None:
-                self.downsamplers.append(nn.Conv2d(4 * width, next_width, kernel_size=1))
-                self.upsamplers.insert(0, nn.Conv2d(next_width, 4 * width, kernel_size=1))
+                self.downsamplers.append(nn.Conv2d(width, next_width, kernel_size=2, stride=2))
+                self.upsamplers.insert(0, nn.ConvTranspose2d(next_width, width, kernel_size=2, stride=2))
         self.mid_attention = None
         if attention:
             self.mid_attention = Attention(
@@ -110,7 +111,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             _zero(self.mid_attention.to_out[0])
         self.norm_out = nn.GroupNorm(norm_num_groups, first)
         out_channels = in_channels if out_channels is None else out_channels
-        self.conv_out = nn.Conv2d(first, out_channels * patch_size**2, kernel_size=3, padding=1)
+        self.conv_out = nn.ConvTranspose2d(first, out_channels, **patches)
         _zero(self.conv_out)
 
     def forward(
@@ -132,15 +133,14 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
         height, width = sample.shape[-2:]
         multiple = self.config.patch_size * 2 ** len(self.downsamplers)
-        h = F.pad(sample, (0, -width % multiple, 0, -height % multiple))
-        h = self.conv_in(F.pixel_unshuffle(h, self.config.patch_size))
+        h = self.conv_in(F.pad(sample, (0, -width % multiple, 0, -height % multiple)))
         if self.config.time_conditioning == "once":
             h, temb = h + temb[:, :, None, None], None
 
         skips = []
         for i, resnets in enumerate(self.down_blocks):
             if i > 0:
-                h = self.downsamplers[i - 1](F.pixel_unshuffle(h, 2))
+                h = self.downsamplers[i - 1](h)
             for resnet in resnets:
                 h = resnet(h, temb)
             skips.append(h)
@@ -148,13 +148,12 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             h = self.mid_attention(h)
         for i, resnets in enumerate(self.up_blocks):
             if i > 0:
-                h = F.pixel_shuffle(self.upsamplers[i - 1](h), 2)
+                h = self.upsamplers[i - 1](h)
             h = h + skips.pop()
             for resnet in resnets:
                 h = resnet(h, temb)
 
-        eps = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch_size)
-        eps = eps[..., :height, :width]
+        eps = self.conv_out(F.silu(self.norm_out(h)))[..., :height, :width]
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
 
