@@ -55,7 +55,7 @@ class ParityError(DDPMPipelineError, RuntimeError):
 
 
 class DivergenceError(DDPMPipelineError, ArithmeticError):
-    """The loss of a training run is no finite number any more."""
+    """The loss of a training run is no finite number any more, or a sampler leaves the range of the data."""
 
 
 class MissingExtraError(DDPMPipelineError, ImportError):

@@ -138,7 +138,7 @@ def _evaluate_images(source: Source, args: Namespace) -> tuple[str, list[float],
     with explain_missing_extra("evaluating images", "train"):
         from .data.images import load_images
         from .loading import load_features
-        from .metrics import frechet_distance, to_uint8
+        from .metrics import FrechetDistance, to_uint8
 
     if args.split == args.train_split:
         raise ConfigurationError(
@@ -156,8 +156,9 @@ def _evaluate_images(source: Source, args: Namespace) -> tuple[str, list[float],
     form = (height if height == width else None, args.fit, channels)
     references = load_images(args.dataset, args.split, *form)
     fresh = [load_images(args.dataset, args.train_split, *form, number=n, seed=seed) for seed in range(repeats)]
-    distances = [frechet_distance(draw, [references], features) for draw in draws]
-    floors = [frechet_distance([draw], [references], features) for draw in fresh]
+    distance = FrechetDistance([references], features)
+    distances = [distance(draw) for draw in draws]
+    floors = [distance([draw]) for draw in fresh]
     return f"Fréchet distance, {n} images against {len(references)}", distances, floors
 
 

@@ -40,9 +40,7 @@ def to_uint8(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.rint(images * 255).astype(np.uint8)).permute(0, 3, 1, 2)
 
 
-def frechet_distance(
-    samples: Iterable[torch.Tensor], references: Iterable[torch.Tensor], features: torch.nn.Module
-) -> float:
+class FrechetDistance:
     """The Fréchet distance between the features of two sets of images (Heusel et al. 2017, eq. 6, which takes an
     Inception network's), as torchmetrics computes it.
 
@@ -50,17 +48,27 @@ def frechet_distance(
     as many samples.
 
     Args:
-        samples, references: batches of images, uint8, `[batch, channels, height, width]`; the sets' sizes may differ.
+        references: batches of the one set's images, uint8, `[batch, channels, height, width]`.
         features: what turns such a batch into features, `[batch, num_features]`, and says how many in its attribute
             `num_features`: a [`FeatureNetwork`], for instance.
     """
-    import torch
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(features)
-    with torch.no_grad():
-        for batches, real in ((samples, False), (references, True)):
-            for images in batches:
-                for batch in images.split(BATCH_SIZE):
-                    metric.update(batch, real=real)
-    return float(metric.compute())
+    def __init__(self, references: Iterable[torch.Tensor], features: torch.nn.Module):
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self._metric = FrechetInceptionDistance(features, reset_real_features=False)
+        self._update(references, real=True)
+
+    def __call__(self, samples: Iterable[torch.Tensor]) -> float:
+        """The distance of the other set, in batches of such images; the sets' sizes may differ."""
+        self._metric.reset()
+        self._update(samples, real=False)
+        return float(self._metric.compute())
+
+    def _update(self, images: Iterable[torch.Tensor], real: bool) -> None:
+        import torch
+
+        with torch.no_grad():
+            for some in images:
+                for batch in some.split(BATCH_SIZE):
+                    self._metric.update(batch, real=real)

@@ -1,4 +1,4 @@
-"""Draw a checkpoint's samples, or the forward or reverse process: the command `ddpm-plot`."""
+"""Draw a checkpoint's samples, the forward or reverse process, or a bundle's step table: the command `ddpm-plot`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .commands import CommandParser, command, noise_seed, one_line_errors, positive_int
 from .errors import ConfigurationError, explain_missing_extra
+from .export.step_table import StepTable
 
 with one_line_errors(), explain_missing_extra("ddpm-plot"):
     import torch
@@ -19,8 +20,8 @@ with one_line_errors(), explain_missing_extra("ddpm-plot"):
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-plot", description=__doc__)
-    parser.add_argument("kind", choices=["samples", "forward", "reverse", "animation"], help="what to draw")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("kind", choices=["samples", "forward", "reverse", "animation", "table"], help="what to draw")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder; for a table, a bundle")
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
     parser.add_argument("--dataset", help="for forward: the point set or image set whose data turn into noise")
     parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     suffixes = (".gif", ".mp4") if args.kind == "animation" else (".png",)
     if args.output.suffix not in suffixes:
         raise ConfigurationError(f"{args.output} must end in {' or '.join(suffixes)}")
+    if args.kind == "table":
+        plots.save(plots.plot_table(StepTable.load(args.checkpoint / "step_table.json")), args.output)
+        print(args.output)
+        return
     pipeline = load_checkpoint(args.checkpoint)
     if pipeline.is_points and pipeline.sample_shape[0] < 2:
         raise ConfigurationError("points of one coordinate have no picture")

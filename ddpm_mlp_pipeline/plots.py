@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .errors import ConfigurationError
+from .export.step_table import TERMS, StepTable
 from .files import whole_file
 from .pipeline import DDPMMLPPipeline
 
@@ -140,6 +141,28 @@ def plot_losses(losses: Sequence[float]) -> Figure:
     axes.plot(steps[window - 1 :], smooth, color=DATA_COLOR, label=f"mean of {window}")
     axes.set_ylim(0, 1.5 * np.percentile(losses, 99))
     axes.legend()
+    return figure
+
+
+def plot_table(table: StepTable) -> Figure:
+    """A step table's coefficients, call by call."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(repr(table).partition("\n")[0])
+    axes = figure.add_subplot(xlabel="network call", ylabel="coefficient in the next x")
+    calls = np.arange(1, len(table) + 1)
+    for i, term in table.terms:
+        color = f"C{term}"
+        label = TERMS[term] + (f", {i} call{'s' if i > 1 else ''} before" if i else "")
+        axes.plot(
+            calls,
+            table.to_next[:, i, term],
+            color=color,
+            alpha=0.85**i,
+            linestyle="-" if i == 0 else "--",
+            label=label,
+        )
+    axes.axhline(0, color="gray", linewidth=0.5)
+    figure.legend(loc="outside right center", fontsize="small", ncols=1 + len(table.terms) // 16)
     return figure
 
 

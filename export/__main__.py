@@ -35,6 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         const="float32",
         help="also write sampler.onnx, the whole sampler as one graph, and which samples it has (default: float32)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "int8"],
+        default="fp32",
+        help="of the network: fp16 halves the file, int8 makes convolutions faster, too (default: fp32)",
+    )
     args = parser.parse_args(argv)
     with explain_missing_extra("ddpm-export", "export"):
         from .exporter import export_bundle
@@ -44,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.scheduler,
         args.num_inference_steps,
         sampler=args.sampler,
+        precision=args.precision,
         **dict(args.scheduler_options),
     )
     print(report)

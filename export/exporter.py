@@ -16,18 +16,51 @@ import torch
 from onnxscript import opset20 as op
 
 import ddpm_mlp_pipeline
-from ddpm_mlp_pipeline.errors import BundleError, ParityError
+from ddpm_mlp_pipeline.errors import BundleError, DivergenceError, ParityError
 from ddpm_mlp_pipeline.files import whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
 from .compile import compile_scheduler, make_scheduler
 from .parity import ParityReport, compare, compare_sampler
-from .runtime import FORMAT, VERSION
+from .precision import reduce_precision
+from .runtime import FORMAT, VERSION, OnnxSampler
 from .sampler_graph import build_sampler
 
 FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
+# A sampler that blows up is refused: one of whose samples too many have values that are too large.
+STRAY_POINTS, STRAY_IMAGES, STRAY_LIMIT, MAX_STRAYS = 512, 16, 2.0, 0.01
+
+
+@dataclasses.dataclass
+class ExportReport:
+    """What an export found out about its bundle.
+
+    Attributes:
+        parity: the comparison with the torch pipeline.
+        strays: share of some samples that are far outside of the data's range. Solvers that don't clip send a few
+            there.
+        precision_error: of a network in fewer bits, relative, in root mean square over a trajectory.
+        sampler_difference: largest difference of `sampler.onnx` and the runtime, for the same seed.
+    """
+
+    parity: ParityReport
+    strays: float
+    precision_error: float | None = None
+    sampler_difference: float | None = None
+
+    def __str__(self) -> str:
+        rows = [str(self.parity)]
+        if self.strays:
+            rows.append(f"{self.strays:.1%} of its samples are more than {STRAY_LIMIT:g} times as large as any data")
+        if self.precision_error is not None:
+            rows.append(
+                f"relative error of the network's outputs in fewer bits, root mean square: {self.precision_error:.1e}"
+            )
+        if self.sampler_difference is not None:
+            rows.append(f"largest difference between sampler.onnx and the runtime: {self.sampler_difference:.1e}")
+        return "\n".join(rows)
 
 
 def export_bundle(
@@ -37,8 +70,9 @@ def export_bundle(
     num_inference_steps: int = 50,
     tolerance: float = 1e-4,
     sampler: str | None = None,
+    precision: str = "fp32",
     **scheduler_options: Any,
-) -> ParityReport:
+) -> ExportReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
 
     Args:
@@ -51,6 +85,8 @@ def export_bundle(
             more: see `ParityReport`.
         sampler: whether the bundle also gets `sampler.onnx`, the whole sampler as one graph, and which samples that
             has: `"float32"`, or for images `"uint8"`.
+        precision: of the network, `"fp32"`, `"fp16"` or `"int8"`: see `reduce_precision`. It is reduced after the
+            comparison.
         scheduler_options: of the stock scheduler's own, where they are to differ from those of training.
 
     Returns:
@@ -61,27 +97,48 @@ def export_bundle(
         ConfigurationError, UnsupportedSchedulerError: if the scheduler can't be compiled.
         BundleError: if `bundle` is a folder of something else.
         ParityError: if bundle and pipeline differ by more than the tolerance; none is written then.
+        DivergenceError: if the sampler blows up: more than one sample in a hundred is far outside of the data's range.
     """
     bundle = Path(bundle)
     if bundle.is_dir() and not {file.name for file in bundle.iterdir()} <= FILES:
         raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
     pipeline = load_checkpoint(checkpoint)
+    data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **scheduler_options)
     table = compile_scheduler(pipeline.scheduler, num_inference_steps)
 
     with whole_folder(bundle) as folder:
         export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
         table.save(folder / "step_table.json")
-        info = json.dumps(_describe(pipeline, Path(checkpoint), num_inference_steps), indent=2, ensure_ascii=False)
+        info = json.dumps(
+            _describe(pipeline, Path(checkpoint), num_inference_steps, precision), indent=2, ensure_ascii=False
+        )
         (folder / "bundle.json").write_text(info + "\n", encoding="utf-8")
-        report = compare(pipeline, folder, num_inference_steps, tolerance)
+        strays = _strays(folder, data_range)
+        if strays > MAX_STRAYS:
+            raise DivergenceError(
+                f"{table.scheduler} with {num_inference_steps} steps blows up: {strays:.0%} of its samples are more "
+                f"than {STRAY_LIMIT:g} times as large as any data. The bundle is not written"
+            )
+        parity = compare(pipeline, folder, num_inference_steps, tolerance)
+        if not parity.ok:
+            message = f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written"
+            raise ParityError(message, parity)
+        report = ExportReport(parity, strays)
+        if precision != "fp32":
+            report.precision_error = reduce_precision(folder, precision)
         if sampler is not None:
             onnx.save(build_sampler(folder, sampler), folder / "sampler.onnx")
-            report = dataclasses.replace(report, sampler_difference=compare_sampler(folder))
-        if not report.ok:
-            message = f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written"
-            raise ParityError(message, report)
+            report.sampler_difference = compare_sampler(folder)
     return report
+
+
+def _strays(bundle: Path, data_range: float) -> float:
+    """The share of a bundle's samples that have a value far outside of the data's range."""
+    sampler = OnnxSampler(bundle)
+    *_, last = sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES)
+    largest = np.abs(last.sample).reshape(len(last.sample), -1).max(axis=1)
+    return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
 
 
 def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: Path) -> None:
@@ -137,7 +194,7 @@ def _filled(size: int, value: float):
     return op.Constant(value=onnx.numpy_helper.from_array(np.full(size, value, dtype=np.float32)))
 
 
-def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: int) -> dict[str, Any]:
+def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: int, precision: str) -> dict[str, Any]:
     """bundle.json: what the runtime must know of the data, and where the bundle comes from."""
     shape, config = pipeline.sample_shape, pipeline.config
     info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sample_shape": list(shape)}
@@ -151,6 +208,7 @@ def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: 
         "checkpoint": checkpoint.resolve().name,
         "unet": type(pipeline.unet).__name__,
         "num_parameters": pipeline.unet.num_parameters(),
+        "precision": precision,
         "scheduler": type(pipeline.scheduler).__name__,
         "num_inference_steps": num_inference_steps,
         "exported_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

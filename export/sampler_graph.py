@@ -171,10 +171,7 @@ class _Step:
 
     def __init__(self, table: StepTable, network: ir.Model, after_timestep: dict[str, np.ndarray]):
         self.table, self.network, self.after_timestep = table, network, after_timestep
-        self.terms = [
-            (i, term) for i in range(table.history) for term in (X, EPS, X_0, Z) if table.to_next[:, i, term].any()
-        ]
-        lags = {term: max(i for i, other in self.terms if other == term) for _, term in self.terms}
+        lags = {term: max(i for i, other in table.terms if other == term) for _, term in table.terms}
         self.past = [(i, term) for term, lag in lags.items() for i in range(1, lag + 1)]
 
     def initial_past(self, op: OpBuilder, x: ir.Value) -> Values:
@@ -188,8 +185,8 @@ class _Step:
         if table.clip_range is not None:
             x_0 = self._sum(op, k, table.to_x_0, [x, values[0, EPS]])
             values[0, X_0] = op.Clip(x_0, -table.clip_range, table.clip_range)
-        coefficients = np.stack([table.to_next[:, i, term] for i, term in self.terms], axis=1)
-        x_next = self._sum(op, k, coefficients, [values[place] for place in self.terms])
+        coefficients = np.stack([table.to_next[:, i, term] for i, term in table.terms], axis=1)
+        x_next = self._sum(op, k, coefficients, [values[place] for place in table.terms])
         # An output can't be an input as it is.
         return x_next, *(op.Identity(values[i - 1, term]) for i, term in self.past)
 

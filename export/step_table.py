@@ -13,6 +13,7 @@ from ddpm_mlp_pipeline.errors import BundleError
 
 FORMAT, VERSION = "ddpm-step-table", 2
 X, EPS, X_0, Z = range(4)  # the terms of a step, in the order of its coefficients
+TERMS = ("x", "ε", "x̂_0", "z")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,11 @@ class StepTable:
         return self.to_next.shape[1] if self.to_next.ndim == 3 else 0
 
     @property
+    def terms(self) -> list[tuple[int, int]]:
+        """What the steps use: how many calls back, and `X`, `EPS`, `X_0` or `Z` of that call."""
+        return [(i, term) for i in range(self.history) for term in range(4) if self.to_next[:, i, term].any()]
+
+    @property
     def is_stochastic(self) -> np.ndarray:
         """bool `[calls]`: whether the noise of the call is used, by its own step or a later one."""
         used = np.zeros(len(self) + self.history, dtype=bool)
@@ -84,19 +90,17 @@ class StepTable:
 
     def __repr__(self) -> str:
         clip = "no clipping" if self.clip_range is None else f"x̂_0 clipped to ±{self.clip_range:.4g}"
-        names = ("x", "ε", "x̂_0", "z")
-        terms = [(i, term) for i in range(self.history) for term in range(4) if self.to_next[:, i, term].any()]
         rows = [
             f"{self.scheduler}, {len(self)} network calls, {clip}",
             f"{'call':>4} {'t':>7} │"
-            + "".join(f"{names[term] + (f'₋{chr(0x2080 + i)}' if i else ''):>11}" for i, term in terms),
+            + "".join(f"{TERMS[term] + (f'₋{i}' if i else ''):>11}" for i, term in self.terms),
         ]
         for k in range(len(self)):
             if len(self) > 20 and 8 <= k < len(self) - 8:
                 if k == 8:
                     rows.append(f"{'…':>4}")
                 continue
-            cells = "".join(f"{self.to_next[k, i, term]:>11.5g}" for i, term in terms)
+            cells = "".join(f"{self.to_next[k, i, term]:>11.5g}" for i, term in self.terms)
             rows.append(f"{k:>4} {self.timesteps[k]:>7g} │{cells}")
         return "\n".join(rows)
 

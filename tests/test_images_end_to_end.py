@@ -94,6 +94,32 @@ def test_every_picture_from_a_checkpoint(trained, squares, run, tmp_path, kind, 
         assert getattr(picture, "n_frames", 1) >= (10 if kind == "animation" else 1)
 
 
+def test_comparing_schedulers(trained, squares, run, tmp_path):
+    output = tmp_path / "rows.json"
+    argv = ("ddpm-compare", trained, "--dataset", squares, "--split", "train", "--num_samples", 70, "--output", output)
+    argv += ("--num_inference_steps", 2, 4, "--schedulers", "ddpm", "euler", "edm")
+    result = run(*argv)
+    assert_one_line_error(result, "scheduler must be one of")
+    result = run(*argv[:-1], "dpmsolver_multistep:solver_order=3", "--figure", tmp_path / "figure.png")
+    assert result.returncode == 0, result.stderr
+    rows = {(row["scheduler"], row["num_inference_steps"]): row for row in json.loads(output.read_text())}
+    assert len(rows) == 6
+    assert all(row["frechet_distance"] > 0 and row["ms_per_image"]["1"] > 0 for row in rows.values())
+    assert rows["ddpm", 4]["network_calls"] == 4
+    assert "solver_order=3" in result.stdout
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.size == (800, 500)
+
+
+def test_a_picture_of_a_bundles_coefficients(ddim_bundle, run, tmp_path):
+    result = run("ddpm-plot", "table", ddim_bundle, "--output", tmp_path / "table.png")
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "table.png") as picture:
+        # Its two lines: ε's and x̂_0's
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
+        assert {(255, 127, 14), (44, 160, 44)} <= colors
+
+
 def test_wrong_plots_end_in_one_line(trained, run, tmp_path):
     for argv, fragment in [
         (("samples", trained, "--output", tmp_path / "a.gif"), ".png"),
@@ -101,6 +127,7 @@ def test_wrong_plots_end_in_one_line(trained, run, tmp_path):
         (("forward", trained, "--output", tmp_path / "a.png"), "--dataset"),
         (("reverse", trained, "--output", tmp_path / "a.png", "--timesteps", 21), "from 0 to 20"),
         (("samples", tmp_path, "--output", tmp_path / "a.png"), "no checkpoint"),
+        (("table", trained, "--output", tmp_path / "a.png"), "lacks its step table"),
     ]:
         assert_one_line_error(run("ddpm-plot", *argv), fragment)
 

@@ -12,15 +12,15 @@ from helpers import random_weights
 from safetensors.torch import load_file, save_file
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, SmallUNet2DModel, export_bundle, pretrained
-from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, ConfigurationError, ParityError
+from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, ConfigurationError, DivergenceError, ParityError
 from ddpm_mlp_pipeline.export.parity import compare
 
 
 @pytest.mark.parametrize(("scheduler", "steps"), [("ddim", 1), ("ddim", 50), ("ddpm", 1000)])
 def test_parity_with_the_torch_pipeline_at_every_step(tmp_path, scheduler, steps):
     report = export_bundle(pretrained("swiss_roll"), tmp_path / "bundle", scheduler, steps)
-    assert report.differences.keys() == {1, 3, 8}
-    for difference in report.differences.values():
+    assert report.parity.differences.keys() == {1, 3, 8}
+    for difference in report.parity.differences.values():
         assert difference.shape == (steps,)
         assert difference[-1] < 1e-5
     assert f"{steps:>6}" in str(report)
@@ -31,7 +31,7 @@ def test_an_image_mlp_exports(tmp_path):
     model = MLPModel(3, (6, 5), hidden_dim=16)
     DDPMMLPPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
     report = export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddpm", 20)
-    assert report.ok
+    assert report.parity.ok
     images = OnnxSampler(tmp_path / "bundle").sample(7)
     assert images.shape == (7, 6, 5, 3)
     assert images.min() >= 0
@@ -67,7 +67,7 @@ def test_a_bundle_that_differs_is_not_left_behind(tmp_path):
 def test_a_sample_between_two_outcomes_is_no_reason_to_refuse_a_bundle(tmp_path):
     """One of MNIST's makes a hundred times as much of rounding as its neighbours, in torch as well; another network
     is told apart all the same."""
-    assert export_bundle(pretrained("mnist"), tmp_path / "bundle", "ddim", 50).ok
+    assert export_bundle(pretrained("mnist"), tmp_path / "bundle", "ddim", 50).parity.ok
     pipeline = DDPMMLPPipeline.from_pretrained(pretrained("mnist"))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -78,12 +78,40 @@ def test_a_sample_between_two_outcomes_is_no_reason_to_refuse_a_bundle(tmp_path)
 
 
 def test_nan_is_no_parity(tmp_path, heart):
+    assert export_bundle(pretrained("heart"), tmp_path / "bundle", "ddim", 5).parity.ok
+    heart.scheduler = DDIMScheduler.from_config(heart.scheduler.config)
+    with torch.no_grad():
+        heart.unet.proj_out.bias[0] = math.nan
+    assert not compare(heart, tmp_path / "bundle", 5, 1e-4).ok
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("ddim", {"timestep_spacing": "trailing", "clip_sample": False}),
+        ("dpmsolver_multistep", {"timestep_spacing": "trailing"}),
+        ("dpmsolver_singlestep", {}),
+    ],
+)
+def test_a_sampler_that_blows_up_is_refused(tmp_path, scheduler, options):
+    """With a cosine schedule, x_T has next to nothing of x_0 in it; to begin there, a solver divides by that."""
+    with pytest.raises(DivergenceError, match="blows up"):
+        export_bundle(pretrained("heart"), tmp_path / "bundle", scheduler, 20, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_a_blow_up(tmp_path, heart):
     with torch.no_grad():
         heart.unet.proj_out.bias[0] = math.nan
     heart.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(ParityError):
+    with pytest.raises(DivergenceError):
         export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 5)
-    assert not (tmp_path / "bundle").exists()
+
+
+def test_few_strays_are_reported(tmp_path):
+    report = export_bundle(pretrained("heart"), tmp_path / "bundle", "euler", 30)
+    assert (report.strays > 0) == ("times as large as any data" in str(report))
+    assert report.strays < 0.01
 
 
 def test_a_bundle_is_replaced_and_anything_else_is_left_alone(ddim_bundle, tmp_path):
@@ -148,7 +176,7 @@ def test_image_networks_agree_with_torch(tmp_path, make, channels, size):
     network = make(channels, size).eval()
     pipeline = DDPMPipeline if isinstance(network, UNet2DModel) else DDPMMLPPipeline
     pipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
-    assert export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 4).ok
+    assert export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 4).parity.ok
     sampler = OnnxSampler(tmp_path / "bundle")
     for batch_size in (1, 7, 64):
         x = torch.randn(batch_size, channels, size, size)

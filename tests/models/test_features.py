@@ -13,7 +13,7 @@ from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.data.images import load_images, load_labels
 from ddpm_mlp_pipeline.errors import CheckpointError
 from ddpm_mlp_pipeline.loading import load_features
-from ddpm_mlp_pipeline.metrics import frechet_distance
+from ddpm_mlp_pipeline.metrics import FrechetDistance
 from ddpm_mlp_pipeline.models.features import FeatureNetwork
 
 
@@ -35,7 +35,7 @@ def test_the_distance_is_the_closed_form_for_gaussians():
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
     x, y = (torch.from_numpy(side)[:, :, None, None] for side in (x, y))
-    assert frechet_distance(x.split(999), [y], Pixels()) == pytest.approx(expected, rel=1e-6)
+    assert FrechetDistance([y], Pixels())(x.split(999)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_images_of_any_size_have_features():
@@ -52,9 +52,10 @@ def test_the_shipped_network_knows_digits_and_tells_data_from_noise():
     with torch.no_grad():
         right = (features.logits(images).argmax(dim=1) == labels).float().mean()
     assert right > 0.99
-    floor = frechet_distance([load_images(MNIST, number=2000)], [images], features)
+    distance = FrechetDistance([images], features)
+    floor = distance([load_images(MNIST, number=2000)])
     blurred = torch.nn.functional.avg_pool2d(images.float(), 3, 1, 1)[:2000].to(torch.uint8)
-    assert 10 * floor < frechet_distance([blurred], [images], features)
+    assert 10 * floor < distance([blurred])
 
 
 def test_a_folder_that_holds_no_network_is_refused(tmp_path):

@@ -1,0 +1,160 @@
+"""Compare schedulers and numbers of steps on a checkpoint of images: the quality of the samples, and their time."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_mlp_pipeline.checkpoints import FEATURES
+from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
+from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError, explain_missing_extra
+
+from .runtime import OnnxSampler
+from .schedulers import scheduler_option
+
+STEPS = (4, 6, 8, 10, 15, 20, 30, 50)
+SAMPLERS = ("ddpm", "ddim", "dpmsolver_multistep", "unipc", "deis", "heun", "euler_ancestral", "sasolver")
+BATCH_SIZES = (1, 64)
+REPEATS = 5
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-compare", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("--dataset", required=True, help="an image data set, to whose images samples are compared")
+    parser.add_argument("--split", default="test", help="its split (default: test)")
+    parser.add_argument(
+        "--schedulers",
+        nargs="+",
+        default=SAMPLERS,
+        metavar="NAME[:OPTION=VALUE,…]",
+        help=f"schedulers, with options of their own (default: {' '.join(SAMPLERS)})",
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=positive_int,
+        nargs="+",
+        default=STEPS,
+        metavar="N",
+        help=f"(default: {' '.join(map(str, STEPS))})",
+    )
+    parser.add_argument("--num_samples", type=positive_int, default=2000, metavar="N", help="(default: 2000)")
+    parser.add_argument(
+        "--features", type=Path, default=FEATURES, help="a feature network's folder (default: MNIST's)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a .json file; what it holds already isn't repeated"
+    )
+    parser.add_argument("--figure", type=Path, help="a .png file")
+    args = parser.parse_args(argv)
+    with explain_missing_extra("ddpm-compare", "export"):
+        from .exporter import export_bundle
+    with explain_missing_extra("ddpm-compare", "train"):
+        import torch
+
+        from ddpm_mlp_pipeline.data.images import load_images
+        from ddpm_mlp_pipeline.loading import load_checkpoint, load_features
+        from ddpm_mlp_pipeline.metrics import FrechetDistance, to_uint8
+
+    rows = json.loads(args.output.read_text()) if args.output.is_file() else []
+    trained_with = load_checkpoint(args.checkpoint).scheduler
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_bundle(args.checkpoint, bundle, "ddpm", 10)
+        sampler = OnnxSampler(bundle)
+        if sampler.is_points:
+            raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
+        channels, height, width = sampler.sample_shape
+        torch.set_num_threads(sampler.num_threads)
+        images = load_images(args.dataset, args.split, height if height == width else None, "resize", channels)
+        distance = FrechetDistance([images], load_features(args.features))
+        for row in _configurations(args.schedulers, args.num_inference_steps):
+            if any(row.items() <= other.items() for other in rows):
+                continue
+            samplers = _with_table(bundle, trained_with, row)
+            if samplers is None:
+                continue
+            row["network_calls"] = len(samplers)
+            row["frechet_distance"] = distance(
+                to_uint8(np.nan_to_num(batch)) for batch in samplers.batches(args.num_samples, 0, BATCH_SIZES[-1])
+            )
+            rows.append(row)
+            args.output.write_text(json.dumps(rows, indent=2))
+            print(f"{row['scheduler']:40} {row['num_inference_steps']:>4} {row['frechet_distance']:>9.2f}", flush=True)
+        for row in rows:
+            samplers = _with_table(bundle, trained_with, row)
+            row["ms_per_image"] = {str(size): _milliseconds(samplers, size) for size in BATCH_SIZES}
+    args.output.write_text(json.dumps(rows, indent=2))
+    print(_table(rows))
+    if args.figure is not None:
+        _draw(rows, args.figure)
+
+
+def _configurations(schedulers: Iterable[str], steps: Iterable[int]) -> Iterable[dict[str, Any]]:
+    for scheduler in schedulers:
+        for num_inference_steps in steps:
+            yield {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
+
+
+def _with_table(bundle: Path, trained_with: Any, row: dict[str, Any]) -> OnnxSampler | None:
+    from .compile import compile_scheduler, make_scheduler
+
+    name, _, words = row["scheduler"].partition(":")
+    options = dict(scheduler_option(word) for word in words.split(",") if word)
+    try:
+        table = compile_scheduler(make_scheduler(name, trained_with, **options), row["num_inference_steps"])
+    except UnsupportedSchedulerError as error:
+        print(error)
+        return None
+    table.save(bundle / "step_table.json")
+    return OnnxSampler(bundle)
+
+
+def _milliseconds(sampler: OnnxSampler, size: int) -> float:
+    """For one image of so many that are drawn together, the median of a few runs."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        sampler.sample(size, batch_size=size)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds)) / size
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    width = max(len(row["scheduler"]) for row in rows)
+    sizes = "".join(f"{f'ms, batch {size}':>14}" for size in BATCH_SIZES)
+    lines = [f"{'':{width}} {'steps':>6} {'calls':>6} {'distance':>9}{sizes}"]
+    for row in sorted(rows, key=lambda row: row["frechet_distance"]):
+        times = "".join(f"{row['ms_per_image'][str(size)]:>14.2f}" for size in BATCH_SIZES)
+        lines.append(
+            f"{row['scheduler']:{width}} {row['num_inference_steps']:>6} {row['network_calls']:>6} "
+            f"{row['frechet_distance']:>9.2f}{times}"
+        )
+    return "\n".join(lines)
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from ddpm_mlp_pipeline.plots import save
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for scheduler in dict.fromkeys(row["scheduler"] for row in rows):
+        line = sorted((r["network_calls"], r["frechet_distance"]) for r in rows if r["scheduler"] == scheduler)
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=scheduler)
+    axes.set(xscale="log", yscale="log", xlabel="network calls per image", ylabel="Fréchet distance")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
