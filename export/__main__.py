@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
-from ddpm_mlp_pipeline.errors import explain_missing_extra
+from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 
+from .page import write_page
 from .schedulers import SCHEDULERS, scheduler_option
 
 
@@ -41,7 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="fp32",
         help="of the network: fp16 halves the file, int8 makes convolutions faster, too (default: fp32)",
     )
+    parser.add_argument("--web", type=Path, metavar="DIR", help="also write a static page that samples in the browser")
+    parser.add_argument(
+        "--onnxruntime_web",
+        type=Path,
+        metavar="DIR",
+        help="the unpacked npm package, for --web without a network (default: downloaded once from the npm registry)",
+    )
     args = parser.parse_args(argv)
+    if args.onnxruntime_web is not None and args.web is None:
+        raise ConfigurationError("--onnxruntime_web is for --web DIR, which is missing")
     with explain_missing_extra("ddpm-export", "export"):
         from .exporter import export_bundle
     report = export_bundle(
@@ -56,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())
     print(f"{args.bundle}: {args.scheduler}, {args.num_inference_steps} steps, {size / 1024:.0f} KiB")
+    if args.web is not None:
+        write_page(args.bundle, args.web, args.onnxruntime_web)
+        print(f"{args.web}: a page for browsers; python -m http.server --directory {args.web}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -22,6 +22,12 @@ from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
 from ddpm_mlp_pipeline.errors import BundleError, explain_missing_extra
 
 from .runtime import OnnxSampler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+SAME_WEIGHTS = 0.2  # relative error of the outputs: networks of 8 bits have a tenth, those of other weights 1
+PRODUCT_SIZE = 2048  # of the square matrices whose product shows the machine's peak
 
 # What a user without the bundle would run, from a fresh process to a picture.
 TORCH_PROCESS = """
@@ -105,12 +111,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append((f"{what}, s", torch_run[0], bundle_run[0]))
         rows.append((f"{what}, peak MiB", torch_run[1], bundle_run[1]))
 
+    share = _share_of_peak(pipeline, own, min(64, max(args.batch_sizes)))
+
     versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
     print(f"{versions}, {own.num_threads} cores; medians of {args.repeats}")
     width = max(len(row[0]) for row in rows)
     print(f"{'':{width}} {'torch':>9} {'bundle':>9} {'ratio':>7}")
     for what, torch_value, bundle_value in rows:
         print(f"{what:{width}} {torch_value:>9.4g} {bundle_value:>9.4g} {torch_value / bundle_value:>6.1f}×")
+    print(share)
+
+
+def _share_of_peak(pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int) -> str:
+    """How many multiply-adds a second the bundle's network gets to, beside one large matrix product."""
+    import torch
+    from onnxscript import FLOAT, opset20, script
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = np.zeros((batch_size, *sampler.sample_shape), dtype=np.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pipeline.unet(torch.from_numpy(x), 500)
+    multiply_adds = counter.get_total_flops() / 2
+
+    @script(default_opset=opset20)
+    def product(a: FLOAT[PRODUCT_SIZE, PRODUCT_SIZE], b: FLOAT[PRODUCT_SIZE, PRODUCT_SIZE]) -> FLOAT:
+        return opset20.MatMul(a, b)
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = sampler.num_threads
+    session = ort.InferenceSession(product.to_model_proto().SerializeToString(), options)
+    factors = dict.fromkeys(("a", "b"), np.ones((PRODUCT_SIZE, PRODUCT_SIZE), dtype=np.float32))
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    works = (lambda: sampler.predict(x, 500), lambda: session.run(None, factors))
+    network, matrix = _alternate([lambda work=work: seconds(work) for work in works], 20)
+    rates = multiply_adds / network, PRODUCT_SIZE**3 / matrix
+    return (
+        f"network of the bundle, batch {batch_size}: {1000 * network:.3g} ms, {multiply_adds / 1e9:.3g} G multiply-adds; "
+        f"{rates[0] / 1e9:.3g} G per second, {rates[0] / rates[1]:.0%} of a matrix product's {rates[1] / 1e9:.3g} G"
+    )
 
 
 def _alternate(works: Sequence[Callable], repeats: int) -> tuple:
@@ -184,7 +227,7 @@ def _process(argv: list[str]) -> tuple[float, float]:
     return seconds, peak / (1024 if sys.platform != "darwin" else 1024**2)
 
 
-def _check_same_weights(pipeline, bundle: Path) -> None:
+def _check_same_weights(pipeline: DiffusionPipeline, bundle: Path) -> None:
     import torch
 
     sampler = OnnxSampler(bundle)
@@ -192,7 +235,8 @@ def _check_same_weights(pipeline, bundle: Path) -> None:
         x = np.random.default_rng(0).standard_normal((2, *sampler.sample_shape)).astype(np.float32)
         with torch.no_grad():
             expected = pipeline.unet(torch.from_numpy(x), 500).sample.numpy()
-        if np.abs(sampler.predict(x, 500) - expected).max() < 1e-3:
+        error = np.sqrt(np.square(sampler.predict(x, 500) - expected).mean() / np.square(expected).mean())
+        if error < SAME_WEIGHTS:
             return
     raise BundleError(f"{bundle} was not exported from this checkpoint: their networks differ")
 

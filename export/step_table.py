@@ -64,6 +64,8 @@ class StepTable:
                 raise BundleError(f"a step table's row {k} can't use what was before the first")
         if not 0 < self.initial_scale < np.inf:
             raise BundleError(f"a step table's initial_scale must be positive, got {self.initial_scale}")
+        if self.clip_range is None and self.to_next[..., X_0].any():
+            raise BundleError("a step table that does not clip can't use the clipped x_0")
         if self.clip_range is not None and not 0 < self.clip_range < np.inf:
             raise BundleError(f"a step table's clip_range must be positive, got {self.clip_range}")
 

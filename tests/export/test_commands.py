@@ -104,8 +104,9 @@ def test_the_benchmark_prints_a_table(run, ddim_bundle):
     argv = ("--repeats", 1, "--num_inference_steps", 20, "--batch_sizes", 1, 10)
     result = run("ddpm-benchmark", pretrained("heart"), ddim_bundle, *argv)
     assert result.returncode == 0, result.stderr
-    head, columns, *rows = result.stdout.splitlines()
+    head, columns, *rows, share = result.stdout.splitlines()
     assert "onnxruntime" in head
+    assert "G multiply-adds" in share
     assert columns.split() == ["torch", "bundle", "ratio"]
     assert len(rows) == 6
     assert sum("20 DDPM steps against 20 DDIM steps" in row for row in rows) == 2

@@ -1,0 +1,117 @@
+"""Golden vectors: whole runs of the runtime, written down, for ports to other languages to be compared with.
+
+    python -m export.golden OUTPUT_DIR
+
+exports the shipped heart with four kinds of table, and writes one file for each. export/FORMAT.md describes them. They
+hold what the runtime drew on the machine that made them: another agrees up to the rounding of float32.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_mlp_pipeline import pretrained
+from ddpm_mlp_pipeline.commands import CommandParser, command
+from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.files import whole_folder
+
+from .noise import normal
+from .runtime import OnnxSampler
+
+FORMAT, VERSION = "ddpm-golden", 1
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT, NUM_SAMPLES = "heart", 3
+# Deterministic and clipped; stochastic; multistep, without clipping; of second order. (scheduler, steps, seed): the
+# seeds reach the key's second word, and beyond what a double holds; Heun's takes a point to the clip range.
+RUNS = (
+    ("ddim", 10, 0),
+    ("ddpm", 10, 2**32 + 5),
+    ("dpmsolver_multistep", 10, 2**63 - 1),
+    ("heun", 6, 1234567890123456964),
+)
+
+
+def record(bundle: Path, seed: int, num_samples: int = NUM_SAMPLES) -> dict[str, Any]:
+    """A run, call by call, as JSON's types: see export/FORMAT.md."""
+    sampler = OnnxSampler(bundle, num_threads=1)
+    table = sampler.table
+    x = normal(seed, range(num_samples), np.prod(sampler.sample_shape), range(1))[0] * np.float32(table.initial_scale)
+    x = x.reshape(num_samples, *sampler.sample_shape)
+    calls = []
+    for step in sampler.steps(num_samples, seed):
+        k = step.index
+        call = {"timestep": step.timestep, "x": x, "eps": sampler.predict(x, step.timestep)}
+        if table.clip_range is not None:
+            x_0 = table.to_x_0[k].astype(np.float32) @ np.stack([x, call["eps"]]).reshape(2, -1)
+            call["x_0"] = x_0.clip(-table.clip_range, table.clip_range).reshape(x.shape)
+        if table.is_stochastic[k]:
+            z = normal(seed, range(num_samples), np.prod(sampler.sample_shape), range(k + 1, k + 2))
+            call["z"] = z.reshape(x.shape)
+        calls.append(call)
+        x = step.sample
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "checkpoint": CHECKPOINT,
+        "seed": str(seed),  # many a JSON reader makes doubles of numbers, and rounds beyond 2^53
+        "num_samples": num_samples,
+        "bundle": {
+            name: value
+            for name, value in json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).items()
+            if name != "provenance"  # it differs from one export to the next
+        },
+        "step_table": json.loads((bundle / "step_table.json").read_text(encoding="utf-8")),
+        "calls": [{name: _numbers(value) for name, value in call.items()} for call in calls],
+        "sample": _numbers(x),
+        "data": _numbers(sampler.to_data_units(x)),
+    }
+
+
+def _numbers(value: np.ndarray | float) -> Any:
+    """Floats with nine digits, enough to tell every float32 from the next."""
+    if isinstance(value, np.ndarray):
+        return [_numbers(entry) for entry in value]
+    return float(f"{value:.9g}")
+
+
+def write(golden: dict[str, Any], path: Path) -> None:
+    """Write a run with one line for each call of the network, so that differences can be read."""
+    head = {name: value for name, value in golden.items() if name not in ("calls", "sample", "data")}
+    calls = ",\n".join(json.dumps(call) for call in golden["calls"])
+    tail = {name: golden[name] for name in ("sample", "data")}
+    path.write_text(f'{json.dumps(head)[:-1]},\n"calls": [\n{calls}\n],\n{json.dumps(tail)[1:]}\n', encoding="utf-8")
+
+
+def read() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The golden vectors that the package ships: their names, and what `record` made."""
+    for path in sorted(GOLDEN.glob("*.json")):
+        yield path.stem, json.loads(path.read_text(encoding="utf-8"))
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="python -m export.golden", description=__doc__.partition("\n")[0])
+    parser.add_argument("output_dir", type=Path, help="the folder to write; one that is there already is replaced")
+    args = parser.parse_args(argv)
+    names = {f"{scheduler}_{steps}.json" for scheduler, steps, _ in RUNS}
+    if args.output_dir.is_dir() and not {file.name for file in args.output_dir.iterdir()} <= names:
+        raise ConfigurationError(f"{args.output_dir} holds something other than golden vectors: it is left alone")
+    with explain_missing_extra("making golden vectors", "export"):
+        from .exporter import export_bundle
+    with whole_folder(args.output_dir) as folder, tempfile.TemporaryDirectory() as temporary:
+        for scheduler, num_inference_steps, seed in RUNS:
+            name = f"{scheduler}_{num_inference_steps}"
+            bundle = Path(temporary) / name
+            export_bundle(pretrained(CHECKPOINT), bundle, scheduler, num_inference_steps)
+            write(record(bundle, seed), folder / f"{name}.json")
+    print(f"{args.output_dir}: {len(RUNS)} runs of {NUM_SAMPLES} samples")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+#!/usr/bin/env node
+/**
+ * Draws samples from a bundle with Node and onnxruntime-node, by the page's own sampler:
+ *
+ *     npm install onnxruntime-node
+ *     node sample.mjs BUNDLE --num_samples 1000 --seed 0 [--batch_size 512] [--output heart.csv]
+ *
+ * Points become CSV; `--output` with the ending .json, or images, become JSON: one array for each sample, of images
+ * [height][width][channels], in the units of Python's `OnnxSampler.sample`.
+ */
+
+import { readFile, writeFile } from "node:fs/promises";
+import { createRequire } from "node:module";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { BundleError, oneLine, openBundle, parseCount, parseSeed, toCsv } from "../web/ddpm.js";
+
+/** onnxruntime-node from where the command is run, or from NODE_PATH: this file lies in a Python package. */
+function loadRuntime() {
+  try {
+    return createRequire(join(process.cwd(), "here"))("onnxruntime-node");
+  } catch (error) {
+    throw new Error(`onnxruntime-node can't be loaded; npm install onnxruntime-node: ${error.message.split("\n")[0]}`);
+  }
+}
+
+/** A flat array as nested ones of a shape. */
+function nest(values, [size, ...rest]) {
+  if (rest.length === 0) return Array.from(values, (value) => Number(value.toPrecision(9)));
+  const stride = values.length / size;
+  return Array.from({ length: size }, (_, i) => nest(values.subarray(i * stride, (i + 1) * stride), rest));
+}
+
+async function main() {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: {
+      num_samples: { type: "string", default: "1" },
+      seed: { type: "string", default: "0" },
+      batch_size: { type: "string", default: "512" },
+      output: { type: "string" },
+    },
+  });
+  if (positionals.length !== 1) {
+    throw new Error("usage: sample.mjs BUNDLE [--num_samples N] [--seed S] [--batch_size N] [--output FILE]");
+  }
+  const numSamples = parseCount(values.num_samples), seed = parseSeed(values.seed);
+  const batchSize = parseCount(values.batch_size);
+  const sampler = await openBundle(loadRuntime(), async (name) => {
+    try {
+      return await readFile(join(positionals[0], name));
+    } catch (error) {
+      throw new BundleError(`${positionals[0]} is no bundle: ${name} can't be read: ${error.code}`);
+    }
+  });
+
+  const samples = new Float32Array(numSamples * sampler.dimension);
+  let place = 0;
+  for await (const batch of sampler.batches(numSamples, seed, batchSize)) {
+    samples.set(batch, place);
+    place += batch.length;
+  }
+  const isCsv = sampler.isPoints && !values.output?.endsWith(".json");
+  const [channels, height, width] = sampler.sampleShape;
+  const shape = sampler.isPoints ? sampler.sampleShape : [height, width, channels];
+  const text = isCsv
+    ? toCsv(samples, sampler.info.data_columns)
+    : `[\n${nest(samples, [numSamples, ...shape]).map((sample) => JSON.stringify(sample)).join(",\n")}\n]\n`;
+  if (values.output) await writeFile(values.output, text);
+  else process.stdout.write(text);
+}
+
+main().catch((error) => {
+  console.error(`error: ${oneLine(error)}`);
+  process.exitCode = 1;
+});

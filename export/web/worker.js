@@ -1,0 +1,69 @@
+/** Samples beside the page, which asks for one step after another, and so stays in charge and awake. */
+
+import { BundleError, oneLine, openBundle } from "./ddpm.js";
+
+let sampler, steps;
+
+async function fetchBytes(path) {
+  let response;
+  try {
+    response = await fetch(new URL(path, import.meta.url));
+  } catch {
+    throw new BundleError(`${path} can't be fetched: the server does not answer`);
+  }
+  if (!response.ok) throw new BundleError(`${path} can't be fetched: the server answers ${response.status}`);
+  return new Uint8Array(await response.arrayBuffer());
+}
+
+/** ONNX Runtime, single-threaded: more threads need headers that few file servers send. */
+async function loadRuntime() {
+  let ort;
+  try {
+    ort = await import("./onnxruntime/ort.wasm.bundle.min.js");
+  } catch (error) {
+    throw new BundleError(`onnxruntime/ort.wasm.bundle.min.js can't be loaded: ${oneLine(error)}`);
+  }
+  const path = "onnxruntime/ort-wasm-simd-threaded.wasm.gz";
+  const bytes = await fetchBytes(path);
+  const isGzip = bytes[0] === 0x1f && bytes[1] === 0x8b; // some servers have the browser unpack .gz files already
+  const packed = new Blob([bytes]).stream();
+  ort.env.wasm.numThreads = 1;
+  try {
+    const stream = isGzip ? packed.pipeThrough(new DecompressionStream("gzip")) : packed;
+    ort.env.wasm.wasmBinary = await new Response(stream).arrayBuffer();
+  } catch {
+    throw new BundleError(`${path} can't be unpacked: it is damaged, or this browser is too old`);
+  }
+  return ort;
+}
+
+const answers = {
+  async open() {
+    const ort = await loadRuntime();
+    sampler = await openBundle(ort, (name) => fetchBytes(`bundle/${name}`), { executionProviders: ["wasm"] });
+    const { info, table } = sampler;
+    return { info, scheduler: table.scheduler, clipRange: table.clipRange, numCalls: table.steps.length };
+  },
+
+  start({ numSamples, seed }) {
+    steps = sampler.steps(numSamples, seed);
+  },
+
+  async step() {
+    const start = performance.now();
+    const { index, timestep, x, sample } = (await steps.next()).value;
+    const milliseconds = performance.now() - start;
+    const initial = index === 0 ? sampler.toDataUnits(x) : undefined;
+    return { timestep, milliseconds, initial, sample: sampler.toDataUnits(sample) };
+  },
+};
+
+onmessage = async ({ data: { id, name, argument } }) => {
+  try {
+    const result = await answers[name](argument);
+    const arrays = [result?.initial, result?.sample].filter(Boolean);
+    postMessage({ id, result }, arrays.map((array) => array.buffer));
+  } catch (error) {
+    postMessage({ id, error: oneLine(error) });
+  }
+};

@@ -1,0 +1,72 @@
+"""What the tests of page and ports share: golden vectors as bundles, Node, and ONNX Runtime's npm packages.
+
+What a machine lacks is a reason to skip, with a line that says what. Packages are kept in pytest's cache.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm_mlp_pipeline.errors import ConfigurationError
+from ddpm_mlp_pipeline.export import golden, page
+
+GOLDEN = dict(golden.read())
+
+
+@pytest.fixture(params=GOLDEN)
+def golden_run(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each of the golden runs, as `export.golden.record` made it."""
+    return GOLDEN[request.param]
+
+
+@pytest.fixture
+def golden_bundle(golden_run: dict[str, Any], ddim_bundle: Path, tmp_path: Path) -> Path:
+    """The bundle of a golden run: its table and info, and the network of the shipped checkpoint."""
+    folder = tmp_path / "golden-bundle"
+    folder.mkdir()
+    shutil.copyfile(ddim_bundle / "unet.onnx", folder / "unet.onnx")
+    (folder / "bundle.json").write_text(json.dumps(golden_run["bundle"]))
+    (folder / "step_table.json").write_text(json.dumps(golden_run["step_table"]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    return shutil.which("node") or pytest.skip("node is not installed")
+
+
+@pytest.fixture(scope="session")
+def node_folder(node: str, pytestconfig: pytest.Config) -> Path:
+    """A folder in which Node finds onnxruntime-node."""
+    package = f"onnxruntime-node@{page.VERSION}"
+    folder = pytestconfig.cache.mkdir("npm") / package
+    if not folder.exists():
+        npm = shutil.which("npm") or pytest.skip("npm is not installed")
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            prefix = Path(temporary) / "prefix"
+            prefix.mkdir()
+            argv = (npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", prefix, package)
+            result = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+            if result.returncode != 0:
+                pytest.skip(f"npm can't install {package}: {' '.join(result.stderr.split())[-300:]}")
+            with contextlib.suppress(OSError):  # another process of the tests was faster
+                prefix.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_web(pytestconfig: pytest.Config) -> Path:
+    """The unpacked onnxruntime-web, downloaded as `write_page` does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "XDG_CACHE_HOME", str(pytestconfig.cache.mkdir("npm")))
+        try:
+            return page._cached_package()
+        except ConfigurationError as error:
+            pytest.skip(str(error))

@@ -1,0 +1,562 @@
+"""The page, in a headless Chromium, against the Python runtime; and what `write_page` writes and refuses.
+
+`PAGE_PICTURE=docs/page.png pytest tests/export/test_page.py -k picture` makes the picture that the README shows.
+"""
+
+import base64
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import tarfile
+import threading
+
+import numpy as np
+import onnx
+import pytest
+from helpers import assert_one_line_error
+from PIL import Image
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
+from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError
+from ddpm_mlp_pipeline.export import page as page_module
+from ddpm_mlp_pipeline.export.page import PAGE_FILES, SCRIPT, VERSION, WASM, write_page
+from ddpm_mlp_pipeline.export.pictures import image_grid
+from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+
+LOADED = "document.getElementById('draw').disabled === false || document.getElementById('error').hidden === false"
+ENDED = """
+    ['done', 'stopped', 'failed'].includes(document.getElementById('status').dataset.state)
+    && document.getElementById('draw').textContent === 'Draw'
+"""
+WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """Serve a folder, as `python -m http.server` does; gives its address."""
+    servers = []
+
+    def serve(folder):
+        handler = functools.partial(Quiet, directory=folder)
+        servers.append(server := http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None) or pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as context:
+        browser = context.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, serve):
+    """Open a page's folder in the browser, and wait until it is ready or says why not."""
+    contexts = []
+
+    def visit(folder, viewport=WIDE, as_file=False, **options):
+        options = {"viewport": viewport, "reduced_motion": "reduce", **options}  # no step is slowed down to be seen
+        contexts.append(context := chromium.new_context(**options))
+        tab = context.new_page()
+        tab.set_default_timeout(120_000)
+        tab.requests = []
+        tab.on("request", lambda request: tab.requests.append(request.url))
+        tab.address = folder.as_uri() + "/index.html" if as_file else serve(folder)
+        tab.goto(tab.address)
+        tab.wait_for_function(LOADED)
+        return tab
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+def draw(tab, seed, count):
+    """Fill in the form, click, and wait for the end. Gives what the page says has gone wrong."""
+    tab.fill("#seed", str(seed))
+    tab.fill("#count", str(count))
+    tab.click("#draw")
+    tab.wait_for_function(f"({ENDED}) || document.getElementById('error').hidden === false")
+    return tab.inner_text("#error")
+
+
+def pixels_of(tab):
+    """The canvas, `[height, width, 4]`."""
+    address = tab.eval_on_selector("#canvas", "(canvas) => canvas.toDataURL('image/png')")
+    png = base64.b64decode(address.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def saved(tab):
+    """What the button that saves gives, as bytes, and its name."""
+    with tab.expect_download() as download:
+        tab.click("#save")
+    with open(download.value.path(), "rb") as file:
+        return file.read(), download.value.suggested_filename
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, onnxruntime_web):
+    """Make a bundle's page, once for each bundle."""
+    made = {}
+
+    def pages(bundle):
+        if bundle not in made:
+            made[bundle] = tmp_path_factory.mktemp("pages") / bundle.name
+            write_page(bundle, made[bundle], onnxruntime_web)
+        return made[bundle]
+
+    return pages
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def image_bundle(request, tmp_path_factory):
+    """A bundle of images, grey or in colour, neither square nor trained."""
+    folder = tmp_path_factory.mktemp("images")
+    scheduler = DDPMMLPPipeline.from_pretrained(pretrained("heart")).scheduler
+    pipeline = DDPMMLPPipeline(MLPModel(request.param, (6, 9), hidden_dim=32), scheduler)
+    pipeline.save_pretrained(folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle", "ddpm", 5)
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 + 5, 2**63 - 1])
+@pytest.mark.parametrize("bundle", ["ddim_bundle", "ddpm_bundle"])
+def test_the_points_are_pythons(visit, pages, request, bundle, seed):
+    bundle = request.getfixturevalue(bundle)
+    tab = visit(pages(bundle))
+    assert draw(tab, seed, 300) == ""
+    content, name = saved(tab)
+    assert name == f"heart-seed-{seed}.csv"
+    assert content.startswith(b"x,y\n")
+    points = np.loadtxt(io.BytesIO(content), delimiter=",", skiprows=1)
+    np.testing.assert_allclose(points, OnnxSampler(bundle).sample(300, seed), atol=1e-4)
+
+
+def test_the_whole_sampler_runs_in_a_browser(visit, pages, ddpm_bundle, tmp_path):
+    """sampler.onnx by itself, with onnxruntime-web and nothing of ours."""
+    folder = tmp_path / "page"
+    shutil.copytree(pages(ddpm_bundle), folder)
+    onnx.save(build_sampler(ddpm_bundle), folder / "sampler.onnx")
+    points = visit(folder).evaluate("""async () => {
+        const ort = await import("./onnxruntime/ort.wasm.bundle.min.js");
+        const packed = await fetch("./onnxruntime/ort-wasm-simd-threaded.wasm.gz");
+        const wasm = new Response(packed.body.pipeThrough(new DecompressionStream("gzip")));
+        Object.assign(ort.env.wasm, { numThreads: 1, wasmBinary: await wasm.arrayBuffer() });
+        const session = await ort.InferenceSession.create("./sampler.onnx");
+        const scalar = (number) => new ort.Tensor("int64", BigInt64Array.of(number), []);
+        const { samples } = await session.run({ seed: scalar(2n ** 40n + 7n), num_samples: scalar(500n) });
+        return Array.from(samples.data);
+    }""")
+    expected = OnnxSampler(ddpm_bundle).sample(500, seed=2**40 + 7)
+    np.testing.assert_allclose(np.reshape(points, expected.shape), expected, atol=1e-4)
+
+
+def ink_of(tab):
+    """bool `[height, width]`: where the canvas has the colour of points; and what gives a point's place on it."""
+    pixels = pixels_of(tab).astype(int)
+    canvas = tab.locator("#canvas")
+    axes, (left, top, size) = (json.loads(canvas.get_attribute(f"data-{name}")) for name in ("axes", "plot"))
+
+    def place(points):
+        low, high = np.transpose([axes["x"], axes["y"]])
+        return (points - low) / (high - low) * (1, -1) * size + (left, top + size)
+
+    return (pixels[..., 0] - pixels[..., 2] > 60) & (pixels[..., 3] > 60), place
+
+
+@pytest.mark.parametrize(("viewport", "scheme"), [(WIDE, "light"), (PHONE, "dark")])
+def test_the_canvas_shows_each_point_at_its_place(visit, pages, ddim_bundle, viewport, scheme):
+    tab = visit(pages(ddim_bundle), viewport, color_scheme=scheme)
+    assert not ink_of(tab)[0].any()
+    assert draw(tab, 11, 40) == ""
+    ink, place = ink_of(tab)
+    expected = place(OnnxSampler(ddim_bundle).sample(40, seed=11))
+    assert all(ink[round(y), round(x)] for x, y in expected)
+    rows, columns = np.nonzero(ink)
+    distances = np.linalg.norm(np.stack([columns, rows], axis=1)[:, None] + 0.5 - expected, axis=2)
+    assert distances.min(axis=1).max() < 5  # no ink but theirs
+    assert "40 points" in tab.locator("#canvas").get_attribute("aria-label")
+
+
+def test_the_images_are_pythons(visit, pages, image_bundle):
+    tab = visit(pages(image_bundle))
+    assert draw(tab, 5, 7) == ""
+    grid = np.asarray(image_grid([OnnxSampler(image_bundle).sample(7, seed=5)], 7).convert("RGB")).astype(int)
+    pixels = pixels_of(tab)
+    assert (pixels[:6, :, 3] == 255).all()
+    np.testing.assert_allclose(pixels[..., :3].astype(int), grid, atol=1)
+    content, name = saved(tab)
+    assert name == "checkpoint-seed-5.png"
+    np.testing.assert_allclose(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int), grid, atol=1)
+
+
+def test_the_denoising_is_shown_step_by_step(visit, pages, ddpm_bundle):
+    sampler = OnnxSampler(ddpm_bundle)
+    steps = list(sampler.steps(40, seed=3))
+    tab = visit(pages(ddpm_bundle), reduced_motion="no-preference")
+    # While it is drawn: each label that the page shows, and how many pictures the canvas has had.
+    tab.evaluate("""
+        window.labels = new Set(); window.pictures = new Set();
+        new MutationObserver(() => {
+          labels.add(document.getElementById('status').textContent);
+          pictures.add(document.getElementById('canvas').toDataURL());
+        }).observe(document.getElementById('status'), { childList: true });
+    """)
+    assert draw(tab, 3, 40) == ""
+    labels = tab.evaluate("Array.from(labels)")
+    for k, step in enumerate(steps):
+        assert any(label.startswith(f"step {k + 1} of 100, t = {step.timestep:g}") for label in labels)
+    assert tab.evaluate("pictures.size") > 10
+    assert tab.evaluate("document.getElementById('progress').value / document.getElementById('progress').max") == 1
+    assert tab.inner_text("#status").startswith("40 points in ")
+
+    # Afterwards: any of them, the initial noise among them.
+    slider = tab.locator("#step")
+    assert (slider.get_attribute("max"), slider.input_value()) == ("100", "100")
+    for k in (50, 99):
+        slider.fill(str(k + 1))
+        assert tab.inner_text("#status") == f"step {k + 1} of 100, t = {steps[k].timestep:g}"
+        ink, place = ink_of(tab)
+        points = sampler.to_data_units(steps[k].sample)
+        shown = place(points[np.abs(points).max(axis=1) < 1.4])  # what is noise still may lie outside the axes
+        assert len(shown) > 25
+        assert all(ink[round(y), round(x)] for x, y in shown)
+    slider.fill("0")
+    assert tab.inner_text("#status").startswith("noise")
+
+
+def test_a_drawing_can_be_stopped_and_begun_again(visit, pages, ddpm_bundle):
+    tab = visit(pages(ddpm_bundle), reduced_motion="no-preference")
+    tab.fill("#count", "10")
+    tab.click("#draw")
+    tab.wait_for_function("document.getElementById('progress').value >= 3")
+    assert tab.inner_text("#draw") == "Stop"
+    tab.click("#draw")
+    tab.wait_for_function(ENDED)
+    assert tab.inner_text("#status").startswith("Stopped: step ")
+    assert tab.locator("#save").is_disabled()
+    assert draw(tab, 1, 10) == ""
+    points = np.loadtxt(io.BytesIO(saved(tab)[0]), delimiter=",", skiprows=1)
+    np.testing.assert_allclose(points, OnnxSampler(ddpm_bundle).sample(10, seed=1), atol=1e-4)
+
+
+def test_the_page_says_what_the_model_is(visit, pages, ddim_bundle):
+    tab = visit(pages(ddim_bundle))
+    assert tab.inner_text("h1") == tab.title() == "heart"
+    assert tab.inner_text("#model") == "Points (x, y) · MLPModel with 39,426 parameters · DDIM with 20 network calls"
+    assert "Exported on 20" in tab.inner_text("footer")
+
+
+def test_the_page_asks_nobody_else(visit, pages, ddim_bundle):
+    tab = visit(pages(ddim_bundle))
+    assert draw(tab, 0, 10) == ""
+    assert len(tab.requests) > 8
+    assert all(url.startswith((tab.address, "data:", "blob:")) for url in tab.requests), tab.requests
+
+
+def test_the_page_fits_a_phone(visit, pages, ddim_bundle, image_bundle):
+    for bundle in (ddim_bundle, image_bundle):
+        tab = visit(pages(bundle), PHONE, is_mobile=True, has_touch=True, device_scale_factor=3)
+        assert draw(tab, 0, 50) == ""
+        assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+        for name in ("seed", "count", "draw", "step", "save", "canvas"):
+            box = tab.locator(f"#{name}").bounding_box()
+            assert box["x"] >= 0, name
+            assert box["x"] + box["width"] <= PHONE["width"], name
+            assert box["height"] >= (28 if name == "step" else 44), name  # for a finger
+
+
+def test_every_control_has_a_name(visit, pages, ddim_bundle):
+    tab = visit(pages(ddim_bundle))
+    for role, names in {
+        "textbox": ["Seed", "Samples"],
+        "button": ["Draw", "Save as CSV"],
+        "slider": ["Look at a step"],
+        "progressbar": ["Progress"],
+        "img": ["No samples yet"],
+    }.items():
+        for name in names:
+            assert tab.get_by_role(role, name=name, exact=True).count() == 1, name
+
+
+def assert_one_line(message, *fragments):
+    assert message
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+def test_wrong_numbers_are_refused_in_one_line(visit, pages, ddim_bundle):
+    tab = visit(pages(ddim_bundle))
+    for seed in ("", "-1", "1.5", "1e3", "seven", str(2**63)):
+        assert_one_line(draw(tab, seed, 10), "The seed must be a whole number from 0 to 9223372036854775807")
+        assert tab.locator("#seed").get_attribute("aria-invalid") == "true"
+    for count in ("", "0", "-1", "2.5", "many", "10001"):
+        assert_one_line(draw(tab, 0, count), "The number of samples must be a whole number from 1 to 10000")
+        assert tab.locator("#count").get_attribute("aria-invalid") == "true"
+    assert not ink_of(tab)[0].any()
+    assert draw(tab, 0, 10) == ""  # and once they are right, all is well
+    assert tab.locator("[aria-invalid]").count() == 0
+
+
+def delete(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:300])
+
+
+def edit_step(**changes):
+    def damage(folder):
+        table = json.loads((folder / "bundle" / "step_table.json").read_text())
+        table["steps"][1] |= changes
+        (folder / "bundle" / "step_table.json").write_text(json.dumps(table))
+
+    return damage
+
+
+def edit_info(**changes):
+    def damage(folder):
+        path = folder / "bundle" / "bundle.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def rename_output(folder):
+    path = folder / "bundle" / "unet.onnx"
+    model = onnx.load(path)
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "noise"
+    onnx.save(model, path)
+
+
+DAMAGES = [
+    (delete("bundle/unet.onnx"), "bundle/unet.onnx can't be fetched: the server answers 404"),
+    (delete("bundle/step_table.json"), "bundle/step_table.json can't be fetched"),
+    (delete("bundle/bundle.json"), "bundle/bundle.json can't be fetched"),
+    (cut("bundle/unet.onnx"), "unet.onnx can't be loaded"),
+    (cut("bundle/step_table.json"), "step_table.json is not valid JSON"),
+    (edit_step(timestep=float("nan")), "step_table.json is not valid JSON"),
+    (edit_step(to_next=[[1, 2, 3]]), "step 1's to_next must hold rows of 4 finite numbers"),
+    (edit_info(version=2), "bundle.json is not of the format ddpm-bundle, version 1"),
+    (
+        edit_info(sample_shape=[3], data_mean=[0] * 3, data_std=[1] * 3, data_columns=[*"xyz"]),
+        "bundle.json says that a sample has the shape [3], but the network's sample has [2]",
+    ),
+    (
+        rename_output,
+        "must have the inputs sample and timestep and the output out_sample, but has sample, timestep, noise",
+    ),
+    (delete("onnxruntime/ort.wasm.bundle.min.js"), "onnxruntime/ort.wasm.bundle.min.js can't be loaded"),
+    (delete("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be fetched"),
+    (cut("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be unpacked"),
+    (delete("worker.js"), "worker.js can't be run"),
+    (delete("draw.js"), "page.js, draw.js and ddpm.js, can't be loaded"),
+    (delete("page.js"), "page.js, draw.js and ddpm.js, can't be loaded"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_a_damaged_page_says_so_in_one_line(visit, pages, ddim_bundle, tmp_path, damage, message):
+    folder = shutil.copytree(pages(ddim_bundle), tmp_path / "page")
+    damage(folder)
+    tab = visit(folder)
+    assert_one_line(tab.inner_text("#error"), message)
+    assert tab.get_by_role("alert").is_visible()
+    assert tab.locator("#draw").is_disabled()
+
+
+def test_weights_that_give_nan_are_told(visit, pages, ddim_bundle, tmp_path):
+    folder = shutil.copytree(pages(ddim_bundle), tmp_path / "page")
+    model = onnx.load(folder / "bundle" / "unet.onnx")
+    (bias,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith("proj_out.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(2, np.nan, dtype=np.float32), bias.name))
+    onnx.save(model, folder / "bundle" / "unet.onnx")
+    tab = visit(folder)
+    assert_one_line(draw(tab, 0, 10), "unet.onnx gives numbers that are not finite at t = 950")
+
+
+def test_opened_as_a_file_the_page_says_how_to_serve_it(visit, pages, ddim_bundle):
+    tab = visit(pages(ddim_bundle), as_file=True)
+    assert_one_line(tab.inner_text("#error"), "python -m http.server")
+
+
+def test_a_bundle_of_one_coordinate_without_provenance(visit, onnxruntime_web, heart, tmp_path):
+    pipeline = DDPMMLPPipeline(MLPModel(1, hidden_dim=32), heart.scheduler, data_mean=[5.0], data_std=[2.0])
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    bundle = tmp_path / "bundle"
+    export_bundle(tmp_path / "checkpoint", bundle, "ddim", 5)
+    info = json.loads((bundle / "bundle.json").read_text())
+    del info["provenance"]
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    write_page(bundle, tmp_path / "page", onnxruntime_web)
+    tab = visit(tmp_path / "page")
+    assert tab.inner_text("#model") == "Points (x0) · DDIM with 5 network calls"
+    assert draw(tab, 4, 20) == ""
+    points = np.loadtxt(io.BytesIO(saved(tab)[0]), skiprows=1)
+    np.testing.assert_allclose(points, OnnxSampler(bundle).sample(20, seed=4)[:, 0], atol=1e-4)
+
+
+def test_the_readmes_picture(visit, onnxruntime_web, tmp_path):
+    """A heart of 2,000 points, as the page shows it."""
+    export_bundle(pretrained("heart"), tmp_path / "bundle", "ddim", 50)
+    write_page(tmp_path / "bundle", tmp_path / "page", onnxruntime_web)
+    tab = visit(tmp_path / "page", {"width": 1080, "height": 800})
+    assert draw(tab, 0, 2000) == ""
+    path = os.environ.get("PAGE_PICTURE") or tmp_path / "page.png"
+    tab.locator("#draw").blur()
+    tab.screenshot(path=path, full_page=True)
+    assert os.path.getsize(path) < 150_000
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    box = tab.locator("#canvas").bounding_box()
+    rows, columns = (slice(round(box[a]), round(box[a] + box[size])) for a, size in (("y", "height"), ("x", "width")))
+    plot = picture[rows, columns]
+    ink = plot[..., 0] - plot[..., 2] > 60
+    assert 0.02 < ink.mean() < 0.2
+    height, width = ink.shape
+    assert not ink[
+        int(0.42 * height) : int(0.5 * height), int(0.48 * width) : int(0.58 * width)
+    ].any()  # it is empty inside
+
+
+# `write_page`, without a browser
+
+
+@pytest.fixture
+def package(tmp_path):
+    """An unpacked onnxruntime-web, in name."""
+    folder = tmp_path / "package"
+    (folder / "dist").mkdir(parents=True)
+    (folder / "package.json").write_text(json.dumps({"name": "onnxruntime-web", "version": VERSION}))
+    (folder / SCRIPT).write_text("export {};\n")
+    (folder / WASM).write_bytes(b"\0asm" * 1000)
+    return folder
+
+
+def test_a_page_is_written_whole_and_replaced(ddim_bundle, package, tmp_path):
+    folder = tmp_path / "page"
+    for _ in range(2):
+        write_page(ddim_bundle, folder, package)
+    assert {path.name for path in folder.iterdir()} == {*PAGE_FILES, "bundle", "onnxruntime"}
+    for name in ("unet.onnx", "step_table.json", "bundle.json"):
+        assert (folder / "bundle" / name).read_bytes() == (ddim_bundle / name).read_bytes()
+    assert {path.name for path in (folder / "onnxruntime").iterdir()} == {
+        *("ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm.gz", "package.json")
+    }
+    for path in folder.rglob("*"):
+        if path.suffix in (".html", ".js") and path.parent == folder:
+            assert "https://" not in path.read_text(encoding="utf-8"), path  # nothing from elsewhere
+
+
+def test_other_folders_are_left_alone(ddim_bundle, package, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").touch()
+    for folder in (tmp_path / "precious", ddim_bundle):
+        with pytest.raises(BundleError, match="left alone"):
+            write_page(ddim_bundle, folder, package)
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_a_damaged_bundle_gets_no_page(ddim_bundle, package, tmp_path):
+    bundle = shutil.copytree(ddim_bundle, tmp_path / "bundle")
+    (bundle / "step_table.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"step_table\.json"):
+        write_page(bundle, tmp_path / "page", package)
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "is no unpacked npm package onnxruntime-web"),
+        (lambda folder: (folder / "package.json").write_text('{"name": "left-pad"}'), "is no unpacked npm package"),
+        (lambda folder: (folder / "package.json").write_text("[]"), "is no unpacked npm package"),
+        (lambda folder: (folder / WASM).unlink(), "lacks dist/ort-wasm-simd-threaded.wasm"),
+    ],
+)
+def test_another_package_is_refused(ddim_bundle, package, tmp_path, damage, message):
+    damage(package)
+    with pytest.raises(ConfigurationError, match=message):
+        write_page(ddim_bundle, tmp_path / "page", package)
+    assert not (tmp_path / "page").exists()
+
+
+@pytest.fixture
+def registry(package, serve, tmp_path, monkeypatch):
+    """A registry of our own, an empty cache, and the package's integrity: its archive is the last of the three."""
+    archive = tmp_path / "registry" / "onnxruntime-web" / "-" / f"onnxruntime-web-{VERSION}.tgz"
+    archive.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(package, "package")
+    integrity = base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+    monkeypatch.setattr(page_module, "INTEGRITY", integrity)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("npm_config_registry", serve(tmp_path / "registry") + "/")
+    return archive
+
+
+def test_the_package_is_downloaded_once(ddim_bundle, registry, package, tmp_path, monkeypatch):
+    write_page(ddim_bundle, tmp_path / "page", None)
+    assert (tmp_path / "page" / "onnxruntime" / "ort.wasm.bundle.min.js").read_bytes() == (
+        package / SCRIPT
+    ).read_bytes()
+    cached = tmp_path / "cache" / "ddpm-mlp-pipeline" / f"onnxruntime-web-{VERSION}"
+    files = {path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()}
+    assert files == {"package.json", SCRIPT, WASM}
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:1")  # nobody is there, and nobody is asked
+    write_page(ddim_bundle, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda archive: archive.write_bytes(archive.read_bytes() + b"\0"), "another SHA-512"),
+        (lambda archive: archive.unlink(), "404"),
+    ],
+)
+def test_a_wrong_download_leaves_nothing(ddim_bundle, registry, tmp_path, damage, message):
+    damage(registry)
+    with pytest.raises(ConfigurationError, match=f"127.0.0.1.*{message}.*--onnxruntime_web"):
+        write_page(ddim_bundle, tmp_path / "page")
+    assert not (tmp_path / "page").exists()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("address", ["http://user:secret@127.0.0.1:1", "file:///etc", "nonsense"])
+def test_no_registry_is_one_error_that_keeps_secrets(ddim_bundle, registry, tmp_path, monkeypatch, address):
+    monkeypatch.setenv("npm_config_registry", address)
+    with pytest.raises(ConfigurationError, match="can't download onnxruntime-web") as error:
+        write_page(ddim_bundle, tmp_path / "page")
+    assert "secret" not in str(error.value)
+
+
+def test_the_command_writes_a_page(run, onnxruntime_web, tmp_path):
+    argv = ("ddpm-export", pretrained("heart"), tmp_path / "bundle", "--num_inference_steps", 5)
+    assert_one_line_error(run(*argv, "--onnxruntime_web", onnxruntime_web), "--web DIR")
+    result = run(*argv, "--web", tmp_path / "page", "--onnxruntime_web", onnxruntime_web)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "page" / "index.html").is_file()
+    assert (tmp_path / "page" / "bundle" / "unet.onnx").read_bytes() == (
+        tmp_path / "bundle" / "unet.onnx"
+    ).read_bytes()
