@@ -147,7 +147,7 @@ def plot_losses(losses: Sequence[float]) -> Figure:
 def plot_table(table: StepTable) -> Figure:
     """A step table's coefficients, call by call."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    figure.suptitle(repr(table).partition("\n")[0])
+    figure.suptitle(table.summary)
     axes = figure.add_subplot(xlabel="network call", ylabel="coefficient in the next x")
     calls = np.arange(1, len(table) + 1)
     for i, term in table.terms:

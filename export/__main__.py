@@ -10,6 +10,7 @@ from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 
 from .page import write_page
 from .schedulers import SCHEDULERS, scheduler_option
+from .step_table import StepTable
 
 
 @command
@@ -17,17 +18,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-export", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     parser.add_argument("bundle", type=Path, help="the folder to write")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler (default: ddim)")
+    parser.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        help="sampler (default: ddim for points; for images dpmsolver_multistep with algorithm_type=sde-dpmsolver++)",
+    )
     parser.add_argument(
         "--scheduler_options",
         type=scheduler_option,
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="of the diffusers class, where they are to differ from those of training: use_karras_sigmas=true",
+        help="of the diffusers class, where they are to differ from those of training (use_karras_sigmas=true), "
+        "or of its steps (eta=1)",
     )
     parser.add_argument(
-        "--num_inference_steps", type=positive_int, default=50, metavar="N", help="sampling steps (default: 50)"
+        "--num_inference_steps",
+        type=positive_int,
+        metavar="N",
+        help="sampling steps (default: 50; 30 of the images' default)",
     )
     parser.add_argument(
         "--sampler",
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())
-    print(f"{args.bundle}: {args.scheduler}, {args.num_inference_steps} steps, {size / 1024:.0f} KiB")
+    print(f"{args.bundle}: {StepTable.load(args.bundle / 'step_table.json').summary}, {size / 1024:.0f} KiB")
     if args.web is not None:
         write_page(args.bundle, args.web, args.onnxruntime_web)
         print(f"{args.web}: a page for browsers; python -m http.server --directory {args.web}")

@@ -104,12 +104,12 @@ def _configurations(schedulers: Iterable[str], steps: Iterable[int]) -> Iterable
 
 
 def _with_table(bundle: Path, trained_with: Any, row: dict[str, Any]) -> OnnxSampler | None:
-    from .compile import compile_scheduler, make_scheduler
+    from .compile import compile_scheduler, make_scheduler, split_options
 
     name, _, words = row["scheduler"].partition(":")
-    options = dict(scheduler_option(word) for word in words.split(",") if word)
+    own, of_steps = split_options(name, dict(scheduler_option(word) for word in words.split(",") if word))
     try:
-        table = compile_scheduler(make_scheduler(name, trained_with, **options), row["num_inference_steps"])
+        table = compile_scheduler(make_scheduler(name, trained_with, **own), row["num_inference_steps"], **of_steps)
     except UnsupportedSchedulerError as error:
         print(error)
         return None

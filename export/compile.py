@@ -37,9 +37,7 @@ def make_scheduler(name: str, like: SchedulerMixin, **options: Any) -> Scheduler
     Raises:
         ConfigurationError: if there is no such scheduler, or it has no such options.
     """
-    if name not in SCHEDULERS:
-        raise ConfigurationError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
-    cls = getattr(diffusers, SCHEDULERS[name])
+    cls = _class_of(name)
     unknown = set(options) - set(inspect.signature(cls).parameters)
     if unknown:
         raise ConfigurationError(f"{cls.__name__} has no option {', '.join(sorted(unknown))}")
@@ -47,6 +45,20 @@ def make_scheduler(name: str, like: SchedulerMixin, **options: Any) -> Scheduler
         return cls.from_config(_whole_config(like), **options)
     except (ValueError, NotImplementedError) as error:
         raise ConfigurationError(f"{cls.__name__}: {error}") from None
+
+
+def split_options(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A scheduler's own options, and those of its steps, such as DDIM's `eta`."""
+    cls = _class_of(name)
+    of_steps = inspect.signature(cls.step).parameters.keys() - inspect.signature(cls).parameters.keys()
+    own = {key: value for key, value in options.items() if key not in of_steps}
+    return own, {key: value for key, value in options.items() if key in of_steps}
+
+
+def _class_of(name: str) -> type[SchedulerMixin]:
+    if name not in SCHEDULERS:
+        raise ConfigurationError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}")
+    return getattr(diffusers, SCHEDULERS[name])
 
 
 def _whole_config(scheduler: SchedulerMixin) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ from ddpm_mlp_pipeline.files import whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
-from .compile import compile_scheduler, make_scheduler
+from .compile import compile_scheduler, make_scheduler, split_options
 from .parity import ParityReport, compare, compare_sampler
 from .precision import reduce_precision
 from .runtime import FORMAT, VERSION, OnnxSampler
@@ -29,6 +30,9 @@ from .sampler_graph import build_sampler
 
 FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
+# Scheduler, steps and options where none are named: ddpm-compare and ddpm-evaluate measure them.
+DEFAULT_OF_POINTS = "ddim", 50, {}
+DEFAULT_OF_IMAGES = "dpmsolver_multistep", 30, {"algorithm_type": "sde-dpmsolver++"}
 # A sampler that blows up is refused: one of whose samples too many have values that are too large.
 STRAY_POINTS, STRAY_IMAGES, STRAY_LIMIT, MAX_STRAYS = 512, 16, 2.0, 0.01
 
@@ -66,8 +70,8 @@ class ExportReport:
 def export_bundle(
     checkpoint: str | os.PathLike,
     bundle: str | os.PathLike,
-    scheduler: str = "ddim",
-    num_inference_steps: int = 50,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
     tolerance: float = 1e-4,
     sampler: str | None = None,
     precision: str = "fp32",
@@ -78,8 +82,10 @@ def export_bundle(
     Args:
         checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
         bundle: the folder to write; a bundle that is there already is replaced.
-        scheduler: a key of `SCHEDULERS`.
-        num_inference_steps: number of sampling steps.
+        scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
+            so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
+            https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps.
+        num_inference_steps: number of sampling steps; by default 50, or 30 of the images' default scheduler.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
             (where the data have a standard deviation, or for images a range, of about 1), unless rounding explains
             more: see `ParityReport`.
@@ -87,7 +93,8 @@ def export_bundle(
             has: `"float32"`, or for images `"uint8"`.
         precision: of the network, `"fp32"`, `"fp16"` or `"int8"`: see `reduce_precision`. It is reduced after the
             comparison.
-        scheduler_options: of the stock scheduler's own, where they are to differ from those of training.
+        scheduler_options: of the stock scheduler's own, where they are to differ from those of training, or of its
+            steps, such as `eta`.
 
     Returns:
         What the comparison found.
@@ -104,8 +111,16 @@ def export_bundle(
         raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
     pipeline = load_checkpoint(checkpoint)
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **scheduler_options)
-    table = compile_scheduler(pipeline.scheduler, num_inference_steps)
+    if scheduler is None:
+        scheduler, default_steps, default_options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
+        num_inference_steps = default_steps if num_inference_steps is None else num_inference_steps
+        scheduler_options = default_options | scheduler_options
+    if num_inference_steps is None:
+        num_inference_steps = 50
+    own_options, step_options = split_options(scheduler, scheduler_options)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **own_options)
+    table = compile_scheduler(pipeline.scheduler, num_inference_steps, **step_options)
+    pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, **step_options)
 
     with whole_folder(bundle) as folder:
         export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
@@ -118,7 +133,8 @@ def export_bundle(
         if strays > MAX_STRAYS:
             raise DivergenceError(
                 f"{table.scheduler} with {num_inference_steps} steps blows up: {strays:.0%} of its samples are more "
-                f"than {STRAY_LIMIT:g} times as large as any data. The bundle is not written"
+                f"than {STRAY_LIMIT:g} times as large as any data. The bundle is not written; ddpm and ddim clip what "
+                "they predict to the data's range"
             )
         parity = compare(pipeline, folder, num_inference_steps, tolerance)
         if not parity.ok:

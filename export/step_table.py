@@ -90,10 +90,15 @@ class StepTable:
             used[: len(self)][: len(self) - i] |= self.to_next[i:, i, Z] != 0
         return used[: len(self)]
 
-    def __repr__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """What sampler this is, in a few words."""
         clip = "no clipping" if self.clip_range is None else f"x̂_0 clipped to ±{self.clip_range:.4g}"
+        return f"{self.scheduler}, {len(self)} network calls, {clip}"
+
+    def __repr__(self) -> str:
         rows = [
-            f"{self.scheduler}, {len(self)} network calls, {clip}",
+            self.summary,
             f"{'call':>4} {'t':>7} │"
             + "".join(f"{TERMS[term] + (f'₋{i}' if i else ''):>11}" for i, term in self.terms),
         ]

@@ -1,5 +1,8 @@
 """Compiled schedulers against the papers' formulas, and against the stock schedulers on a nonlinear network."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +26,17 @@ from ddpm_mlp_pipeline.export.compile import make_scheduler
 from ddpm_mlp_pipeline.export.exporter import export_network
 from ddpm_mlp_pipeline.export.parity import compare
 
+TABLE_HEAD = """\
+Every stock scheduler with its options, 10 steps: torch's pipeline with a known network of float32, against the bundle.
+
+calls       of the network
+back        over how many calls the table's rows look back
+noise       in how many calls noise is drawn
+exact       the table is the scheduler, up to rounding; or it is so, and the prediction of x_0 is clipped; or refused
+difference  largest one of the final samples (of standard deviation 1), batches of 1, 3 and 8
+amplified   how far torch's own samples move when the initial noise is moved by 1e-6
+
+"""
 SCHEDULES = ["linear", "squaredcos_cap_v2"]
 
 
@@ -175,12 +189,12 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report():
-    """What became of each case, printed at the end: pytest -s tests/export/test_compile.py"""
+    """What became of each case: `SCHEDULERS_TABLE=docs/schedulers.txt pytest tests/export/test_compile.py`"""
     rows = []
     yield rows
-    head = f"{'scheduler':22} {'options':64} {'calls':>5} {'back':>4} {'noise':>5} {'':>7} {'difference':>10}"
-    print(f"\n{head} torch, noise ± 1e-6")
-    print("\n".join(rows))
+    if path := os.environ.get("SCHEDULERS_TABLE"):
+        head = f"{'scheduler':22} {'options':64} {'calls':>5} {'back':>4} {'noise':>5} {'':>7} {'difference':>10}"
+        Path(path).write_text(TABLE_HEAD + "\n".join([f"{head} amplified", *rows]) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize(

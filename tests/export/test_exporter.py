@@ -77,6 +77,18 @@ def test_a_sample_between_two_outcomes_is_no_reason_to_refuse_a_bundle(tmp_path)
     assert not compare(pipeline, tmp_path / "bundle", 50, 1e-4).ok
 
 
+def test_points_are_clipped_by_default(tmp_path):
+    export_bundle(pretrained("heart"), tmp_path / "bundle")
+    assert OnnxSampler(tmp_path / "bundle").table.summary.startswith("DDIMScheduler, 50 network calls, x̂_0 clipped")
+
+
+def test_options_of_the_steps(tmp_path):
+    """DDIM with η = 1 draws noise, as torch's does in the comparison."""
+    report = export_bundle(pretrained("heart"), tmp_path / "bundle", "ddim", 10, eta=1.0)
+    assert report.parity.ok
+    assert OnnxSampler(tmp_path / "bundle").table.is_stochastic.sum() == 9
+
+
 def test_nan_is_no_parity(tmp_path, heart):
     assert export_bundle(pretrained("heart"), tmp_path / "bundle", "ddim", 5).parity.ok
     heart.scheduler = DDIMScheduler.from_config(heart.scheduler.config)
