@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num_inference_steps",
         type=positive_int,
         metavar="N",
-        help="sampling steps (default: 50; 30 of the images' default)",
+        help="sampling steps (default: 50; 20 of the images' default)",
     )
     parser.add_argument(
         "--sampler",

@@ -32,7 +32,7 @@ FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
 # Scheduler, steps and options where none are named: ddpm-compare and ddpm-evaluate measure them.
 DEFAULT_OF_POINTS = "ddim", 50, {}
-DEFAULT_OF_IMAGES = "dpmsolver_multistep", 30, {"algorithm_type": "sde-dpmsolver++"}
+DEFAULT_OF_IMAGES = "dpmsolver_multistep", 20, {"algorithm_type": "sde-dpmsolver++"}
 # A sampler that blows up is refused: one of whose samples too many have values that are too large.
 STRAY_POINTS, STRAY_IMAGES, STRAY_LIMIT, MAX_STRAYS = 512, 16, 2.0, 0.01
 
@@ -85,7 +85,7 @@ def export_bundle(
         scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
             so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
             https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps.
-        num_inference_steps: number of sampling steps; by default 50, or 30 of the images' default scheduler.
+        num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
             (where the data have a standard deviation, or for images a range, of about 1), unless rounding explains
             more: see `ParityReport`.

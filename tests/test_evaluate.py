@@ -97,11 +97,11 @@ def test_shipped_checkpoints_are_within_twice_the_floor(run, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
 def test_shipped_digits_hold_their_distance(run, tmp_path):
-    """The bundle that ddpm-export makes of them by itself: ddpm-compare measured 9.6, and a floor of 3.3."""
+    """The bundle that ddpm-export makes of them by itself: ddpm-compare measured 10.0, and a floor of 3.3."""
     result = run("ddpm-export", pretrained("mnist"), tmp_path / "bundle")
-    assert "DPMSolverMultistepScheduler, 30 network calls" in result.stdout
+    assert "DPMSolverMultistepScheduler, 20 network calls" in result.stdout
     argv = ("--dataset", MNIST, "--output", tmp_path / "report.json")
     assert run("ddpm-evaluate", tmp_path / "bundle", *argv).returncode == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["distances"][0] < 10.5
+    assert report["distances"][0] < 10.7
     assert 3 < report["floors"][0] < 3.5

@@ -4,25 +4,15 @@ import math
 
 import numpy as np
 import pytest
+from helpers import PHILOX_ANSWERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from ddpm_mlp_pipeline.export.noise import normal, philox
 
-# Random123's known-answer tests for philox4x32-10 (kat_vectors): counter, key, result
-KNOWN_ANSWERS = [
-    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
 
-
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+@pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_ANSWERS)
 def test_philox_gives_the_published_answers(counter, key, expected):
     words = philox(tuple(np.array([word], dtype=np.uint64) for word in counter), tuple(key))
     assert [int(word[0]) for word in words] == expected

@@ -6,25 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_one_line_error
+from helpers import PHILOX_ANSWERS, ROOT, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
 from ddpm_mlp_pipeline.export.noise import normal
 
 DDPM_JS = ROOT / "export" / "web" / "ddpm.js"
 SAMPLE, SAMPLER = (ROOT / "export" / "ports" / name for name in ("sample.mjs", "sampler.mjs"))
-
-
-# Random123's known-answer tests for philox4x32-10 (kat_vectors): counter, key, result
-KNOWN_ANSWERS = [
-    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
 
 
 @pytest.fixture
@@ -53,7 +41,7 @@ def test_philox_gives_the_published_answers(javascript):
           return Array.from(out);
         }));
     """
-    assert javascript(script, KNOWN_ANSWERS) == [expected for _, _, expected in KNOWN_ANSWERS]
+    assert javascript(script, PHILOX_ANSWERS) == [expected for _, _, expected in PHILOX_ANSWERS]
 
 
 # Seeds of one word and of two, beyond doubles; samples and draws that begin within a block, and far into the stream.
