@@ -22,6 +22,7 @@ from .noise import normal
 from .step_table import EPS, X_0, StepTable, X, Z
 
 FORMAT, VERSION = "ddpm-bundle", 1
+MAX_SAMPLES = 2**32  # a sample's index is one word of the noise's counter
 # Numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in the cache
 NOISE_CHUNK = 2**16
 
@@ -116,6 +117,8 @@ class OnnxSampler:
         """
         if num_samples < 1 or batch_size < 1:
             raise ConfigurationError(f"num_samples and batch_size must be at least 1, got {num_samples}, {batch_size}")
+        if num_samples > MAX_SAMPLES:
+            raise ConfigurationError(f"a seed has {MAX_SAMPLES} samples at most, got {num_samples}")
         batch_size = min(batch_size, math.ceil(num_samples / self.num_threads))
         samples = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
         workers = min(self.num_threads, len(samples))

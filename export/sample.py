@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ from ddpm_mlp_pipeline.files import whole_file, whole_folder
 from .runtime import OnnxSampler
 from .schedulers import SCHEDULERS
 
+MAX_POINTS, MAX_GRID = 10**6, 2**28  # of one picture: points; numbers, that is bytes
 PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigurationError(f"{args.output} must end in .png, .npy or .csv, or be a folder's name")
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
-    write = find_writer(sampler.sample_shape, args.output.suffix)
+    write = find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
 
     whole = whole_file if args.output.suffix else whole_folder
     with (
@@ -68,11 +70,11 @@ def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps
     return OnnxSampler(source)
 
 
-def find_writer(sample_shape: tuple[int, ...], suffix: str):
-    """What writes such samples, batch by batch, to a path of that ending (or, without one, to a folder).
+def find_writer(sample_shape: tuple[int, ...], suffix: str, number: int):
+    """What writes so many such samples, batch by batch, to a path of that ending (or, without one, to a folder).
 
     Raises:
-        ConfigurationError: if they can't be written in that format.
+        ConfigurationError: if they can't be written in that format. (A picture has to fit into memory.)
     """
     if suffix == ".npy":
         return _write_npy
@@ -83,11 +85,16 @@ def find_writer(sample_shape: tuple[int, ...], suffix: str):
             raise ConfigurationError("a folder is for images, but these are points: use .png, .npy or .csv")
         if sample_shape[0] < 2:
             raise ConfigurationError("a picture needs points of at least two coordinates: use .npy or .csv")
+        if number > MAX_POINTS:
+            raise ConfigurationError(f"a picture holds {MAX_POINTS:,} points at most: use .npy or .csv")
         return _write_scatter
     if suffix == ".csv":
         raise ConfigurationError("a .csv holds points, but these are images: use .png, .npy or a folder")
     if sample_shape[0] not in (1, 3):
         raise ConfigurationError(f"a picture needs 1 or 3 channels, not {sample_shape[0]}: use .npy")
+    if suffix and number * math.prod(sample_shape) > MAX_GRID:
+        limit = MAX_GRID // math.prod(sample_shape)
+        raise ConfigurationError(f"a grid holds {limit:,} images of this size at most: use .npy or a folder")
     return _write_grid if suffix else _write_folder
 
 

@@ -123,6 +123,11 @@ def test_wrong_samplings_end_in_one_line(run, ddim_bundle, tmp_path):
     for argv, fragments in [
         ((ddim_bundle, "--num_samples", 0, "--output", ok), ["--num_samples", "at least 1"]),
         ((ddim_bundle, "--num_samples", -2, "--output", ok), ["--num_samples", "at least 1"]),
+        ((ddim_bundle, "--num_samples", 10**6 + 1, "--output", ok), ["1,000,000 points at most", ".npy"]),
+        (
+            (ddim_bundle, "--num_samples", 2**32 + 1, "--output", ok.with_suffix(".npy")),
+            ["4294967296 samples at most"],
+        ),
         ((ddim_bundle, "--num_samples", "many", "--output", ok), ["--num_samples", "'many'"]),
         ((ddim_bundle, "--batch_size", 0, "--output", ok), ["--batch_size"]),
         ((ddim_bundle, "--seed", -1, "--output", ok), ["--seed"]),
