@@ -1,15 +1,18 @@
 """The commands of export and runtime, as a user runs them."""
 
+import os
 import resource
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_one_line_error
+from diffusers import DDPMScheduler
+from helpers import ROOT, SCRIPTS, assert_one_line_error
 from PIL import Image
 
-from ddpm_mlp_pipeline import OnnxSampler, pretrained
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
 
 BASE_INSTALL = """
 import sys
@@ -196,3 +199,18 @@ def test_wrong_exports_end_in_one_line(run, tmp_path):
     ]:
         assert_one_line_error(run("ddpm-export", *argv), *fragments)
     assert not bundle.exists()
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """10,000 images of 12 KiB stream to the disk: they would take 117 MiB."""
+    DDPMMLPPipeline(MLPModel(3, 32, hidden_dim=8), DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 1)
+    peaks = []
+    for number in (1_000, 10_000):
+        argv = (SCRIPTS / "ddpm-sample", tmp_path / "bundle", "--num_samples", number, "--output", tmp_path / "a.npy")
+        process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2))
+    assert (tmp_path / "a.npy").stat().st_size > 117 * 2**20
+    assert peaks[1] - peaks[0] < 20
