@@ -8,7 +8,7 @@ SHIPPED := heart swiss_roll mnist
 MNIST ?= ylecun/mnist
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint pretrained features pictures clean
+.PHONY: demo test lint pretrained features pictures schedulers clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -33,7 +33,7 @@ lint: .venv/installed
 	$(BIN)/ruff format .
 
 # MNIST comes from the hub, unless MNIST names a folder that load_dataset takes.
-pretrained features: HF_HUB_OFFLINE := 0
+pretrained features pictures schedulers: HF_HUB_OFFLINE := 0
 
 # Train the checkpoints that the package ships. Their code stays two lines that import the package's own.
 pretrained: .venv/installed
@@ -56,9 +56,17 @@ pictures: .venv/installed
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/heart runs/heart-onnx
 	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/heart.png
 	cp runs/heart/process.gif docs/heart.gif
-	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx --scheduler ddpm --num_inference_steps 100
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx
 	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/mnist.png
 	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/mnist_reverse.png
+	$(BIN)/ddpm-plot forward ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) --output docs/mnist_forward.png
+	PAGE_PICTURE=docs/page.png $(BIN)/python -m pytest -q tests/export/test_page.py -k picture
+	SCHEDULERS_TABLE=docs/schedulers.txt $(BIN)/python -m pytest -q tests/export/test_compile.py
+
+# How good each sampler is on MNIST's weights, and how fast: half an hour on two cores, resumed where it was.
+schedulers: .venv/installed
+	$(BIN)/ddpm-compare ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) --output runs/schedulers.json \
+		--figure docs/schedulers.png
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
