@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.num_inference_steps,
         sampler=args.sampler,
         precision=args.precision,
-        **dict(args.scheduler_options),
+        scheduler_options=dict(args.scheduler_options),
     )
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError, explain_missing_extra
+from ddpm_mlp_pipeline.files import whole_file
 
 from .runtime import OnnxSampler
 from .schedulers import scheduler_option
+from .step_table import StepTable
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 STEPS = (10, 20, 30, 50)
 SAMPLERS = (
@@ -66,64 +72,90 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explain_missing_extra("ddpm-compare", "export"):
         from .exporter import export_bundle
     with explain_missing_extra("ddpm-compare", "train"):
-        import torch
-
         from ddpm_mlp_pipeline.data.images import load_images
         from ddpm_mlp_pipeline.loading import load_checkpoint, load_features
         from ddpm_mlp_pipeline.metrics import FrechetDistance, to_uint8
 
-    rows = json.loads(args.output.read_text()) if args.output.is_file() else []
+    run = {
+        "checkpoint": str(args.checkpoint),
+        "dataset": args.dataset,
+        "split": args.split,
+        "num_samples": args.num_samples,
+        "features": str(args.features),
+    }
+    known = _read(args.output)
+    _write(known, args.output)  # a place that can't be written to is found before the work
     trained_with = load_checkpoint(args.checkpoint).scheduler
+    tables = {}
+    for scheduler in args.schedulers:
+        for num_inference_steps in args.num_inference_steps:
+            try:
+                tables[scheduler, num_inference_steps] = _compile(scheduler, num_inference_steps, trained_with)
+            except UnsupportedSchedulerError as error:
+                print(error)
+    if not tables:
+        raise ConfigurationError("there is nothing to compare")
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_bundle(args.checkpoint, bundle, "ddpm", 10)
-        sampler = OnnxSampler(bundle)
-        if sampler.is_points:
-            raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
-        channels, height, width = sampler.sample_shape
-        torch.set_num_threads(sampler.num_threads)
+        channels, height, width = _sample_shape(bundle)
         images = load_images(args.dataset, args.split, height if height == width else None, "resize", channels)
         distance = FrechetDistance([images], load_features(args.features))
-        for row in _configurations(args.schedulers, args.num_inference_steps):
-            if any(row.items() <= other.items() for other in rows):
-                continue
-            samplers = _with_table(bundle, trained_with, row)
-            if samplers is None:
-                continue
-            row["network_calls"] = len(samplers)
-            row["frechet_distance"] = distance(
-                to_uint8(np.nan_to_num(batch)) for batch in samplers.batches(args.num_samples, 0, BATCH_SIZES[-1])
-            )
+        rows = []
+        for (scheduler, num_inference_steps), table in tables.items():
+            row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
+            row["network_calls"] = len(table)
+            table.save(bundle / "step_table.json")
+            sampler = OnnxSampler(bundle)
+            before = next((other for other in known if row.items() <= other.items()), None)
+            if before is None:
+                batches = sampler.batches(args.num_samples, 0, BATCH_SIZES[-1])
+                row["frechet_distance"] = distance(to_uint8(np.nan_to_num(batch)) for batch in batches)
+                known.append(row)
+                _write(known, args.output)
+            else:
+                row = before
+            row["ms_per_image"] = {str(size): _milliseconds(sampler, size) for size in BATCH_SIZES}
             rows.append(row)
-            args.output.write_text(json.dumps(rows, indent=2))
-            print(f"{row['scheduler']:40} {row['num_inference_steps']:>4} {row['frechet_distance']:>9.2f}", flush=True)
-        for row in rows:
-            samplers = _with_table(bundle, trained_with, row)
-            row["ms_per_image"] = {str(size): _milliseconds(samplers, size) for size in BATCH_SIZES}
-    args.output.write_text(json.dumps(rows, indent=2))
+            print(f"{scheduler}, {num_inference_steps} steps: {row['frechet_distance']:.2f}", flush=True)
+    _write(known, args.output)
     print(_table(rows))
     if args.figure is not None:
         _draw(rows, args.figure)
 
 
-def _configurations(schedulers: Iterable[str], steps: Iterable[int]) -> Iterable[dict[str, Any]]:
-    for scheduler in schedulers:
-        for num_inference_steps in steps:
-            yield {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
+def _read(path: Path) -> list[dict[str, Any]]:
+    """What an earlier run has measured."""
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [row for row in rows if row["frechet_distance"] >= 0]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigurationError(f"{path} does not hold what ddpm-compare writes") from None
 
 
-def _with_table(bundle: Path, trained_with: Any, row: dict[str, Any]) -> OnnxSampler | None:
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+
+
+def _compile(words: str, num_inference_steps: int, trained_with: SchedulerMixin) -> StepTable:
     from .compile import compile_scheduler, make_scheduler, split_options
 
-    name, _, words = row["scheduler"].partition(":")
-    own, of_steps = split_options(name, dict(scheduler_option(word) for word in words.split(",") if word))
+    name, _, options = words.partition(":")
     try:
-        table = compile_scheduler(make_scheduler(name, trained_with, **own), row["num_inference_steps"], **of_steps)
-    except UnsupportedSchedulerError as error:
-        print(error)
-        return None
-    table.save(bundle / "step_table.json")
-    return OnnxSampler(bundle)
+        own, of_steps = split_options(name, dict(scheduler_option(option) for option in options.split(",") if option))
+    except argparse.ArgumentTypeError as error:
+        raise ConfigurationError(f"--schedulers {words}: {error}") from None
+    return compile_scheduler(make_scheduler(name, trained_with, **own), num_inference_steps, **of_steps)
+
+
+def _sample_shape(bundle: Path) -> tuple[int, ...]:
+    sampler = OnnxSampler(bundle)
+    if sampler.is_points:
+        raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
+    return sampler.sample_shape
 
 
 def _milliseconds(sampler: OnnxSampler, size: int) -> float:

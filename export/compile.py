@@ -21,6 +21,8 @@ from .step_table import EPS, X_0, StepTable, X, Z
 
 NUM_PROBES = 128  # equations for each step's unknowns, of which there are 4 · MAX_HISTORY at most
 MAX_HISTORY = 16  # network calls: multistep solvers remember up to four outputs; PNDM's first of these are four apart
+# What diffusers raises where an option's value makes no sense
+WRONG_OPTION = (ValueError, TypeError, IndexError, AttributeError, ArithmeticError, NotImplementedError)
 # What rounding may leave of a step, and of a whole trajectory, relative to its outcome: in float64; and in float32, in
 # which some schedulers compute whatever they are given.
 TOLERANCES = ((1e-9, 1e-6), (1e-6, 1e-4))
@@ -43,16 +45,20 @@ def make_scheduler(name: str, like: SchedulerMixin, **options: Any) -> Scheduler
         raise ConfigurationError(f"{cls.__name__} has no option {', '.join(sorted(unknown))}")
     try:
         return cls.from_config(_whole_config(like), **options)
-    except (ValueError, NotImplementedError) as error:
+    except WRONG_OPTION as error:
         raise ConfigurationError(f"{cls.__name__}: {error}") from None
 
 
 def split_options(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A scheduler's own options, and those of its steps, such as DDIM's `eta`."""
-    cls = _class_of(name)
-    of_steps = inspect.signature(cls.step).parameters.keys() - inspect.signature(cls).parameters.keys()
+    of_steps = _options_of_steps(_class_of(name))
     own = {key: value for key, value in options.items() if key not in of_steps}
     return own, {key: value for key, value in options.items() if key in of_steps}
+
+
+def _options_of_steps(cls: type[SchedulerMixin]) -> set[str]:
+    given = {"self", "model_output", "timestep", "sample", "generator", "variance_noise", "return_dict"}
+    return set(inspect.signature(cls.step).parameters) - set(inspect.signature(cls).parameters) - given
 
 
 def _class_of(name: str) -> type[SchedulerMixin]:
@@ -94,17 +100,20 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
         raise UnsupportedSchedulerError(f"{name} with thresholding can't be compiled: it depends on whole samples")
     if str(options.get("variance_type")).startswith("learned"):
         raise UnsupportedSchedulerError(f"{name} with a learned variance can't be compiled: it needs another network")
-    unknown = set(step_options) - set(inspect.signature(scheduler.step).parameters)
+    unknown = set(step_options) - _options_of_steps(type(scheduler))
     if unknown:
         raise ConfigurationError(f"{name}'s steps take no {', '.join(sorted(unknown))}")
 
-    clip_range = float(options["clip_sample_range"]) if options.get("clip_sample") else None
-    probes = _Probes(scheduler, num_inference_steps, clip_range)
     try:
-        steps = list(_steps(scheduler, num_inference_steps, probes, step_options))
+        clip_range = float(options["clip_sample_range"]) if options.get("clip_sample") else None
+        if clip_range is not None and not 0 < clip_range < np.inf:
+            raise ValueError(f"clip_sample_range must be positive, got {clip_range}")
+        with torch.random.fork_rng(devices=[]):  # some of the steps draw from the global generator
+            probes = _Probes(scheduler, num_inference_steps, clip_range)
+            steps = list(_steps(scheduler, num_inference_steps, probes, step_options))
     except UnsupportedSchedulerError:
         raise
-    except (ValueError, IndexError, TypeError, NotImplementedError) as error:
+    except WRONG_OPTION as error:
         raise ConfigurationError(f"{name} can't take {num_inference_steps} such steps: {error}") from None
     fits = ((_to_next(steps, probes.x_0, fit), replay) for fit, replay in TOLERANCES)
     to_next, replay_tolerance = next(((found, replay) for found, replay in fits if found is not None), (None, None))
@@ -258,7 +267,7 @@ def _to_next(steps: list[_Step], x_0: list[np.ndarray], tolerance: float) -> np.
             return None
         for place, coefficient in coefficients.items():
             to_next[(k, *place)] = coefficient
-    history = max(1, *(np.flatnonzero(to_next.any(axis=(0, 2))) + 1))
+    history = max([1, *(np.flatnonzero(to_next.any(axis=(0, 2))) + 1)])
     return to_next[:, :history]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from onnxscript import opset20 as op
 
 import ddpm_mlp_pipeline
-from ddpm_mlp_pipeline.errors import BundleError, DivergenceError, ParityError
+from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, DivergenceError, ParityError
 from ddpm_mlp_pipeline.files import whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
@@ -75,7 +76,7 @@ def export_bundle(
     tolerance: float = 1e-4,
     sampler: str | None = None,
     precision: str = "fp32",
-    **scheduler_options: Any,
+    scheduler_options: dict[str, Any] | None = None,
 ) -> ExportReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
 
@@ -106,6 +107,9 @@ def export_bundle(
         ParityError: if bundle and pipeline differ by more than the tolerance; none is written then.
         DivergenceError: if the sampler blows up: more than one sample in a hundred is far outside of the data's range.
     """
+    if precision not in ("fp32", "fp16", "int8"):
+        raise ConfigurationError(f"precision must be fp32, fp16 or int8, got {precision!r}")
+    scheduler_options = scheduler_options or {}
     bundle = Path(bundle)
     if bundle.is_dir() and not {file.name for file in bundle.iterdir()} <= FILES:
         raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
@@ -130,12 +134,6 @@ def export_bundle(
         )
         (folder / "bundle.json").write_text(info + "\n", encoding="utf-8")
         strays = _strays(folder, data_range)
-        if strays > MAX_STRAYS:
-            raise DivergenceError(
-                f"{table.scheduler} with {num_inference_steps} steps blows up: {strays:.0%} of its samples are more "
-                f"than {STRAY_LIMIT:g} times as large as any data. The bundle is not written; ddpm and ddim clip what "
-                "they predict to the data's range"
-            )
         parity = compare(pipeline, folder, num_inference_steps, tolerance)
         if not parity.ok:
             message = f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written"
@@ -143,18 +141,30 @@ def export_bundle(
         report = ExportReport(parity, strays)
         if precision != "fp32":
             report.precision_error = reduce_precision(folder, precision)
+            report.strays = _strays(folder, data_range)
         if sampler is not None:
             onnx.save(build_sampler(folder, sampler), folder / "sampler.onnx")
             report.sampler_difference = compare_sampler(folder)
+            # Where int8 rounds, the least difference becomes one of a whole level.
+            allowed = math.inf if precision == "int8" else max(tolerance, *parity.amplifications.values())
+            if not report.sampler_difference <= allowed:
+                raise ParityError("sampler.onnx differs from the runtime: the bundle is not written", report)
     return report
 
 
 def _strays(bundle: Path, data_range: float) -> float:
-    """The share of a bundle's samples that have a value far outside of the data's range."""
+    """The share of a bundle's samples that have a value far outside of the data's range; an error if it is large."""
     sampler = OnnxSampler(bundle)
     *_, last = sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES)
     largest = np.abs(last.sample).reshape(len(last.sample), -1).max(axis=1)
-    return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
+    strays = float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
+    if strays > MAX_STRAYS:
+        raise DivergenceError(
+            f"{sampler.table.scheduler} with {len(sampler)} network calls blows up: {strays:.0%} of its samples are "
+            f"more than {STRAY_LIMIT:g} times as large as any data. The bundle is not written; ddpm and ddim clip "
+            "what they predict to the data's range"
+        )
+    return strays
 
 
 def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: Path) -> None:

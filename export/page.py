@@ -112,13 +112,19 @@ def _registry() -> str:
 
 
 def _download(archive: BinaryIO) -> None:
-    registry = _registry()
-    host = urllib.parse.urlsplit(registry).hostname or registry  # the address itself may hold a password
+    host = "of this machine"  # never the address itself, which may hold a password
     try:
-        if urllib.parse.urlsplit(registry).scheme not in ("http", "https"):
+        parts = urllib.parse.urlsplit(_registry())
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("its address must begin with https://")
+        host = parts.hostname
+        login, _, place = parts.netloc.rpartition("@")
+        request = urllib.request.Request(f"{parts.scheme}://{place}{parts.path}/{PACKAGE}/-/{PACKAGE}-{VERSION}.tgz")
+        if login:
+            token = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {token}")
         sha, size = hashlib.sha512(), 0
-        with urllib.request.urlopen(f"{registry}/{PACKAGE}/-/{PACKAGE}-{VERSION}.tgz", timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             while chunk := response.read(2**20):
                 sha.update(chunk)
                 archive.write(chunk)
@@ -127,6 +133,8 @@ def _download(archive: BinaryIO) -> None:
         if base64.b64encode(sha.digest()).decode() != INTEGRITY:
             raise ValueError("what it sends has another SHA-512 than the published package")
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        if isinstance(error, http.client.InvalidURL):
+            error = "its address is not valid"
         raise ConfigurationError(
             f"can't download {PACKAGE} {VERSION} from the npm registry {host}: {error}; "
             "without a network, name an unpacked package by --onnxruntime_web"

@@ -24,8 +24,8 @@ class ParityReport:
     Attributes:
         differences: after each step, float64 `[steps]`, for each batch size.
         timesteps: of the steps.
-        tolerance: what the last step's may be,
-        amplifications: or, for each batch size, how far the pipeline ends from itself when its initial noise is moved
+        tolerance: what the last step's may be, unless rounding explains more.
+        amplifications: for each batch size, how far the pipeline ends from itself when its initial noise is moved
             by a hundredth of the tolerance. Some samples stand between two outcomes, and make much of any rounding.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ddpm_mlp_pipeline.errors import ConfigurationError
 
+from .noise import normal
 from .runtime import OnnxSampler
 
 CALIBRATION_SAMPLES, CALIBRATION_STEPS = 16, 25
+MIN_SIZE = 1024  # of weights worth halving: the frequencies of the timestep's embedding, say, need their digits
 
 
 def reduce_precision(bundle: str | os.PathLike, precision: str) -> float:
@@ -50,9 +53,10 @@ def reduce_precision(bundle: str | os.PathLike, precision: str) -> float:
 def _trajectory(sampler: OnnxSampler) -> Iterator[dict[str, np.ndarray]]:
     """What the network is given on the way from noise to samples."""
     every = max(1, len(sampler) // CALIBRATION_STEPS)
-    x = None
-    for step in sampler.steps(CALIBRATION_SAMPLES):
-        if x is not None and step.index % every == 0:
+    x_T = normal(0, range(CALIBRATION_SAMPLES), math.prod(sampler.sample_shape), range(1))
+    x = x_T.reshape(-1, *sampler.sample_shape) * np.float32(sampler.table.initial_scale)
+    for step in sampler.steps(CALIBRATION_SAMPLES, seed=0):
+        if step.index % every == 0:
             yield {"sample": x, "timestep": np.array(step.timestep, dtype=np.float32)}
         x = step.sample
 
@@ -60,7 +64,7 @@ def _trajectory(sampler: OnnxSampler) -> Iterator[dict[str, np.ndarray]]:
 def _halve(path: Path) -> None:
     model = ir.load(path)
     for name, value in list(model.graph.initializers.items()):
-        if value.dtype == ir.DataType.FLOAT:
+        if value.dtype == ir.DataType.FLOAT and value.const_value.size >= MIN_SIZE:
             half = ir.tensor(value.const_value.numpy().astype(np.float16), name=f"{name}.half")
             stored = ir.val(half.name, const_value=half)
             cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})

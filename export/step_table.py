@@ -59,7 +59,9 @@ class StepTable:
                 raise BundleError(f"a step table's {name} must have the shape {shape}, not {array.shape}")
             if not np.isfinite(array).all():
                 raise BundleError(f"a step table's {name} must be finite")
-        for k in range(min(calls, history)):
+        if history > calls:
+            raise BundleError(f"a step table of {calls} rows can't look back over {history}")
+        for k in range(history):
             if self.to_next[k, k + 1 :].any():
                 raise BundleError(f"a step table's row {k} can't use what was before the first")
         if not 0 < self.initial_scale < np.inf:
@@ -85,10 +87,10 @@ class StepTable:
     @property
     def is_stochastic(self) -> np.ndarray:
         """bool `[calls]`: whether the noise of the call is used, by its own step or a later one."""
-        used = np.zeros(len(self) + self.history, dtype=bool)
+        used = np.zeros(len(self), dtype=bool)
         for i in range(self.history):
-            used[: len(self)][: len(self) - i] |= self.to_next[i:, i, Z] != 0
-        return used[: len(self)]
+            used[: len(self) - i] |= self.to_next[i:, i, Z] != 0
+        return used
 
     @property
     def summary(self) -> str:
@@ -117,7 +119,7 @@ class StepTable:
         head |= {"initial_scale": self.initial_scale, "clip_range": self.clip_range}
         rows = []
         for t, to_x_0, to_next in zip(self.timesteps, self.to_x_0, self.to_next, strict=True):
-            used = max(1, *(np.flatnonzero(to_next.any(axis=1)) + 1))
+            used = max([1, *(np.flatnonzero(to_next.any(axis=1)) + 1)])
             rows.append(json.dumps({"timestep": float(t), "to_x_0": list(to_x_0), "to_next": to_next[:used].tolist()}))
         text = json.dumps(head)[:-1] + ', "steps": [\n' + ",\n".join(rows) + "\n]}\n"
         Path(path).write_text(text, encoding="utf-8")

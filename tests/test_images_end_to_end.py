@@ -108,6 +108,14 @@ def test_comparing_schedulers(trained, squares, run, tmp_path):
     assert len(rows) == 6
     assert all(row["frechet_distance"] > 0 and row["ms_per_image"]["1"] > 0 for row in rows.values())
     assert rows["ddpm", 4]["network_calls"] == 4
+    # What is there isn't measured again, but for its time; of another number of samples, it is.
+    output.write_text(output.read_text().replace(str(rows["ddpm", 4]["frechet_distance"]), "123.25"))
+    again = run(*argv[:-2])
+    assert "ddpm, 4 steps: 123.25" in again.stdout
+    assert "ddpm, 4 steps: 123.25" not in run(*argv[:7], 71, *argv[8:-2]).stdout
+    assert_one_line_error(run(*argv[:-1], "ddim:eta"), "NAME=VALUE")
+    output.write_text('{"a": 1}')
+    assert_one_line_error(run(*argv[:-1]), "does not hold what ddpm-compare writes")
     assert "solver_order=3" in result.stdout
     with Image.open(tmp_path / "figure.png") as picture:
         assert picture.size == (800, 500)

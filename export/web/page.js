@@ -112,6 +112,13 @@ function read(input, parse, ...more) {
   }
 }
 
+/** Show the last of the frames there are, and let the slider go that far. */
+function showLast() {
+  stepInput.max = Math.max(0, frames.length - 1); // before its value, which it bounds
+  stepInput.value = stepInput.max;
+  show(frames.length - 1);
+}
+
 async function draw() {
   const seed = read(seedInput, parseSeed), count = read(countInput, parseCount, model.maxCount);
   const { numCalls } = model;
@@ -126,7 +133,7 @@ async function draw() {
   const pause = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(150, 2000 / numCalls);
   let seconds = 0, shown = performance.now();
   await ask("start", { numSamples: count, seed });
-  for (let k = 0; k < numCalls && !run.stopped; k++) {
+  for (let k = 0; k < numCalls && !(run.stopped && frames.length); k++) {
     const { timestep, milliseconds, initial, sample } = await ask("step");
     seconds += milliseconds / 1000;
     if (initial) frames.push({ label: `noise, before the first of ${plural(numCalls, "step")}`, samples: initial });
@@ -142,9 +149,7 @@ async function draw() {
       await new Promise((resolve) => setTimeout(resolve)); // let the browser paint
     }
   }
-  stepInput.max = frames.length - 1; // before its value, which it bounds
-  stepInput.value = frames.length - 1;
-  show(frames.length - 1);
+  showLast();
   const last = frames.at(-1).samples;
   const outside = model.isPoints ? countOutside(last, model.dimension, model.axes) : 0;
   status.textContent = run.stopped
@@ -169,6 +174,7 @@ form.addEventListener("submit", async (event) => {
     status.dataset.state = "failed";
     status.textContent = "";
     progress.value = 0;
+    if (frames.length) showLast();
     showError(error.message);
   }
   drawing = null;

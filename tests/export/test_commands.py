@@ -94,7 +94,7 @@ def test_export_from_a_checkout_and_sample(run, tmp_path):
     result = run(sys.executable, "-m", "export", *argv, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "largest difference between pipeline and bundle" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith(f"{bundle}: ddpm, 10 steps")
+    assert result.stdout.splitlines()[-1].startswith(f"{bundle}: DDPMScheduler, 10 network calls")
     assert result.stderr == ""
     installed = run("ddpm-export", *argv)
     assert installed.stdout == result.stdout

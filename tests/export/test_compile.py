@@ -25,6 +25,7 @@ from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerErr
 from ddpm_mlp_pipeline.export.compile import make_scheduler
 from ddpm_mlp_pipeline.export.exporter import export_network
 from ddpm_mlp_pipeline.export.parity import compare
+from ddpm_mlp_pipeline.export.schedulers import SCHEDULERS
 
 TABLE_HEAD = """\
 Every stock scheduler with its options, 10 steps: torch's pipeline with a known network of float32, against the bundle.
@@ -265,6 +266,35 @@ def test_a_long_table_looks_back_as_little_as_a_short_one():
 def test_what_can_not_be_compiled_is_refused_by_name(scheduler, steps, reason):
     with pytest.raises(UnsupportedSchedulerError, match=reason):
         compile_scheduler(scheduler, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "options"),
+    [
+        ("lcm", 100, {}),  # which has 50 at most
+        ("ddim", 10, {"timestep_spacing": "magic"}),
+        ("ddim", 10, {"prediction_type": "magic"}),
+        ("ddim", 10, {"clip_sample_range": "wide"}),
+        ("ddim", 10, {"clip_sample_range": 0}),
+        ("deis", 10, {"solver_order": "magic"}),
+        ("ddpm", 10, {"num_train_timesteps": "many"}),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(name, steps, options):
+    like = DDPMScheduler(clip_sample_range=2.0)
+    with pytest.raises(ConfigurationError, match=SCHEDULERS[name]):
+        compile_scheduler(make_scheduler(name, like, **options), steps)
+
+
+def test_compiling_leaves_torchs_random_numbers_alone():
+    state = torch.get_rng_state()
+    compile_scheduler(DDPMScheduler(), 5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_scheduler_that_forgets_everything():
+    """IPNDM's only step of one ends at 0."""
+    assert not compile_scheduler(make_scheduler("ipndm", DDPMScheduler()), 1).to_next.any()
 
 
 def test_unknown_schedulers_and_options_are_refused_by_name():

@@ -543,7 +543,18 @@ def test_a_wrong_download_leaves_nothing(ddim_bundle, registry, tmp_path, damage
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("address", ["http://user:secret@127.0.0.1:1", "file:///etc", "nonsense"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://user:secret@127.0.0.1:1",
+        "http://user:secret@127.0.0.1",
+        "https://127.0.0.1:secret/",
+        "user:secret@127.0.0.1",
+        "http://[secret",
+        "file:///etc",
+        "nonsense",
+    ],
+)
 def test_no_registry_is_one_error_that_keeps_secrets(ddim_bundle, registry, tmp_path, monkeypatch, address):
     monkeypatch.setenv("npm_config_registry", address)
     with pytest.raises(ConfigurationError, match="can't download onnxruntime-web") as error:

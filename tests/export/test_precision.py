@@ -56,7 +56,6 @@ def test_int8_is_in_the_convolutions(checkpoint, expected, tmp_path):
 
 
 def test_a_network_without_convolutions_has_no_int8(ddim_bundle, tmp_path):
-
     shutil.copytree(ddim_bundle, tmp_path / "bundle")
     with pytest.raises(ConfigurationError, match="convolutions"):
         reduce_precision(tmp_path / "bundle", "int8")

@@ -36,7 +36,8 @@ def draw(bundle, num_samples, seed):
     ],
 )
 def test_it_draws_the_runtimes_samples(tmp_path, scheduler, options):
-    export_bundle(pretrained("swiss_roll"), tmp_path / "b", scheduler, 12, sampler="float32", **options)
+    bundle = tmp_path / "b"
+    export_bundle(pretrained("swiss_roll"), bundle, scheduler, 12, sampler="float32", scheduler_options=options)
     runtime = OnnxSampler(tmp_path / "b")
     for num_samples, seed in ((1, 0), (7, 2**63 - 1), (3000, 2**32)):  # 3,000: noise is drawn for 10 steps at once
         expected = runtime.sample(num_samples, seed)
@@ -131,5 +132,5 @@ def test_points_have_no_bytes(ddim_bundle):
 def test_the_command(run, tmp_path):
     result = run("ddpm-export", pretrained("heart"), tmp_path / "b", "--num_inference_steps", 5, "--sampler")
     assert result.returncode == 0, result.stderr
-    assert "sampler.onnx against the runtime" in result.stdout
+    assert "between sampler.onnx and the runtime" in result.stdout
     assert draw(tmp_path / "b", 2, 0).shape == (2, 2)
