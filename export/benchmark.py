@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 SAME_WEIGHTS = 0.2  # relative error of the outputs: networks of 8 bits have a tenth, those of other weights 1
+PAUSE = 0.2  # seconds
 PRODUCT_SIZE = 2048  # of the square matrices whose product shows the machine's peak
 
 # What a user without the bundle would run, from a fresh process to a picture.
@@ -142,7 +143,6 @@ def _share_of_peak(pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = sampler.num_threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which would slow the network's session
     session = ort.InferenceSession(product.SerializeToString(), options)
     factors = dict.fromkeys(("a", "b"), np.ones((PRODUCT_SIZE, PRODUCT_SIZE), dtype=np.float32))
 
@@ -151,8 +151,9 @@ def _share_of_peak(pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size
         work()
         return time.perf_counter() - start
 
-    works = (lambda: sampler.predict(x, 500), lambda: session.run(None, factors))
-    network, matrix = _alternate([lambda work=work: seconds(work) for work in works], 20)
+    # One after the other, not in turn: the threads of one session wait busily, and would slow the other's.
+    works = (lambda: session.run(None, factors), lambda: sampler.predict(x, 500))
+    matrix, network = (_alternate([functools.partial(seconds, work)], 20)[0] for work in works)
     rates = multiply_adds / network, PRODUCT_SIZE**3 / matrix
     return (
         f"the network, batch {batch_size}: {1000 * network:.3g} ms for {multiply_adds / 1e9:.3g} G multiply-adds, "
@@ -181,7 +182,8 @@ class Contender:
         )
 
     def seconds(self, num_samples: int) -> float:
-        """How long it takes to draw so many samples together."""
+        """How long it takes to draw so many samples together, once the threads of who drew before are asleep."""
+        time.sleep(PAUSE)
         return self._process.submit(_seconds, num_samples).result()
 
     def __enter__(self) -> Contender:
