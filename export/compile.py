@@ -328,7 +328,7 @@ def _check_by_replay(
             rows[k, Z] = step.z
         past = rows[max(0, k + 1 - table.history) : k + 1][::-1]
         x = np.einsum("ij,ijn->n", table.to_next[k, : len(past)], past)
-        error = np.abs(x - step.x_next).max() / np.abs(step.x_next).max()
+        error = np.abs(x - step.x_next).max() / max(np.abs(step.x_next).max(), 1e-30)
         if not error <= tolerance:
             raise UnsupportedSchedulerError(
                 f"{table.scheduler} can't be compiled: beside the scheduler, its table is off by {error:.1e} "
