@@ -41,8 +41,7 @@ def record(bundle: Path, seed: int, num_samples: int = NUM_SAMPLES) -> dict[str,
     """A run, call by call, as JSON's types: see export/FORMAT.md."""
     sampler = OnnxSampler(bundle, num_threads=1)
     table = sampler.table
-    x = normal(seed, range(num_samples), np.prod(sampler.sample_shape), range(1))[0] * np.float32(table.initial_scale)
-    x = x.reshape(num_samples, *sampler.sample_shape)
+    x = sampler.first_input(num_samples, seed)
     calls = []
     for step in sampler.steps(num_samples, seed):
         k = step.index

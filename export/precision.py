@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ddpm_mlp_pipeline.errors import ConfigurationError
 
-from .noise import normal
 from .runtime import OnnxSampler
 
 CALIBRATION_SAMPLES, CALIBRATION_STEPS = 16, 25
@@ -53,9 +51,8 @@ def reduce_precision(bundle: str | os.PathLike, precision: str) -> float:
 def _trajectory(sampler: OnnxSampler) -> Iterator[dict[str, np.ndarray]]:
     """What the network is given on the way from noise to samples."""
     every = max(1, len(sampler) // CALIBRATION_STEPS)
-    x_T = normal(0, range(CALIBRATION_SAMPLES), math.prod(sampler.sample_shape), range(1))
-    x = x_T.reshape(-1, *sampler.sample_shape) * np.float32(sampler.table.initial_scale)
-    for step in sampler.steps(CALIBRATION_SAMPLES, seed=0):
+    x = sampler.first_input(CALIBRATION_SAMPLES)
+    for step in sampler.steps(CALIBRATION_SAMPLES):
         if step.index % every == 0:
             yield {"sample": x, "timestep": np.array(step.timestep, dtype=np.float32)}
         x = step.sample

@@ -172,6 +172,15 @@ class OnnxSampler:
         ):
             yield DenoisingStep(k, float(self.table.timesteps[k]), x)
 
+    def first_input(self, num_samples: int = 1, seed: int = 0) -> np.ndarray:
+        """What the network sees in the first call, float32 `[num_samples, *sample_shape]`."""
+        return self._latents(range(num_samples), seed) * np.float32(self.table.initial_scale)
+
+    def _latents(self, samples: range, seed: int) -> np.ndarray:
+        """x_T, of variance 1."""
+        latents = normal(seed, samples, math.prod(self.sample_shape), range(1))
+        return latents.reshape(len(samples), *self.sample_shape)
+
     def predict(self, sample: np.ndarray, timestep: float) -> np.ndarray:
         """The network alone: ε for x_t, float32 `[batch, *sample_shape]`, both in the network's units."""
         feeds = {"sample": sample.astype(np.float32), "timestep": np.array(timestep, dtype=np.float32)}
@@ -209,7 +218,7 @@ class OnnxSampler:
         if noises is None:
             noises = _noise_of_steps(seed, samples, self.sample_shape, table.is_stochastic)
         if latents is None:
-            latents = normal(seed, samples, math.prod(self.sample_shape), range(1)).reshape(shape)
+            latents = self._latents(samples, seed)
 
         # What the table's coefficients multiply: for each call of the network that is remembered, x, ε, x̂_0 and z. The
         # newest takes the oldest's place. The network reads x and writes ε in place.
