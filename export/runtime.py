@@ -225,6 +225,7 @@ class OnnxSampler:
         history = np.zeros((table.history, 4, size), dtype=np.float32)
         history[0, X].reshape(shape)[...] = latents
         history[0, X] *= np.float32(table.initial_scale)
+        terms = history.reshape(-1, size)
         timestep = np.empty((), dtype=np.float32)
         networks = []
         for x, eps in zip(history[:, X], history[:, EPS], strict=True):
@@ -233,9 +234,11 @@ class OnnxSampler:
             network.bind_input("timestep", "cpu", 0, np.float32, (), timestep.ctypes.data)
             network.bind_output("out_sample", "cpu", 0, np.float32, shape, eps.ctypes.data)
 
-        clip_range, is_stochastic = table.clip_range, table.is_stochastic
-        to_x_0, to_next = table.to_x_0.astype(np.float32), table.to_next.astype(np.float32)
-        places = np.arange(table.history)
+        clip_range, is_stochastic = table.clip_range, table.is_stochastic.tolist()
+        to_x_0 = table.to_x_0.astype(np.float32)
+        calls = np.arange(len(table))[:, None]
+        places = (calls - np.arange(table.history)) % table.history
+        to_next = table.to_next[calls, places].reshape(len(table), -1).astype(np.float32)  # in the order of the places
         for k, t in enumerate(table.timesteps.tolist()):
             place = k % table.history
             now = history[place]
@@ -246,8 +249,7 @@ class OnnxSampler:
                 now[X_0].clip(-clip_range, clip_range, out=now[X_0])
             if is_stochastic[k]:
                 now[Z].reshape(shape)[...] = next(noises)
-            coefficients = to_next[k, (place - places) % table.history]  # in the order of the places
-            x = coefficients.ravel().dot(history.reshape(-1, size))
+            x = to_next[k].dot(terms)
             history[(k + 1) % table.history, X] = x
             yield x.reshape(shape)
 
