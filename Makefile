@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO ?= demo
 LAUNCH := $(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2
-SHIPPED := heart swiss_roll mnist
+SHIPPED := heart swiss_roll swiss_roll_2015 mnist
 MNIST ?= ylecun/mnist
 export HF_HUB_OFFLINE := 1
 
@@ -58,6 +58,8 @@ pictures: .venv/installed
 	cp runs/heart/process.gif docs/heart.gif
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx
 	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/mnist.png
+	$(BIN)/ddpm-plot drift ddpm_mlp_pipeline/checkpoints/swiss_roll_2015 --dataset swiss_roll --dataset_noise 0.001 \
+		--output docs/swiss_roll_2015.png
 	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/mnist_reverse.png
 	$(BIN)/ddpm-plot forward ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) --output docs/mnist_forward.png
 	PAGE_PICTURE=docs/page.png $(BIN)/python -m pytest -q tests/export/test_page.py -k picture

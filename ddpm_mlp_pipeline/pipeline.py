@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -138,12 +138,16 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.scheduler.config.num_train_timesteps
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # Beside ε, the network may predict what makes up the variance, which only this scheduler takes.
+        takes_variance = isinstance(self.scheduler, DDPMScheduler) and "learned" in self.scheduler.config.variance_type
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
 
         x_t = latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             eps = self.unet(self.scheduler.scale_model_input(x_t, t), t).sample
+            if not takes_variance:
+                eps = eps[:, : x_t.shape[1]]
             x_t = self.scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
             if callback_on_step_end is not None:
                 x_t = (callback_on_step_end(self, i, t, {"latents": x_t}) or {}).get("latents", x_t)

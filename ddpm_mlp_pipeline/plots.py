@@ -12,11 +12,14 @@ import torch
 from diffusers import DDPMScheduler
 from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from .errors import ConfigurationError
 from .export.step_table import TERMS, StepTable
 from .files import whole_file
+from .likelihood import BoundEstimate, VariationalBound
 from .pipeline import DDPMMLPPipeline
 
 # Enough to show a density of points or a variety of images; few enough to see single ones
@@ -59,22 +62,25 @@ def draw_training_run(
     return [*figures, *(["process.gif"] if frames else [])]
 
 
-def forward_process(pipeline: DDPMMLPPipeline, x_0: torch.Tensor, seed: int = 0) -> Frames:
+def forward_process(
+    pipeline: DDPMMLPPipeline, x_0: torch.Tensor, seed: int = 0, timesteps: Iterable[int] | None = None
+) -> Frames:
     """x_t at several t (Ho et al. 2020, eq. 4), with one ε for each sample, which so moves along a smooth path.
 
     Args:
         pipeline: whose scheduler is the forward process.
         x_0: data as the network sees them, `[number, *pipeline.sample_shape]`.
         seed: of ε.
+        timesteps: which t; by default about forty of them, from 0, the data, to T.
 
     Returns:
-        x_t by t, from t = 0, the data, to T. (The scheduler counts its timesteps from 0: its t - 1 is the papers' t.)
+        x_t by t. (The scheduler counts its timesteps from 0: its t - 1 is the papers' t.)
     """
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     x = {
         t: scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0
-        for t in _timesteps_to_show(scheduler.config.num_train_timesteps)
+        for t in timesteps or _timesteps_to_show(scheduler.config.num_train_timesteps)
     }
     return {t: _to_show(pipeline, x_t) for t, x_t in x.items()}
 
@@ -133,13 +139,14 @@ def _to_show(pipeline: DDPMMLPPipeline, x_t: torch.Tensor) -> np.ndarray:
 def plot_losses(losses: Sequence[float]) -> Figure:
     """The loss over training, each step's and smoothed over 1 % of them."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss (mean squared error)")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss")
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color=DATA_COLOR, alpha=0.25, linewidth=0.5, label="each step")
     window = max(1, len(losses) // 100)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     axes.plot(steps[window - 1 :], smooth, color=DATA_COLOR, label=f"mean of {window}")
-    axes.set_ylim(0, 1.5 * np.percentile(losses, 99))
+    low, high = np.percentile(losses, [1, 99])
+    axes.set_ylim(min(0, low - 0.25 * (high - low)), high + 0.25 * (high - low))
     axes.legend()
     return figure
 
@@ -163,6 +170,68 @@ def plot_table(table: StepTable) -> Figure:
         )
     axes.axhline(0, color="gray", linewidth=0.5)
     figure.legend(loc="outside right center", fontsize="small", ncols=1 + len(table.terms) // 16)
+    return figure
+
+
+def plot_bound(estimate: BoundEstimate) -> Figure:
+    """The bound's terms by timestep (as in Nichol & Dhariwal 2021, figure 2); those of both ends are in the title."""
+    T = len(estimate.terms) - 1
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="$t$", ylabel="$L_{t-1}$, bits/dim", xscale="log", yscale="log")
+    axes.plot(np.arange(2, T + 1), estimate.terms[1:T] / estimate.dimension, color=DATA_COLOR)
+    axes.grid(which="both", alpha=0.3)
+    first, rest, last = (terms.sum() / estimate.dimension for terms in np.split(estimate.terms, [1, T]))
+    names = ("$L_0$", f"$L_1 + … + L_{{{T - 1}}}$", f"$L_{{{T}}}$")
+    sums = (f"{name} = {value:.3g}" for name, value in zip(names, (first, rest, last), strict=True))
+    axes.set_title(",   ".join(sums), size="medium")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    return figure
+
+
+@torch.no_grad()
+def plot_drift(pipeline: DDPMMLPPipeline, x_0: torch.Tensor, seed: int = 0) -> Figure:
+    """Forward process, reverse process, and what drives the latter, the drift μ_θ(x_t, t) − x_t: at the data, halfway,
+    and at the noise (as in Sohl-Dickstein et al. 2015, figure 1).
+
+    Args:
+        pipeline: for points of two coordinates, with a stock `DDPMScheduler`.
+        x_0: data as the network sees them, `[number, 2]`.
+        seed: of the noise.
+    """
+    T = pipeline.scheduler.config.num_train_timesteps
+    timesteps = [0, T // 2, T]
+    forward = forward_process(pipeline, x_0, seed, timesteps)
+    reverse = reverse_process(pipeline, len(x_0), seed, timesteps)
+    limits = _limits([*forward.values(), *reverse.values()])
+    columns = (np.linspace(low, high, 25)[1:-1] for low, high in zip(*limits, strict=True))
+    grid = torch.tensor(np.stack(np.meshgrid(*columns), axis=-1).reshape(-1, 2), dtype=torch.float32)
+    mean = pipeline.to_data_units(torch.zeros(1, 2))
+    std = pipeline.to_data_units(torch.ones(1, 2)) - mean
+    x_t = (grid - mean) / std
+    bound = VariationalBound(pipeline.scheduler, discretized=False, clip_sample=False)
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    rows = figure.subplots(3, 3)
+    for (above, middle, below), t in zip(rows.T, timesteps, strict=True):
+        _panel(above, forward[t], limits, DATA_COLOR, f"t = {t}")
+        _panel(middle, reverse[t], limits, SAMPLE_COLOR, "")
+        step = max(t, 1)  # the drift is a step's, from x_t to x_{t-1}
+        timestep = torch.full((len(grid),), step - 1)
+        drift = bound.mean(pipeline.unet(x_t, timestep).sample, x_t, timestep).float() - x_t
+        _panel(below, np.empty((0, 2)), limits, DATA_COLOR, f"t = {step}")
+        directions = torch.nn.functional.normalize(drift * std)
+        lengths = drift.norm(dim=1)  # which differ by orders of magnitude: colours show them, and no arrow is lost
+        below.quiver(
+            *grid.T.numpy(),
+            *directions.T.numpy(),
+            lengths.numpy(),
+            norm=LogNorm(),
+            cmap="viridis_r",
+            scale=28,
+            width=0.005,
+        )
+    for (first, *_), name in zip(rows, ("forward process", "reverse process", "drift"), strict=True):
+        first.set_ylabel(name)
     return figure
 
 

@@ -27,12 +27,14 @@ from tqdm.auto import tqdm
 
 from .errors import CheckpointError, ConfigurationError, DivergenceError
 from .files import move_into
+from .likelihood import VariationalBound
 from .pipeline import DDPMMLPPipeline
 
 # diffusers' schedules that need nothing but the numbers of steps
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
-BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "linear_log_snr"]
+MAX_LOG_SNR, MIN_LOG_SNR = 13.3, -5.0
 LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
 
 
@@ -53,6 +55,14 @@ class TrainingArguments:
     ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
     ddpm_beta_schedule: str = option("squaredcos_cap_v2", "the forward process's β", choices=BETA_SCHEDULES)
     prediction_type: str = option("epsilon", "what the network predicts", choices=PREDICTION_TYPES)
+    variance_type: str = option(
+        "fixed_small",
+        "the reverse steps' variance; the network predicts learned_range beside the rest",
+        choices=["fixed_small", "fixed_large", "learned_range"],
+    )
+    loss_type: str = option(
+        "simple", "|ε − ε_θ|², or the variational bound on −log p(x_0)", choices=["simple", "bound"]
+    )
     train_batch_size: int = option(128, "batch size of each process")
     num_epochs: int | None = option(None, "passes over the data set")
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
@@ -92,6 +102,10 @@ class TrainingArguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigurationError(f"{name} must be positive, got {value}")
+        if self.loss_type == "bound" and self.snr_gamma is not None:
+            raise ConfigurationError("snr_gamma weighs the simple loss: leave it out with --loss_type bound")
+        if self.loss_type == "simple" and self.variance_type == "learned_range":
+            raise ConfigurationError("the simple loss knows no variance: learned_range needs --loss_type bound")
         if self.lr_warmup_steps < 0:
             raise ConfigurationError(f"lr_warmup_steps must be at least 0, got {self.lr_warmup_steps}")
         if not 0 <= self.seed < 2**32:
@@ -99,32 +113,35 @@ class TrainingArguments:
         if not 0 <= self.ema_max_decay < 1:
             raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
 
+    @property
+    def num_predictions(self) -> int:
+        """How many numbers the network predicts for each of a sample's: ε or the like, and perhaps the variance."""
+        return 2 if self.variance_type == "learned_range" else 1
+
     def make_scheduler(self, clip_sample_range: float) -> DDPMScheduler:
         """The forward process, for data of at most that magnitude.
 
         Where hardly any signal is left, x_0's prediction is a small difference, divided by √ᾱ_t, near 0: clipping it
         to the data's range is what keeps every sampler's first steps on track.
         """
+        log_snr = self.ddpm_beta_schedule == "linear_log_snr"
         return DDPMScheduler(
             num_train_timesteps=self.ddpm_num_steps,
-            beta_schedule=self.ddpm_beta_schedule,
+            beta_schedule="linear" if log_snr else self.ddpm_beta_schedule,
+            trained_betas=linear_log_snr(self.ddpm_num_steps) if log_snr else None,
             prediction_type=self.prediction_type,
+            variance_type=self.variance_type,
             clip_sample=True,
             clip_sample_range=clip_sample_range,
         )
 
 
-class TensorBatches(Dataset):
-    """Samples in memory as one tensor, of which a batch is one indexing instead of one for each sample."""
-
-    def __init__(self, samples: torch.Tensor):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        return self.samples[indices]
+def linear_log_snr(num_timesteps: int) -> list[float]:
+    """β of a forward process whose log ᾱ_t / (1 − ᾱ_t) falls in equal steps, so that few steps share the bound
+    evenly; its range is where Kingma et al. 2021 (https://arxiv.org/abs/2107.00630) begin to learn theirs."""
+    alphas_cumprod = torch.linspace(MAX_LOG_SNR, MIN_LOG_SNR, num_timesteps, dtype=torch.float64).sigmoid()
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    return (1 - alphas_cumprod / previous).tolist()
 
 
 class LossHistory:
@@ -191,6 +208,7 @@ def train(
     set_seed(args.seed, device_specific=True)
 
     unet, noise_scheduler = pipeline.unet, pipeline.scheduler
+    bound = VariationalBound(noise_scheduler, discretized=not pipeline.is_points, clip_sample=False)
     optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate, fused=True)
     dataloader = DataLoader(
         dataset,
@@ -240,12 +258,16 @@ def train(
             for x_0 in batches:
                 with accelerator.accumulate(unet):
                     # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
-                    # (or on the same of another target than ε: see _target).
+                    # (or on the same of another target than ε: see _target; or on the term of the bound at t).
                     t = torch.randint(noise_scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
                     eps = torch.randn_like(x_0)
                     x_t = noise_scheduler.add_noise(x_0, eps, t)
-                    target = _target(noise_scheduler, x_0, eps, t)
-                    errors = F.mse_loss(unet(x_t, t).sample.float(), target, reduction="none").flatten(1).mean(dim=1)
+                    model_output = unet(x_t, t).sample.float()
+                    if args.loss_type == "bound":
+                        errors = bound.num_timesteps * bound.term(model_output, x_0, x_t, t) / x_0[0].numel()
+                    else:
+                        target = _target(noise_scheduler, x_0, eps, t)
+                        errors = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(dim=1)
                     loss = errors.mean()
                     if args.snr_gamma is None:
                         accelerator.backward(loss)

@@ -99,7 +99,9 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     if options.get("thresholding"):
         raise UnsupportedSchedulerError(f"{name} with thresholding can't be compiled: it depends on whole samples")
     if str(options.get("variance_type")).startswith("learned"):
-        raise UnsupportedSchedulerError(f"{name} with a learned variance can't be compiled: it needs another network")
+        raise UnsupportedSchedulerError(
+            f"{name} with a learned variance can't be compiled: set variance_type=fixed_large, or take ddim"
+        )
     unknown = set(step_options) - _options_of_steps(type(scheduler))
     if unknown:
         raise ConfigurationError(f"{name}'s steps take no {', '.join(sorted(unknown))}")

@@ -32,7 +32,8 @@ from .sampler_graph import build_sampler
 FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
 # Scheduler, steps and options where none are named: ddpm-compare and ddpm-evaluate measure them.
-DEFAULT_OF_POINTS = "ddim", 50, {}
+DEFAULT_STEPS = 50
+DEFAULT_OF_POINTS = "ddim", DEFAULT_STEPS, {}
 DEFAULT_OF_IMAGES = "dpmsolver_multistep", 20, {"algorithm_type": "sde-dpmsolver++"}
 # A sampler that blows up is refused: one of whose samples too many have values that are too large.
 STRAY_POINTS, STRAY_IMAGES, STRAY_LIMIT, MAX_STRAYS = 512, 16, 2.0, 0.01
@@ -86,7 +87,8 @@ def export_bundle(
         scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
             so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
             https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps.
-        num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler.
+        num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler, and
+            never more than the network was trained with.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
             (where the data have a standard deviation, or for images a range, of about 1), unless rounding explains
             more: see `ParityReport`.
@@ -115,12 +117,12 @@ def export_bundle(
         raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
     pipeline = load_checkpoint(checkpoint)
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
+    default_steps = DEFAULT_STEPS
     if scheduler is None:
         scheduler, default_steps, default_options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
-        num_inference_steps = default_steps if num_inference_steps is None else num_inference_steps
         scheduler_options = default_options | scheduler_options
     if num_inference_steps is None:
-        num_inference_steps = 50
+        num_inference_steps = min(default_steps, pipeline.scheduler.config.num_train_timesteps)
     own_options, step_options = split_options(scheduler, scheduler_options)
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **own_options)
     table = compile_scheduler(pipeline.scheduler, num_inference_steps, **step_options)
@@ -180,7 +182,8 @@ def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: P
             self.unet = unet
 
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return self.unet(sample, timestep, return_dict=False)[0]
+            # Without the variance that it may predict beside
+            return self.unet(sample, timestep, return_dict=False)[0][:, : sample.shape[1]]
 
     example = (torch.zeros(2, *sample_shape), torch.tensor(1.0))
     with quiet():

@@ -28,9 +28,11 @@ def test_other_names_are_not():
 
 
 def test_shipped_checkpoints_are_small():
-    for name, parameters, size in (("heart", 39_426, 2e5), ("swiss_roll", 39_426, 2e5), ("mnist", 1_006_273, 6e6)):
+    shipped = {"heart": (39_426, 2e5), "mnist": (1_006_273, 6e6)}
+    shipped |= {"swiss_roll": (39_426, 2e5), "swiss_roll_2015": (39_556, 2e5)}
+    for name, (parameters, size) in shipped.items():
         weights = pretrained(name) / "unet" / "diffusion_pytorch_model.safetensors"
         assert sum(tensor.size for tensor in load_file(weights).values()) == parameters
         assert weights.stat().st_size < size
-    with pytest.raises(ConfigurationError, match="'hart'; there are: heart, mnist, swiss_roll"):
+    with pytest.raises(ConfigurationError, match="'hart'; there are: heart, mnist, swiss_roll, swiss_roll_2015"):
         pretrained("hart")

@@ -198,7 +198,9 @@ def test_model_index_can_not_name_a_module_to_import(heart, tmp_path):
     assert "antigravity" not in sys.modules
 
 
-@pytest.mark.parametrize(("name", "module"), [("heart", "mlp"), ("swiss_roll", "mlp"), ("mnist", "unet")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("heart", "mlp"), ("swiss_roll", "mlp"), ("swiss_roll_2015", "mlp"), ("mnist", "unet")]
+)
 def test_shipped_checkpoints_load_with_diffusers_too(name, module, tmp_path, run):
     load = "DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)"
     prelude = "from diffusers import DiffusionPipeline"

@@ -14,8 +14,9 @@ from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
+from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError, DivergenceError
-from ddpm_mlp_pipeline.training import PREDICTION_TYPES, TensorBatches, _min_snr_weights, _target
+from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, _target
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 

@@ -64,14 +64,18 @@ class ImageTrainingArguments(TrainingArguments):
 def make_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, int]) -> DDPMMLPPipeline:
     """The untrained pipeline, for images of `(channels, height, width)`."""
     channels, *size = sample_shape
+    out_channels = args.num_predictions * channels
     try:
         widths = tuple(int(width) for width in args.block_out_channels.split(","))
         if args.model == "mlp":
-            unet = MLPModel(channels, tuple(size), args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
+            unet = MLPModel(
+                channels, tuple(size), args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
+            )
         elif args.model == "unet":
             unet = SmallUNet2DModel(
                 sample_size=tuple(size),
                 in_channels=channels,
+                out_channels=out_channels,
                 block_out_channels=widths,
                 layers_per_block=args.layers_per_block,
                 attention=args.attention,
@@ -85,7 +89,7 @@ def make_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, in
             unet = UNet2DModel(
                 sample_size=tuple(size),
                 in_channels=channels,
-                out_channels=channels,
+                out_channels=out_channels,
                 block_out_channels=widths,
                 layers_per_block=args.layers_per_block,
                 down_block_types=("DownBlock2D",) * (len(widths) - 1) + (f"{lowest}DownBlock2D",),

@@ -16,10 +16,11 @@ with one_line_errors(), explain_missing_extra("training"):
 
     from ddpm_mlp_pipeline import hub, plots
     from ddpm_mlp_pipeline.arguments import parse_options
+    from ddpm_mlp_pipeline.data.normalized import TensorBatches
     from ddpm_mlp_pipeline.data.points import POINT_SETS, load_points, to_array
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-    from ddpm_mlp_pipeline.training import TensorBatches, TrainingArguments, option, train
+    from ddpm_mlp_pipeline.training import TrainingArguments, option, train
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,7 +62,10 @@ def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.
     x_0 = torch.from_numpy((points - mean) / std).float()
 
     try:
-        unet = MLPModel(points.shape[1], None, args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
+        out_channels = args.num_predictions * points.shape[1]
+        unet = MLPModel(
+            points.shape[1], None, args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
+        )
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     scheduler = args.make_scheduler(clip_sample_range=x_0.abs().max().item())

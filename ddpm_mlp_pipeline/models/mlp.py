@@ -76,6 +76,9 @@ class MLPModel(ModelMixin, ConfigMixin):
             Width of the residual blocks.
         num_hidden_layers (`int`, defaults to 4):
             Number of residual blocks.
+        out_channels (`int`, *optional*):
+            Dimension of the prediction, or number of its channels; by default as many as the samples have. With twice
+            as many, the network also predicts the variance, as a `DDPMScheduler` with `learned_range` wants it.
     """
 
     @register_to_config
@@ -86,6 +89,7 @@ class MLPModel(ModelMixin, ConfigMixin):
         embedding_dim: int = 32,
         hidden_dim: int = 64,
         num_hidden_layers: int = 4,
+        out_channels: int | None = None,
     ):
         super().__init__()
         sizes = {"in_channels": in_channels, "hidden_dim": hidden_dim, "num_hidden_layers": num_hidden_layers}
@@ -95,18 +99,19 @@ class MLPModel(ModelMixin, ConfigMixin):
         if embedding_dim < 4 or embedding_dim % 2:
             raise ValueError(f"embedding_dim must be even and at least 4, got {embedding_dim}")
 
+        self.out_channels = out_channels or in_channels
         self.time_proj = Timesteps(embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(embedding_dim, hidden_dim, out_dim=hidden_dim * num_hidden_layers)
         if sample_size is None:
             self.embedding = FourierFeatures(in_channels, embedding_dim)
-            data_dim, embedded_dim = in_channels, in_channels * embedding_dim
+            num_pixels, embedded_dim = 1, in_channels * embedding_dim
         else:
             height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
             self.embedding = nn.Identity()
-            data_dim = embedded_dim = in_channels * height * width
+            num_pixels, embedded_dim = height * width, in_channels * height * width
         self.proj_in = nn.Linear(embedded_dim, hidden_dim)
         self.blocks = nn.ModuleList(ResidualBlock(hidden_dim) for _ in range(num_hidden_layers))
-        self.proj_out = nn.Linear(hidden_dim, data_dim)
+        self.proj_out = nn.Linear(hidden_dim, self.out_channels * num_pixels)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
@@ -120,7 +125,7 @@ class MLPModel(ModelMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): whether to return a `UNet2DOutput` rather than a tuple.
 
         Returns:
-            `UNet2DOutput` or `tuple`: its `sample` is ε, of the shape of the input.
+            `UNet2DOutput` or `tuple`: its `sample` is ε, of the shape of the input but for the number of channels.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         t_emb = self.time_proj(timestep).to(self.dtype)  # [1 or batch, embedding_dim], computed in float32
@@ -129,6 +134,6 @@ class MLPModel(ModelMixin, ConfigMixin):
         h = self.proj_in(self.embedding(sample.flatten(start_dim=1)))
         for block, bias in zip(self.blocks, biases, strict=True):
             h = block(h, bias)
-        eps = self.proj_out(h).reshape(sample.shape)
+        eps = self.proj_out(h).reshape(-1, self.out_channels, *sample.shape[2:])
 
         return UNet2DOutput(sample=eps) if return_dict else (eps,)

@@ -1,0 +1,128 @@
+"""Measure the variational bound of a checkpoint on data, term by term: the command `ddpm-bound`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .commands import CommandParser, command, noise_seed, one_line_errors, positive_int
+from .errors import ConfigurationError, explain_missing_extra
+from .files import whole_file
+
+with one_line_errors(), explain_missing_extra("ddpm-bound"):
+    from diffusers import DDPMScheduler
+
+    from . import plots
+    from .data.normalized import load_normalized
+    from .likelihood import VARIANCE_TYPES, BoundEstimate, variational_bound
+    from .loading import load_checkpoint
+
+NUM_POINTS = 10_000
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-bound", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_argument("--dataset", required=True, help="a point set's name, a file of points, or an image data set")
+    parser.add_argument(
+        "--num_samples", type=positive_int, metavar="N", help=f"(default: {NUM_POINTS} points, all images)"
+    )
+    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
+    parser.add_argument("--split", default="test", help="of an image data set (default: test)")
+    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
+    parser.add_argument(
+        "--variance_type", choices=VARIANCE_TYPES, help="of the reverse steps (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--timestep_stride",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="let groups of N samples share the timesteps, which takes a share of 1 / N of the time (default: 1)",
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=100, help="(default: 100)")
+    parser.add_argument("--seed", type=noise_seed, default=1, help="of the points and the noise (default: 1)")
+    parser.add_argument(
+        "--output", type=Path, help="a .json file; if it is stopped, the same command goes on where it was"
+    )
+    parser.add_argument("--figure", type=Path, help="a .png file for the terms by timestep")
+    args = parser.parse_args(argv)
+    if args.figure is not None and args.figure.suffix != ".png":
+        raise ConfigurationError(f"{args.figure} must end in .png")
+    pipeline = load_checkpoint(args.checkpoint)
+    if args.variance_type is not None:
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
+    dataset = load_normalized(
+        pipeline,
+        args.dataset,
+        args.num_samples or (NUM_POINTS if pipeline.is_points else None),
+        split=args.split,
+        fit=args.fit,
+        noise=args.dataset_noise,
+        seed=args.seed,
+    )
+    with contextlib.ExitStack() as stack:
+        output = None if args.output is None else stack.enter_context(whole_file(args.output))
+        state_path = None if args.output is None else args.output.with_suffix(".partial.npz")
+        estimate = variational_bound(
+            pipeline,
+            dataset,
+            batch_size=args.batch_size,
+            timestep_stride=args.timestep_stride,
+            seed=args.seed,
+            state_path=state_path,
+        )
+        if output is not None:
+            output.write_text(json.dumps(_report(args, estimate, pipeline.scheduler, len(dataset)), indent=2))
+    if state_path is not None:
+        state_path.unlink()
+    variance_type = pipeline.scheduler.config.variance_type
+    print(f"{args.checkpoint} on {len(dataset):,} samples of {args.dataset}, variance {variance_type}")
+    print(_table(estimate))
+    if args.figure is not None:
+        plots.save(plots.plot_bound(estimate), args.figure)
+
+
+def _table(estimate: BoundEstimate) -> str:
+    T = len(estimate.terms) - 1
+    rows = [
+        ("L_0", estimate.terms[0], None),
+        (f"L_1 + … + L_{T - 1}", estimate.terms[1:T].sum(), None),
+        (f"L_{T}", estimate.terms[T], None),
+        ("the bound, −K", estimate.total, estimate.standard_error),
+        ("a standard Gaussian, −L_null", estimate.nulls.mean(), None),
+        ("K − L_null", estimate.gain, estimate.gain_standard_error),
+    ]
+    lines = [f"{'':30}{'bits':<22}bits/dim"]
+    for name, bits, error in rows:
+        cells = (
+            f"{bits / d:10.4f}" + ("" if error is None else f" ± {error / d:.4f}") for d in (1, estimate.dimension)
+        )
+        lines.append(f"  {name:28}" + "".join(f"{cell:22}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+def _report(args: Namespace, estimate: BoundEstimate, scheduler: DDPMScheduler, num_samples: int) -> dict[str, Any]:
+    """What the estimate was made of, and what came out, in bits."""
+    made_of = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return made_of | {
+        "variance_type": scheduler.config.variance_type,
+        "num_samples": num_samples,
+        "dimension": estimate.dimension,
+        "bound": estimate.total,
+        "bound_standard_error": estimate.standard_error,
+        "bits_per_dim": estimate.bits_per_dim,
+        "null": float(estimate.nulls.mean()),
+        "gain": estimate.gain,
+        "gain_standard_error": estimate.gain_standard_error,
+        "terms": estimate.terms.tolist(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The variational bound against closed forms, and against the stock scheduler's own steps."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from helpers import assert_one_line_error
+from PIL import Image
+from scipy import integrate, stats
+from torch import nn
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, export_bundle, pretrained
+from ddpm_mlp_pipeline.data.images import ImageBatches
+from ddpm_mlp_pipeline.data.normalized import TensorBatches
+from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
+from ddpm_mlp_pipeline.likelihood import VariationalBound, discretized_log_likelihood, variational_bound
+from ddpm_mlp_pipeline.training import linear_log_snr
+
+VARIANCE = torch.tensor([0.25, 4.0])  # of the data, in each dimension
+
+
+class BestNetwork(MLPModel):
+    """Of Gaussian data, the best prediction in closed form, and the best variance, as `learned_range` has it."""
+
+    def attach(self, scheduler):
+        self.__dict__["bound"], self.__dict__["scheduler"] = VariationalBound(scheduler, discretized=False), scheduler
+        return self
+
+    def forward(self, sample, timestep, return_dict=True):
+        bound, shape = self.bound, (-1, 1)
+        alphas_cumprod = bound.alphas_cumprod[timestep].reshape(shape)
+        of_x_t = alphas_cumprod * VARIANCE + 1 - alphas_cumprod  # its variance
+        x_0 = alphas_cumprod.sqrt() * VARIANCE / of_x_t * sample
+        eps = (sample - alphas_cumprod.sqrt() * x_0) / (1 - alphas_cumprod).sqrt()
+        v = alphas_cumprod.sqrt() * eps - (1 - alphas_cumprod).sqrt() * x_0
+        prediction = {"epsilon": eps, "sample": x_0, "v_prediction": v}[self.scheduler.config.prediction_type]
+        if bound.variance_type == "learned_range":
+            variance_of_x_0 = VARIANCE * (1 - alphas_cumprod) / of_x_t  # given x_t
+            smallest = bound.posterior_log_variance[timestep].reshape(shape)
+            largest = bound.log_betas[timestep].reshape(shape)
+            added = bound.share_of_x_0[timestep].reshape(shape) ** 2 * variance_of_x_0
+            # At t = 0, p(x_0 | x_1) itself is what is best; elsewhere, the posterior's variance adds.
+            best = torch.where(timestep.reshape(shape) == 0, added, smallest.exp() + added)
+            prediction = torch.cat([prediction, 2 * (best.log() - smallest) / (largest - smallest) - 1], dim=1)
+        return type("Output", (), {"sample": prediction})
+
+
+def pipeline_of(scheduler):
+    return DDPMMLPPipeline(BestNetwork(2).attach(scheduler), scheduler)
+
+
+def closed_form(scheduler):
+    """The bound of the best network with fixed or best variances, in bits: all is Gaussian, so that each term's
+    expectation is one of x_0's variance given x_t."""
+    betas = scheduler.betas.double().numpy()
+    alphas_cumprod = np.cumprod(1 - betas)
+    previous = np.concatenate([[1], alphas_cumprod[:-1]])
+    total = 0.0
+    for variance in VARIANCE.tolist():
+        signal = alphas_cumprod[-1] * variance
+        total += 0.5 * (signal - alphas_cumprod[-1] - math.log(1 - alphas_cumprod[-1]))
+        for t in range(len(betas)):
+            unexplained = variance * (1 - alphas_cumprod[t]) / (alphas_cumprod[t] * variance + 1 - alphas_cumprod[t])
+            posterior = betas[t] * (1 - previous[t]) / (1 - alphas_cumprod[t])
+            added = previous[t] * betas[t] ** 2 / (1 - alphas_cumprod[t]) ** 2 * unexplained
+            sigma2 = {
+                "fixed_small": posterior if t else betas[1] * (1 - previous[1]) / (1 - alphas_cumprod[1]),
+                "fixed_large": betas[t],
+                "learned_range": posterior + added,
+            }[scheduler.config.variance_type]
+            if t == 0:
+                total += 0.5 * (math.log(2 * math.pi * sigma2) + unexplained / sigma2)
+            else:
+                total += 0.5 * ((posterior + added) / sigma2 - 1 + math.log(sigma2 / posterior))
+    return total / math.log(2)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_gaussian_data_have_their_closed_form(variance_type, prediction_type):
+    scheduler = DDPMScheduler(
+        50,
+        trained_betas=linear_log_snr(50),
+        variance_type=variance_type,
+        prediction_type=prediction_type,
+        clip_sample=False,
+    )
+    x_0 = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)) * VARIANCE.sqrt()
+    x_0 = (x_0 - x_0.mean(dim=0)) / x_0.std(dim=0) * VARIANCE.sqrt()  # of these data, the variances are as said
+    estimate = variational_bound(pipeline_of(scheduler), TensorBatches(x_0), batch_size=20_000)
+    expected = closed_form(scheduler)
+    assert estimate.total == pytest.approx(expected, rel=0.01)
+    assert abs(estimate.total - expected) < 4 * estimate.standard_error
+    entropy = sum(stats.norm(scale=math.sqrt(variance)).entropy() for variance in VARIANCE.tolist()) / math.log(2)
+    assert estimate.total > entropy
+    if variance_type != "fixed_small":  # which is the best for data of a single point
+        assert estimate.total < entropy + 1
+
+
+def test_the_last_term_is_its_closed_form():
+    """The divergence of two Gaussians, integrated."""
+    bound = VariationalBound(DDPMScheduler(10), discretized=False)
+    x_0 = torch.tensor([[-0.3, 1.7]])
+    alpha_cumprod = float(bound.alphas_cumprod[-1])
+    expected = 0.0
+    for x in x_0[0].double().tolist():
+        q = stats.norm(math.sqrt(alpha_cumprod) * x, math.sqrt(1 - alpha_cumprod))
+        p = stats.norm()
+        expected += integrate.quad(lambda y: q.pdf(y) * (q.logpdf(y) - p.logpdf(y)) / math.log(2), -8, 8)[0]  # noqa: B023
+    assert bound.prior_term(x_0).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_mean_and_variance_are_those_of_the_stock_step(variance_type, prediction_type):
+    # A β that float32 can tell from 1 − α
+    options = {"beta_start": 0.01, "variance_type": variance_type, "prediction_type": prediction_type}
+    scheduler = DDPMScheduler(100, **options, clip_sample_range=0.8)
+    scheduler.set_timesteps(100)
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, 1, 3, 3, generator=generator)
+    model_output = torch.randn(2, 2 if variance_type == "learned_range" else 1, 3, 3, generator=generator).clamp(-1, 1)
+    bound = VariationalBound(scheduler, discretized=True)
+    for t in (1, 40, 99):
+        timesteps = torch.full((2,), t)
+        _, log_variance = bound.predict(model_output, x_t, timesteps)
+        step = scheduler.step(model_output, t, x_t, generator=torch.Generator().manual_seed(1)).prev_sample
+        noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1))
+        expected = bound.mean(model_output, x_t, timesteps) + (0.5 * log_variance).exp() * noise
+        torch.testing.assert_close(step.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_discretised_decoder_is_a_distribution_over_the_levels():
+    levels = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    for mean, scale in ((0.1, 0.05), (-1.2, 0.02), (0.999, 1e-4), (0.0, 3.0)):
+        log_likelihood = discretized_log_likelihood(
+            levels, torch.tensor(mean).double().expand(256), torch.tensor(2 * math.log(scale)).double().expand(256)
+        )
+        assert log_likelihood.exp().sum().item() == pytest.approx(1)
+        assert log_likelihood.isfinite().all()
+    gaussian = stats.norm(0.1, 0.05)
+    expected = gaussian.cdf(100 / 127.5 - 1 + 1 / 255) - gaussian.cdf(100 / 127.5 - 1 - 1 / 255)
+    assert discretized_log_likelihood(
+        levels[100], torch.tensor(0.1).double(), torch.tensor(2 * math.log(0.05)).double()
+    ).item() == pytest.approx(math.log(expected))
+
+
+class Images(nn.Module):
+    """Random images of 8 bits, and a small untrained network for them."""
+
+    def __new__(cls):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            8, 1, 1, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        )  # fmt: skip
+        return unet.eval(), torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_an_untrained_network_is_worse_than_a_gaussian(variance_type):
+    unet, images = Images()
+    pipeline = DDPMMLPPipeline(unet, DDPMScheduler(20, variance_type=variance_type))
+    estimate = variational_bound(pipeline, ImageBatches(images))
+    assert math.isfinite(estimate.total)
+    assert estimate.gain < 0
+    assert estimate.terms.sum() == pytest.approx(estimate.total, rel=1e-12)
+    assert estimate.terms.shape == (21,)
+    assert (estimate.terms >= 0).all()  # divergences, and a decoder that is no density
+    assert estimate.bits_per_dim == estimate.total / 64
+
+
+def test_strides_estimate_the_same():
+    scheduler = DDPMScheduler(50, trained_betas=linear_log_snr(50), clip_sample=False, variance_type="fixed_large")
+    x_0 = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)) * VARIANCE.sqrt()
+    whole = variational_bound(pipeline_of(scheduler), TensorBatches(x_0))
+    part = variational_bound(pipeline_of(scheduler), TensorBatches(x_0), timestep_stride=10)
+    assert len(part.totals) == 2000
+    assert part.standard_error > whole.standard_error
+    assert abs(part.total - whole.total) < 3 * part.standard_error
+    assert part.terms.sum() == pytest.approx(part.total, rel=1e-12)
+
+
+def test_an_interrupted_estimate_goes_on(tmp_path):
+    unet, images = Images()
+    pipeline = DDPMMLPPipeline(unet, DDPMScheduler(10))
+    whole = variational_bound(pipeline, ImageBatches(images), batch_size=4)
+
+    class Broken(ImageBatches):
+        def __getitems__(self, indices):
+            if indices[0] >= 8:
+                raise KeyboardInterrupt
+            return super().__getitems__(indices)
+
+    state = tmp_path / "state.npz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_mlp_pipeline.likelihood.SECONDS_BETWEEN_SAVES", 0)
+        with pytest.raises(KeyboardInterrupt):
+            variational_bound(pipeline, Broken(images), batch_size=4, state_path=state)
+
+    class Rest(ImageBatches):
+        def __getitems__(self, indices):
+            assert indices[0] >= 8
+            return super().__getitems__(indices)
+
+    resumed = variational_bound(pipeline, Rest(images), batch_size=4, state_path=state)
+    np.testing.assert_array_equal(resumed.totals, whole.totals)
+    np.testing.assert_allclose(resumed.terms, whole.terms, rtol=1e-12)
+    with pytest.raises(ConfigurationError, match="another estimate"):
+        variational_bound(pipeline, ImageBatches(images), batch_size=4, seed=1, state_path=state)
+    state.write_bytes(b"PK")
+    with pytest.raises(ConfigurationError, match=r"state\.npz is not the state"):
+        variational_bound(pipeline, ImageBatches(images), batch_size=4, state_path=state)
+
+
+def test_what_has_no_bound_is_refused():
+    unet, images = Images()
+    for scheduler, message in (
+        (DDIMScheduler(), "DDIMScheduler doesn't have"),
+        (DDPMScheduler(variance_type="learned"), "not learned"),
+        (DDPMScheduler(thresholding=True), "thresholding"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            variational_bound(DDPMMLPPipeline(unet, scheduler), ImageBatches(images))
+    pipeline = DDPMMLPPipeline(unet, DDPMScheduler(10))
+    with pytest.raises(ConfigurationError, match="10, and samples, 12; got 3"):
+        variational_bound(pipeline, ImageBatches(images), timestep_stride=3)
+    with pytest.raises(ConfigurationError, match="batch_size must be at least timestep_stride"):
+        variational_bound(pipeline, ImageBatches(images), timestep_stride=2, batch_size=1)
+    with pytest.raises(DatasetError, match=r"\(1, 8, 4\), but the network takes \(1, 8, 8\)"):
+        variational_bound(pipeline, ImageBatches(images[..., :4]))
+    with pytest.raises(DatasetError, match="8 bits"):
+        variational_bound(pipeline, TensorBatches(torch.rand(3, 1, 8, 8)))
+    with pytest.raises(DatasetError, match="8 bits"):
+        variational_bound(pipeline, TensorBatches(images.float()))
+    points = torch.zeros(5, 2)
+    points[3, 1] = math.nan
+    with pytest.raises(DatasetError, match="sample 3 of the data is not finite"):
+        variational_bound(DDPMMLPPipeline(MLPModel(2), DDPMScheduler(10)), TensorBatches(points))
+    network = MLPModel(2)
+    nn.init.constant_(network.proj_out.bias, math.nan)
+    with pytest.raises(DivergenceError, match="not finite"):
+        variational_bound(DDPMMLPPipeline(network, DDPMScheduler(10)), TensorBatches(torch.zeros(5, 2)))
+
+
+def test_trained_on_the_bound_it_beats_a_gaussian_by_as_much_as_the_papers_does(run, tmp_path):
+    """Sohl-Dickstein et al. 2015, table 1: K is 2.35 bits for their swiss roll, K − L_null 6.45."""
+    argv = ("--dataset", "swiss_roll", "--dataset_noise", 0.001, "--num_samples", 4000, "--batch_size", 4000)
+    outputs = ("--output", tmp_path / "bound.json", "--figure", tmp_path / "bound.png")
+    result = run("ddpm-bound", pretrained("swiss_roll_2015"), *argv, *outputs)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "bound.json").read_text())
+    assert report["gain"] - 2 * report["gain_standard_error"] > 6.45
+    assert sum(report["terms"]) == pytest.approx(report["bound"], rel=1e-9)
+    assert result.stdout.splitlines()[-1].split()[:4] == ["K", "−", "L_null", f"{report['gain']:.4f}"]
+    assert {path.name for path in tmp_path.glob("bound*")} == {"bound.json", "bound.png"}
+    # What no model of these data can exceed: their entropy is that of the arc, and of the noise across it.
+    assert report["gain"] < 7.3
+
+
+def test_a_learned_variance_is_sampled_by_ddpm_and_left_out_by_others(tmp_path):
+    pipeline = DDPMMLPPipeline.from_pretrained(pretrained("swiss_roll_2015"))
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    theta = np.linspace(1.5 * np.pi, 4.5 * np.pi, 3000)
+    curve = (theta / (4.5 * np.pi))[:, None] * np.stack([np.cos(theta), np.sin(theta)], axis=1)
+    for cls in (DDPMScheduler, DDIMScheduler):
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
+        points = pipeline(latents=latents, batch_size=500, generator=torch.Generator().manual_seed(0)).points
+        distance = np.linalg.norm(points[:, None] - curve, axis=2).min(axis=1)
+        assert np.median(distance) < 0.01
+    report = export_bundle(pretrained("swiss_roll_2015"), tmp_path / "bundle")
+    assert report.parity.ok
+    assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["provenance"]["num_inference_steps"] == 40
+
+
+def test_wrong_bounds_end_in_one_line(run, tmp_path):
+    heart = pretrained("heart")
+    cases = [
+        ((heart, "--dataset", "hart"), ["unknown data set 'hart'"]),
+        ((heart, "--dataset", "heart", "--timestep_stride", 7), ["timestep_stride must divide", "1000"]),
+        ((heart, "--dataset", "heart", "--variance_type", "learned_range"), ["variance_type", "learned_range"]),
+        ((heart, "--dataset", "heart", "--figure", tmp_path / "a.jpg"), ["must end in .png"]),
+        ((tmp_path, "--dataset", "heart"), ["no model_index.json"]),
+    ]
+    for argv, fragments in cases:
+        assert_one_line_error(run("ddpm-bound", *argv), *fragments)
+
+
+def test_the_drift_is_drawn(run, tmp_path):
+    argv = ("--dataset", "swiss_roll", "--num_samples", 100, "--output", tmp_path / "drift.png")
+    assert run("ddpm-plot", "drift", pretrained("swiss_roll_2015"), *argv).returncode == 0
+    with Image.open(tmp_path / "drift.png") as image:
+        assert image.size == (800, 800)
+    assert_one_line_error(run("ddpm-plot", "drift", pretrained("mnist"), *argv), "two coordinates")
