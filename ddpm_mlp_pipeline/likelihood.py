@@ -129,10 +129,13 @@ class VariationalBound:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The network's x_0, and the logarithm of the variance of p_θ(x_{t−1} | x_t): float64, `[batch,
         *sample_shape]`."""
-        model_output, x_t = model_output.double(), x_t.double()
+        channels = x_t.shape[1]
+        if self.variance_type == "learned_range" and model_output.shape[1] != 2 * channels:
+            raise ConfigurationError("learned_range needs a network with twice as many channels as the samples have")
+        # A network that predicts the variance has it in further channels, which the fixed types leave out.
+        v, model_output, x_t = model_output[:, channels:].double(), model_output[:, :channels].double(), x_t.double()
         log_beta, log_variance = _at(self.log_betas, t, x_t), _at(self.posterior_log_variance, t, x_t)
         if self.variance_type == "learned_range":
-            model_output, v = model_output.split(x_t.shape[1], dim=1)
             v = (v + 1) / 2  # the network's −1 and 1 are β̃_t and β_t
             log_variance = v * log_beta + (1 - v) * log_variance
         elif self.variance_type == "fixed_large":
