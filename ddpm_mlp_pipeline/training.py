@@ -258,7 +258,7 @@ def train(
             for x_0 in batches:
                 with accelerator.accumulate(unet):
                     # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
-                    # (or on the same of another target than ε: see _target; or on the term of the bound at t).
+                    # (or on the same of another target than ε: see training_target; or on the term of the bound at t).
                     t = torch.randint(noise_scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
                     eps = torch.randn_like(x_0)
                     x_t = noise_scheduler.add_noise(x_0, eps, t)
@@ -266,7 +266,7 @@ def train(
                     if args.loss_type == "bound":
                         errors = bound.num_timesteps * bound.term(model_output, x_0, x_t, t) / x_0[0].numel()
                     else:
-                        target = _target(noise_scheduler, x_0, eps, t)
+                        target = training_target(noise_scheduler, x_0, eps, t)
                         errors = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(dim=1)
                     loss = errors.mean()
                     if args.snr_gamma is None:
@@ -322,7 +322,7 @@ def train(
     return history.losses
 
 
-def _target(scheduler: DDPMScheduler, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def training_target(scheduler: DDPMScheduler, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """What the network is to predict: ε, x_0, or v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans & Ho 2022, section 4)."""
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(x_0, eps, t)

@@ -282,7 +282,7 @@ def test_wrong_bounds_end_in_one_line(run, tmp_path):
     cases = [
         ((heart, "--dataset", "hart"), ["unknown data set 'hart'"]),
         ((heart, "--dataset", "heart", "--timestep_stride", 7), ["timestep_stride must divide", "1000"]),
-        ((heart, "--dataset", "heart", "--variance_type", "learned_range"), ["learned_range", "twice as many channels"]),
+        ((heart, "--dataset", "heart", "--variance_type", "learned_range"), ["twice as many channels"]),
         ((heart, "--dataset", "heart", "--figure", tmp_path / "a.jpg"), ["must end in .png"]),
         ((tmp_path, "--dataset", "heart"), ["no model_index.json"]),
     ]

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError, DivergenceError
-from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, _target
+from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, training_target
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 
@@ -171,7 +171,7 @@ def test_targets_and_their_weights_agree_with_the_stock_scheduler(prediction_typ
     torch.manual_seed(0)
     x_0, eps, error = torch.randn(3, 200, 5, dtype=torch.float64)
     t = torch.randint(900, (200,))
-    x_t, target = scheduler.add_noise(x_0, eps, t), _target(scheduler, x_0, eps, t)
+    x_t, target = scheduler.add_noise(x_0, eps, t), training_target(scheduler, x_0, eps, t)
 
     def implied_x_0(prediction):
         rows = zip(prediction[:, None], t, x_t[:, None], strict=True)

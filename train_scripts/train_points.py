@@ -73,6 +73,11 @@ def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.
     return pipeline, x_0
 
 
+def default_batch_size(dataset_size: int) -> int:
+    """Of all processes together."""
+    return min(2048, dataset_size)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(PointTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
@@ -80,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     repo_id = hub.create_repo(args) if args.push_to_hub and PartialState().is_main_process else None
     pipeline, x_0 = make_pipeline(args)
     if args.train_batch_size is None:
-        args.train_batch_size = min(2048, len(x_0) // PartialState().num_processes)
+        args.train_batch_size = default_batch_size(len(x_0)) // PartialState().num_processes
     losses = train(pipeline, TensorBatches(x_0), args)
     if PartialState().is_main_process:
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)

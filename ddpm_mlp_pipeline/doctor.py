@@ -1,0 +1,389 @@
+"""Look for what goes wrong again and again in training and sampling, and say what helps: the command `ddpm-doctor`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import textwrap
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .commands import CommandParser, command, one_line_errors, positive_int
+from .errors import CheckpointError, explain_missing_extra
+
+with one_line_errors(), explain_missing_extra("ddpm-doctor"):
+    import torch
+    from diffusers import DDPMScheduler, ModelMixin
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from .arguments import parse_options
+    from .data.images import load_images, to_network_units
+    from .data.normalized import load_normalized
+    from .data.points import POINT_SETS
+    from .loading import load_checkpoint
+    from .pipeline import DDPMMLPPipeline
+    from .train_scripts import train_images, train_points
+    from .training import PREDICTION_TYPES, TrainingArguments, training_target
+
+NUM_POINTS, NUM_IMAGES = 10_000, 500
+NUM_BINS = 10  # of timesteps
+MAX_TERMINAL_SNR = 0.01
+MIN_TIMESTEPS = 100  # where the variance isn't learned
+SIGNIFICANT = 4  # standard errors: there are ten bins to look at
+CLEARLY_LESS = 0.7  # times the loss
+BATCH_SIZE = 100
+SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: what was looked at.
+        message: what was seen.
+        remedy: what helps; `None` if all is well.
+    """
+
+    check: str
+    message: str
+    remedy: str | None = None
+
+
+@dataclasses.dataclass
+class Patient:
+    """What is examined.
+
+    Attributes:
+        pipeline: a checkpoint's, or a preset's untrained one.
+        x_0: some of the training data as the network sees them, `[number, *sample_shape]`.
+        held_out: as many that it was not trained on, if there are any.
+        raw: the network before averaging, where a checkpoint's folder holds a state to resume from.
+        options: a preset's; `None` for a checkpoint.
+        dataset_size: number of all training data, for a preset.
+    """
+
+    pipeline: DDPMMLPPipeline
+    x_0: torch.Tensor
+    held_out: torch.Tensor | None = None
+    raw: torch.nn.Module | None = None
+    options: TrainingArguments | None = None
+    dataset_size: int | None = None
+
+    @property
+    def scheduler(self) -> DDPMScheduler:
+        return self.pipeline.scheduler
+
+
+def examine(patient: Patient) -> Iterator[Finding]:
+    """Make all checks, one after the other; those that need a trained network are left out for a preset."""
+    yield from check_data(patient)
+    yield check_terminal_snr(patient.scheduler, patient.x_0)
+    yield check_timesteps(patient.scheduler)
+    yield check_precision(patient)
+    if patient.options is None:
+        yield check_conventions(patient)
+        yield check_fit(patient)
+        yield check_generalisation(patient)
+    yield check_ema(patient)
+
+
+def check_data(patient: Patient) -> Iterator[Finding]:
+    """Whether the data have the range that the network and the sampler expect."""
+    x_0, config = patient.x_0, patient.scheduler.config
+    spread = x_0.std(dim=0)
+    constant = int((spread == 0).sum())
+    if constant == spread.numel():
+        yield Finding("data", "all samples are equal", "look at how they are read: there is nothing to learn")
+        return
+    if patient.pipeline.is_points:
+        shift = x_0.mean(dim=0).abs().max().item()
+        widest, narrowest = spread.max().item(), spread.min().item()
+        if shift > 0.2 or widest > 1.25 or narrowest < 0.8:
+            message = f"normalised as in training, their mean is off by {shift:.2g}, their deviation {widest:.2g}"
+            yield Finding("data", message, "give the data that it was trained on, in the same units, or train again")
+            return
+    elif x_0.max() - x_0.min() < 1:
+        message = f"the images use levels {_level(x_0.min())} to {_level(x_0.max())} of 0 to 255 only"
+        yield Finding("data", message, "scale them to all levels before they are saved")
+        return
+    outside = (x_0.abs() > 1.01 * config.clip_sample_range).float().mean().item() if config.clip_sample else 0
+    if outside > 1e-3:
+        message = f"{outside:.1%} of the values are beyond ±{config.clip_sample_range:.3g}, where sampling clips them"
+        yield Finding("data", message, f"set the scheduler's clip_sample_range to {x_0.abs().max():.3g}")
+        return
+    yield Finding("data", f"from {x_0.min():.2f} to {x_0.max():.2f} as the network sees them")
+
+
+def check_shape(name: str, split: str, pipeline: DDPMMLPPipeline) -> Finding:
+    """Whether the images come in the network's size and number of channels."""
+    expected = pipeline.sample_shape
+    found = tuple(load_images(name, f"{split}[:1]").shape[1:])
+    if found == expected:
+        return Finding("shape", _shape(found))
+    message = f"the images are {_shape(found)}, and are brought to the network's {_shape(expected)}"
+    return Finding("shape", message, f"if that isn't meant, train with --resolution {found[1]} --channels {found[0]}")
+
+
+def check_terminal_snr(scheduler: DDPMScheduler, x_0: torch.Tensor) -> Finding:
+    """Whether x_T is noise, which is what sampling starts from (Lin et al. 2023, https://arxiv.org/abs/2305.08891)."""
+    alpha_cumprod = scheduler.alphas_cumprod[-1].double().item()
+    if alpha_cumprod == 0:
+        if scheduler.config.prediction_type == "epsilon":
+            remedy = "take v_prediction: at a signal-to-noise ratio of 0, ε says nothing of x_0"
+            return Finding("terminal SNR", "0, with ε-prediction", remedy)
+        return Finding("terminal SNR", "0")
+    snr = alpha_cumprod / (1 - alpha_cumprod) * x_0.double().square().mean().item()
+    if snr <= MAX_TERMINAL_SNR:
+        return Finding("terminal SNR", f"{snr:.1e}")
+    return Finding(
+        "terminal SNR",
+        f"{snr:.2g}: x_T still shows the data, but sampling starts from pure noise",
+        "take more timesteps, --ddpm_beta_schedule squaredcos_cap_v2, or a larger beta_end",
+    )
+
+
+def check_timesteps(scheduler: DDPMScheduler) -> Finding:
+    """Whether the steps are small enough for a reverse step of fixed variance to be right."""
+    T, variance_type = scheduler.config.num_train_timesteps, scheduler.config.variance_type
+    if T >= MIN_TIMESTEPS or variance_type == "learned_range":
+        return Finding("timesteps", f"{T}, variance {variance_type}")
+    message = f"only {T}, each with a variance that is fixed, though steps so large have another"
+    remedy = "take 1,000 (samplers may skip most), or --variance_type learned_range --loss_type bound"
+    return Finding("timesteps", message, remedy)
+
+
+@torch.no_grad()
+def check_precision(patient: Patient) -> Finding:
+    """Whether the network's numbers fit into 16 bits."""
+    unet, x_0 = patient.pipeline.unet, patient.x_0[:64]
+    t = _timesteps(patient.scheduler, len(x_0))
+    x_t = patient.scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)), t)
+    exact = unet(x_t, t).sample
+    if not exact.isfinite().all():
+        remedy = "go back to an earlier state, and lower the learning rate"
+        return Finding("precision", "the network's output isn't finite, even in float32", remedy)
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        with torch.autocast(x_t.device.type, dtype):
+            output = unet(x_t, t).sample.float()
+        error = ((output - exact).square().mean() / exact.square().mean().clamp(min=1e-12)).sqrt().item()
+        if not error < 0.1:  # NaN is not
+            what = "overflows" if not math.isfinite(error) else f"is off by {error:.0%}"
+            return Finding("precision", f"in {name} the network's output {what}", "train and sample it in float32")
+    return Finding("precision", "float32, bf16 and fp16 agree")
+
+
+def check_conventions(patient: Patient) -> Finding:
+    """Whether schedule, prediction type and range of the data are those of training, which should give the least loss
+    of all."""
+    unet, config, x_0 = patient.pipeline.unet, patient.scheduler.config, patient.x_0
+    said = loss_share(unet, patient.scheduler, x_0)
+    shares = {
+        f"a {schedule} β and {prediction_type}-prediction": loss_share(
+            unet,
+            DDPMScheduler.from_config(
+                config, beta_schedule=schedule, trained_betas=None, prediction_type=prediction_type
+            ),
+            x_0,
+        )
+        for schedule in SCHEDULES
+        for prediction_type in PREDICTION_TYPES
+    }
+    if not patient.pipeline.is_points:
+        shares["images in [0, 1]"] = loss_share(unet, patient.scheduler, (x_0 + 1) / 2)
+    best = min(shares, key=shares.get)
+    if shares[best] < CLEARLY_LESS * said:
+        message = f"the loss would be {shares[best] / said:.1g} times as large with {best}"
+        return Finding("conventions", message, "say in scheduler_config.json what it was trained with")
+    return Finding("conventions", f"{config.prediction_type} as the prediction; no other type or schedule fits better")
+
+
+def check_fit(patient: Patient) -> Finding:
+    """Whether the network has learned more than a Gaussian's mean and variances."""
+    share = loss_share(patient.pipeline.unet, patient.scheduler, patient.x_0)
+    message = f"its loss is {share:.2f} of what a Gaussian's mean and variances would give"
+    if share > 0.95:
+        remedy = "if these are the data that it was trained on, train longer or with another learning rate"
+        return Finding("underfitting", message, remedy)
+    return Finding("underfitting", message)
+
+
+def check_generalisation(patient: Patient) -> Finding:
+    """Whether the loss on data that it was not trained on is larger, at some timesteps."""
+    if patient.held_out is None:
+        return Finding("overfitting", "not checked: there are no held-out data")
+    means, errors = [], []
+    for x_0 in (patient.x_0, patient.held_out):
+        bins = losses(patient.pipeline.unet, patient.scheduler, x_0).tensor_split(NUM_BINS)
+        means.append(torch.stack([values.mean() for values in bins]))
+        errors.append(torch.stack([values.std() / len(values) ** 0.5 for values in bins]))
+    table = "loss by tenth of t, training {}, held-out {}".format(*(_row(values) for values in means))
+    excess = (means[1] - means[0]) / torch.hypot(*errors)
+    worst = int(excess.argmax())
+    if excess[worst] > SIGNIFICANT and means[1][worst] > 1.05 * means[0][worst]:
+        remedy = "stop earlier, take a smaller network, or more data (--random_flip)"
+        return Finding("overfitting", f"held-out data have a larger loss; {table}", remedy)
+    return Finding("overfitting", table)
+
+
+def check_ema(patient: Patient) -> Finding:
+    """Whether the averaged weights have caught up with the raw ones."""
+    if patient.options is not None:
+        return _check_planned_ema(patient.options, patient.dataset_size)
+    if patient.raw is None:
+        return Finding("EMA", "not checked: the folder holds no checkpoint-<step> with raw weights")
+    averaged, raw = (loss_share(unet, patient.scheduler, patient.x_0) for unet in (patient.pipeline.unet, patient.raw))
+    message = f"the averaged weights' loss is {averaged / raw:.2f} times that of the raw ones"
+    if averaged > 1.05 * raw:
+        return Finding("EMA", message, "it is too young: train longer, or lower --ema_max_decay")
+    return Finding("EMA", message)
+
+
+def _check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding:
+    if not options.use_ema:
+        return Finding("EMA", "none")
+    steps_per_epoch = max(1, dataset_size // options.train_batch_size // options.gradient_accumulation_steps)
+    steps = options.max_train_steps or options.num_epochs * steps_per_epoch
+    window = 1 / (1 - options.ema_max_decay)
+    message = f"averages over {window:,.0f} of {steps:,} steps"
+    if steps < 5 * window:
+        return Finding("EMA", message, f"lower --ema_max_decay to {max(0, 1 - 10 / steps):.4g}, or train longer")
+    return Finding("EMA", message)
+
+
+@torch.no_grad()
+def losses(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """The simple loss of each sample, `[number]`, at timesteps that rise evenly from 0 to T − 1."""
+    generator = torch.Generator().manual_seed(seed)
+    t = _timesteps(scheduler, len(x_0))
+    eps = torch.randn(x_0.shape, generator=generator)
+    x_t = scheduler.add_noise(x_0, eps, t)
+    batches = zip(x_t.split(BATCH_SIZE), t.split(BATCH_SIZE), strict=True)
+    predicted = torch.cat([unet(*batch).sample[:, : x_0.shape[1]] for batch in batches])
+    return (predicted - training_target(scheduler, x_0, eps, t)).square().flatten(1).mean(dim=1)
+
+
+def loss_share(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor) -> float:
+    """The network's loss over the best that can be had knowing no more than each dimension's mean and variance, which
+    is that of Gaussian data: comparable between schedules and prediction types."""
+    alpha_cumprod = scheduler.alphas_cumprod.double()[_timesteps(scheduler, len(x_0))][:, None]
+    variance = x_0.double().flatten(1).var(dim=0)
+    of_x_t = alpha_cumprod * variance + 1 - alpha_cumprod
+    gaussian = {  # the variance of the target given x_t
+        "epsilon": alpha_cumprod * variance / of_x_t,
+        "sample": (1 - alpha_cumprod) * variance / of_x_t,
+        "v_prediction": variance / of_x_t,
+    }[scheduler.config.prediction_type]
+    return (losses(unet, scheduler, x_0).mean() / gaussian.mean()).item()
+
+
+def _timesteps(scheduler: DDPMScheduler, number: int) -> torch.Tensor:
+    return torch.arange(number) * scheduler.config.num_train_timesteps // number
+
+
+def _row(values: torch.Tensor) -> str:
+    return " ".join(f"{value:.2g}" for value in values)
+
+
+def _level(value: torch.Tensor) -> int:
+    return round((float(value) + 1) * 127.5)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{width}×{height} of {channels} channel{'s' if channels > 1 else ''}"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-doctor", description=__doc__)
+    parser.add_argument("patient", help="a checkpoint folder, or a preset: a YAML file, or a shipped one's name")
+    parser.add_argument("--dataset", required=True, help="a point set's name, a file of points, or an image data set")
+    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
+    parser.add_argument("--split", default="train", help="of an image data set (default: train)")
+    parser.add_argument("--held_out_split", default="test", help="to look for overfitting (default: test)")
+    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
+    parser.add_argument(
+        "--num_samples",
+        type=positive_int,
+        metavar="N",
+        help=f"to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
+    )
+    args = parser.parse_args(argv)
+    is_points = args.dataset in POINT_SETS or Path(args.dataset).suffix in (".csv", ".npy", ".parquet")
+    number = args.num_samples or (NUM_POINTS if is_points else NUM_IMAGES)
+    findings = []
+    if Path(args.patient).is_dir():
+        pipeline = load_checkpoint(args.patient)
+        options = {"fit": args.fit, "noise": args.dataset_noise}
+        x_0 = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
+        patient = Patient(pipeline, x_0, raw=_load_raw(Path(args.patient), pipeline.unet))
+        if not is_points:
+            held_out = load_normalized(pipeline, args.dataset, number, split=args.held_out_split, **options)
+            patient.held_out = _take(held_out)
+        elif args.dataset in POINT_SETS:
+            patient.held_out = _take(load_normalized(pipeline, args.dataset, number, seed=1, **options))
+    else:
+        patient = _preset_as_patient(args, is_points, number)
+    if not is_points:
+        findings.append(check_shape(args.dataset, args.split, patient.pipeline))
+    findings += examine(patient)
+    for finding in findings:
+        print(_show(finding))
+    wrong = sum(finding.remedy is not None for finding in findings)
+    print("all is well" if wrong == 0 else f"{wrong} finding{'s' if wrong > 1 else ''}")
+    if wrong:
+        raise SystemExit(1)
+
+
+def _take(dataset: torch.utils.data.Dataset) -> torch.Tensor:
+    return dataset.__getitems__(list(range(len(dataset))))
+
+
+def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:
+    """The network before averaging, from the newest state that training has left to resume from."""
+    states = [*folder.glob("checkpoint-*/model.safetensors")]
+    if not states:
+        return None
+    newest = max(states, key=lambda path: int(path.parent.name.partition("-")[2]))
+    raw = copy.deepcopy(unet)
+    try:
+        raw.load_state_dict(load_file(newest))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"can't load {newest}: {error}") from None
+    return raw
+
+
+def _preset_as_patient(args: Namespace, is_points: bool, number: int) -> Patient:
+    """A preset's data and untrained network."""
+    argv = ["--config", args.patient, "--output_dir", "none"]
+    presets = Path(train_points.__file__).parent / "configs"
+    generator = torch.Generator().manual_seed(0)
+    if is_points:
+        argv += ["--dataset", args.dataset]
+        argv += [] if args.dataset_noise is None else ["--dataset_noise", str(args.dataset_noise)]
+        options = parse_options(train_points.PointTrainingArguments, argv, "", presets)
+        pipeline, x_0 = train_points.make_pipeline(options)
+        options.train_batch_size = options.train_batch_size or train_points.default_batch_size(len(x_0))
+    else:
+        argv += ["--dataset_name", args.dataset, "--split", args.split]
+        options = parse_options(train_images.ImageTrainingArguments, argv, "", presets)
+        images = load_images(args.dataset, options.split, options.resolution, options.fit, options.channels)
+        pipeline, x_0 = train_images.make_pipeline(options, tuple(images.shape[1:])), images
+    chosen = x_0[torch.randperm(len(x_0), generator=generator)[:number]]
+    return Patient(pipeline, chosen if is_points else to_network_units(chosen), options=options, dataset_size=len(x_0))
+
+
+def _show(finding: Finding) -> str:
+    mark = "ok" if finding.remedy is None else "!!"
+    lines = textwrap.wrap(f"{finding.check}: {finding.message}", 100, subsequent_indent="      ")
+    if finding.remedy is not None:
+        lines += textwrap.wrap(f"→ {finding.remedy}", 100, initial_indent="      ", subsequent_indent="        ")
+    return f"{mark:4}" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""`ddpm-doctor`: what is well is left alone, and each ailment is found, with its remedy."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from helpers import MNIST, assert_one_line_error
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, pretrained, train
+from ddpm_mlp_pipeline.data.normalized import TensorBatches, load_normalized
+from ddpm_mlp_pipeline.doctor import Patient, examine
+
+
+@pytest.fixture
+def patient(heart):
+    x_0, held_out = (load_normalized(heart, "heart", 2000, seed=seed).samples for seed in (0, 1))
+    return Patient(heart, x_0, held_out, raw=copy.deepcopy(heart.unet))
+
+
+def ailments(patient):
+    return {finding.check for finding in examine(patient) if finding.remedy is not None}
+
+
+def test_a_shipped_checkpoint_is_well(patient):
+    findings = list(examine(patient))
+    assert [finding.check for finding in findings if finding.remedy is not None] == []
+    assert {finding.check for finding in findings} == {
+        *("data", "terminal SNR", "timesteps", "precision", "conventions", "underfitting", "overfitting", "EMA")
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample"},
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"},
+    ],
+)
+def test_a_scheduler_that_it_was_not_trained_with(patient, changes):
+    patient.pipeline.scheduler = DDPMScheduler.from_config(patient.pipeline.scheduler.config, **changes)
+    (finding,) = (finding for finding in examine(patient) if finding.check == "conventions")
+    assert "squaredcos_cap_v2 β and epsilon-prediction" in finding.message
+    assert "scheduler_config.json" in finding.remedy
+
+
+def test_a_forward_process_that_leaves_signal_or_has_few_steps(patient):
+    patient.pipeline.scheduler = DDPMScheduler(50, clip_sample_range=2.0)
+    found = ailments(patient)
+    assert {"terminal SNR", "timesteps"} <= found
+    patient.pipeline.scheduler = DDPMScheduler(1000, rescale_betas_zero_snr=True, clip_sample_range=2.0)
+    (finding,) = (finding for finding in examine(patient) if finding.check == "terminal SNR")
+    assert "v_prediction" in finding.remedy
+
+
+def test_data_of_another_kind(patient):
+    assert "data" in ailments(Patient(patient.pipeline, patient.x_0 + 0.5))
+    assert "data" in ailments(Patient(patient.pipeline, patient.x_0 * 3))
+    assert "data" in ailments(Patient(patient.pipeline, torch.ones(50, 2)))
+    patient.pipeline.scheduler = DDPMScheduler.from_config(patient.pipeline.scheduler.config, clip_sample_range=1.0)
+    (finding,) = (finding for finding in examine(patient) if finding.check == "data")
+    assert "clip_sample_range to 1.9" in finding.remedy
+
+
+def test_numbers_that_do_not_fit_into_16_bits(patient):
+    with torch.no_grad():  # the same function, through numbers that are large in between
+        patient.pipeline.unet.proj_out.weight *= 1e-6
+        patient.pipeline.unet.blocks[0].linear.weight *= 1e6
+    (finding,) = (finding for finding in examine(patient) if finding.check == "precision")
+    assert "fp16" in finding.message
+    assert "float32" in finding.remedy
+
+
+def test_a_network_that_has_learned_nothing(patient):
+    unet = MLPModel(2)
+    found = {
+        finding.check: finding for finding in examine(Patient(DDPMMLPPipeline(unet, DDPMScheduler()), patient.x_0))
+    }
+    assert found["underfitting"].remedy is not None
+    assert found["overfitting"].remedy is None
+
+
+def test_an_average_that_is_too_young(patient):
+    patient.pipeline.unet = copy.deepcopy(patient.raw)
+    untrained = MLPModel.from_config(patient.raw.config)
+    with torch.no_grad():
+        for ours, theirs in zip(patient.pipeline.unet.parameters(), untrained.parameters(), strict=True):
+            ours.lerp_(theirs, 0.3)
+    assert "EMA" in ailments(patient)
+
+
+def test_a_network_that_knows_its_data_by_heart(tmp_path):
+    torch.manual_seed(0)
+    x_0, held_out = torch.randn(2, 1000, 2)
+    few = x_0[:8].repeat(125, 1)
+    pipeline = DDPMMLPPipeline(MLPModel(2), DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False))
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        train_batch_size=500,
+        max_train_steps=400,
+        learning_rate=3e-3,
+        lr_warmup_steps=20,
+        ema_max_decay=0.9,
+        report_to="none",
+    )
+    train(pipeline, TensorBatches(few), args)
+    assert "overfitting" in ailments(Patient(pipeline, few, held_out))
+
+
+def test_the_command_on_a_checkpoint(run, heart, tmp_path):
+    result = run("ddpm-doctor", pretrained("swiss_roll"), "--dataset", "swiss_roll", "--num_samples", 4000)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "all is well"
+
+    heart.save_pretrained(tmp_path / "sick")
+    path = tmp_path / "sick" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
+    result = run("ddpm-doctor", tmp_path / "sick", "--dataset", "heart", "--num_samples", 2000)
+    assert result.returncode == 1
+    assert "!!  conventions" in result.stdout
+    assert "→ say in scheduler_config.json" in result.stdout
+    assert_one_line_error(run("ddpm-doctor", tmp_path, "--dataset", "heart"), "no model_index.json")
+    assert_one_line_error(run("ddpm-doctor", "harts", "--dataset", "heart"), "no preset 'harts'")
+
+
+def test_the_command_on_a_preset(run, tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("ddpm_num_steps: 20\nddpm_beta_schedule: linear\nmax_train_steps: 100\nema_max_decay: 0.9999\n")
+    result = run("ddpm-doctor", preset, "--dataset", "heart")
+    assert result.returncode == 1
+    ailing = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("!!")]
+    assert ailing == ["terminal", "timesteps:", "EMA:"]
+    assert run("ddpm-doctor", "heart", "--dataset", "heart").returncode == 0
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
+def test_the_command_on_images(run):
+    result = run("ddpm-doctor", pretrained("mnist"), "--dataset", MNIST, "--num_samples", 200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = run("ddpm-doctor", pretrained("mnist"), "--dataset", MNIST.parent / "cifar10", "--num_samples", 100)
+    assert result.returncode == 1
+    assert "32×32 of 3 channels" in result.stdout
