@@ -16,9 +16,12 @@ _EXTRA_OF_MODULE = {
     "matplotlib": "train",
     "yaml": "train",
     "tensorboard": "train",
+    "psutil": "train",
+    "torchmetrics": "train",
     "onnx": "export",
     "onnxscript": "export",
     "ot": "evaluate",
+    "scipy": "evaluate",
 }
 
 

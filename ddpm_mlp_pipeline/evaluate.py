@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,17 +17,27 @@ from .commands import CommandParser, command, positive_int
 from .errors import ConfigurationError, DatasetError, explain_missing_extra
 from .export.schedulers import SCHEDULERS
 from .files import whole_file
+from .sources import Source, open_source
+
+if TYPE_CHECKING:
+    import torch
 
 NUM_POINTS, NUM_IMAGES = 10_000, 2_000
-IMAGE_BATCH_SIZE = 64
+POINT_REPEATS, IMAGE_REPEATS, IMAGE_FLOOR_REPEATS = 5, 1, 5
+DATA_SEED = 1000  # of the first draw of data
 
-
-@dataclasses.dataclass
-class Source:
-    """Where samples come from: `draw(number, seed)` draws them, or chooses them from a file, in batches."""
-
-    is_points: bool
-    draw: Callable[[int, int], Iterable[np.ndarray]]  # [batch, dimension] or, in [0, 1], [batch, H, W, C]
+LABELS = {  # of the measures, by their keys in the report
+    "sliced_wasserstein_distance": "sliced Wasserstein distance",
+    "energy_distance": "energy distance",
+    "frechet_distance": "Fréchet distance",
+    "kernel_distance": "kernel distance (KID)",
+    "kernel_distance_deviation": "  its deviation over subsets",
+    "precision": "precision",
+    "recall": "recall",
+}
+# Of a measure without bias, the floor is 0 but for chance, so that a ratio to it says nothing.
+WITHOUT_RATIO = ("kernel_distance", "kernel_distance_deviation")
+PACKAGES = ("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "POT", "torch", "diffusers", "torchmetrics")
 
 
 @command
@@ -35,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "samples",
         type=Path,
-        help="a checkpoint folder, a bundle, a .npy file, a .csv file of points, or a folder of images",
+        help="a checkpoint folder, a bundle, a .npy file, a .csv or .parquet file of points, or a folder of images",
     )
     parser.add_argument("--dataset", required=True, help="a point set's name, a file of points, or an image data set")
     parser.add_argument(
@@ -49,130 +60,184 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num_inference_steps", type=positive_int, metavar="N", help="of a checkpoint (default: all timesteps)"
     )
     parser.add_argument(
-        "--repeats", type=positive_int, metavar="N", help="draws to average (default: 5 of points, 1 of images)"
+        "--repeats",
+        type=positive_int,
+        metavar="N",
+        help=f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)",
     )
-    parser.add_argument("--output", type=Path, help="a .json file for the numbers")
+    parser.add_argument("--output", type=Path, help="a .json file for the numbers, and how they came about")
     images = parser.add_argument_group("images")
     images.add_argument("--split", default="test", help="the split to compare with, all of it (default: test)")
     images.add_argument("--train_split", default="train", help="the split that the floor's come from (default: train)")
+    images.add_argument(
+        "--resolution", type=positive_int, metavar="N", help="bring the data to this size, as in training"
+    )
     images.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
-    images.add_argument("--features", type=Path, help="a feature network's folder (default: MNIST's, shipped)")
+    images.add_argument("--channels", type=int, choices=[1, 3, 4], help="bring the data to so many, as in training")
+    images.add_argument(
+        "--features",
+        type=Path,
+        default=FEATURES,
+        help="a feature network's folder, or a file of torch-fidelity's Inception weights (default: MNIST's, shipped)",
+    )
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         output = None if args.output is None else stack.enter_context(whole_file(args.output))
         source = open_source(args.samples, args.scheduler, args.num_inference_steps)
-        evaluate = _evaluate_points if source.is_points else _evaluate_images
-        _report(args, *evaluate(source, args), output)
+        evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")
+        with explain_missing_extra("ddpm-evaluate", extra):
+            report = {"samples": str(args.samples), **source.info, "dataset": args.dataset, **evaluate(source, args)}
+        print(_heading(report, "points" if source.is_points else "images"))
+        print(_table(report["measures"]))
+        if output is not None:
+            output.write_text(json.dumps({**report, "versions": _versions()}, indent=2), encoding="utf-8")
 
 
-def open_source(path: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> Source:
-    """What there is at a path: a checkpoint, a bundle, a file, or a folder of images.
-
-    Raises:
-        ConfigurationError: if it is a file of some other kind.
-        DDPMPipelineError: what the loaders of each kind raise.
-    """
-    if (path / "model_index.json").is_file() or (path / "bundle.json").is_file():
-        from .export.sample import open_sampler
-
-        sampler = open_sampler(path, scheduler, num_inference_steps)
-        if sampler.is_points:
-            return Source(True, sampler.batches)
-        return Source(False, lambda number, seed: sampler.batches(number, seed, IMAGE_BATCH_SIZE))
-    if path.suffix == ".npy" and path.is_file():
-        try:
-            samples = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise DatasetError(f"{path} can't be read: {error}") from None
-        if samples.ndim == 4:
-            return Source(False, lambda number, seed: _choose(samples, number, seed, str(path)))
-    if path.is_file():
-        if path.suffix not in (".npy", ".csv", ".parquet"):
-            raise ConfigurationError(f"{path} is no file of samples: give a .npy, .csv or .parquet")
-        with explain_missing_extra("reading points", "evaluate"):
-            from .data.points import load_points, to_array
-        return Source(True, lambda number, seed: [to_array(load_points(path, number, seed=seed))])
-    if not path.is_dir():
-        raise ConfigurationError(f"there is no {path}")
-    with explain_missing_extra("reading images", "train"):
-        from .data.images import load_images
-    pictures = load_images(path).permute(0, 2, 3, 1).numpy()
-    return Source(False, lambda number, seed: [_choose(pictures, number, seed, str(path))[0] / np.float32(255)])
-
-
-def _choose(samples: np.ndarray, number: int, seed: int, name: str) -> list[np.ndarray]:
-    if len(samples) < number:
-        raise DatasetError(f"{name} holds {len(samples)} samples, fewer than the {number} asked for")
-    return [samples[np.random.default_rng(seed).permutation(len(samples))[:number]]]
-
-
-def _evaluate_points(source: Source, args: Namespace) -> tuple[str, list[float], list[float]]:
-    with explain_missing_extra("ddpm-evaluate", "evaluate"):
-        from .data.points import POINT_SETS, load_points, to_array
-        from .metrics import sliced_wasserstein_distance
+def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
+    from .data.points import POINT_SETS, load_points, to_array
 
     # Every draw has data of its own on both sides: a distance between two finite draws is never 0, and how far it is
     # from 0 when both are data is the floor that a model's distance has to be read against.
-    n, repeats = args.num_samples or NUM_POINTS, args.repeats or 5
+    n, seeds = args.num_samples or NUM_POINTS, range(args.repeats or POINT_REPEATS)
+    data_seeds = [DATA_SEED + seed for seed in seeds]
     if args.dataset in POINT_SETS:
-        data = [to_array(load_points(args.dataset, 2 * n, seed=1000 + i)) for i in range(repeats)]
+        data = [to_array(load_points(args.dataset, 2 * n, seed=seed)) for seed in data_seeds]
     else:  # a file: the two sides share no point
         points = to_array(load_points(args.dataset))
         if len(points) < 2 * n:
             raise DatasetError(
                 f"{args.dataset} holds {len(points)} points, too few for two sets of {n}: lower --num_samples"
             )
-        data = [np.random.default_rng(1000 + i).permutation(points) for i in range(repeats)]
-    references, fresh = [both[:n] for both in data], [both[n : 2 * n] for both in data]
-    samples = [np.concatenate(list(source.draw(n, seed))) for seed in range(repeats)]
-    if samples[0].shape[1] != data[0].shape[1]:
-        raise DatasetError(
-            f"the samples have {samples[0].shape[1]} coordinates, but {args.dataset} has {data[0].shape[1]}"
-        )
-    distances = [sliced_wasserstein_distance(*pair) for pair in zip(samples, references, strict=True)]
-    floors = [sliced_wasserstein_distance(*pair) for pair in zip(fresh, references, strict=True)]
-    return f"sliced Wasserstein distance, {n} points", distances, floors
+        data = [np.random.default_rng(seed).permutation(points) for seed in data_seeds]
+    (dimension,) = data[0].shape[1:]
+    if source.shape != (dimension,):
+        raise DatasetError(f"the samples have {source.shape[0]} coordinates, but {args.dataset} has {dimension}")
+
+    references = [_varied(both[:n], args.dataset) for both in data]
+    fresh = [both[n : 2 * n] for both in data]
+    drawn = [_varied(source.draw(n, seed), args.samples) for seed in seeds]
+    samples, floor = ([_measure_points(*pair) for pair in zip(x, references, strict=True)] for x in (drawn, fresh))
+    return {
+        "num_samples": n,
+        "num_references": n,
+        "seeds": list(seeds),
+        "data_seeds": data_seeds,
+        "measures": _rows(samples, floor),
+    }
 
 
-def _evaluate_images(source: Source, args: Namespace) -> tuple[str, list[float], list[float]]:
-    with explain_missing_extra("evaluating images", "train"):
-        from .data.images import load_images
-        from .loading import load_features
-        from .metrics import FrechetDistance, to_uint8
+def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
+    import torch
+
+    from .data.images import load_images
+    from .loading import load_features
+    from .metrics import image_features
 
     if args.split == args.train_split:
         raise ConfigurationError(
             "--split and --train_split must share no image; slices are splits, too: train[:80%] and train[80%:]"
         )
-    n, repeats = args.num_samples or NUM_IMAGES, args.repeats or 1
-    features = load_features(args.features or FEATURES)
-    draws = [[to_uint8(batch) for batch in source.draw(n, seed)] for seed in range(repeats)]
-    channels, height, width = draws[0][0].shape[1:]
-    if channels != features.config.in_channels:
-        raise ConfigurationError(
-            f"the samples have {channels} channels, but the feature network takes {features.config.in_channels}: "
-            "name another with --features (train_features.py trains one)"
+    n, seeds = args.num_samples or NUM_IMAGES, range(args.repeats or IMAGE_REPEATS)
+    data_seeds = [DATA_SEED + i for i in range(IMAGE_FLOOR_REPEATS)]
+    network = load_features(args.features)
+    form = {"resolution": args.resolution, "fit": args.fit, "channels": args.channels}
+    references = load_images(args.dataset, args.split, **form).numpy()
+    if source.shape != references.shape[1:]:
+        shapes = ["×".join(map(str, shape)) for shape in (source.shape, references.shape[1:])]
+        raise DatasetError(
+            f"the samples are {shapes[0]} (channels × height × width), but {args.dataset} is {shapes[1]}: bring the "
+            "data to the samples' form, as in training, by --resolution, --fit and --channels"
         )
-    form = (height if height == width else None, args.fit, channels)
-    references = load_images(args.dataset, args.split, *form)
-    fresh = [load_images(args.dataset, args.train_split, *form, number=n, seed=seed) for seed in range(repeats)]
-    distance = FrechetDistance([references], features)
-    distances = [distance(draw) for draw in draws]
-    floors = [distance([draw]) for draw in fresh]
-    return f"Fréchet distance, {n} images against {len(references)}", distances, floors
+
+    def features_of(images: np.ndarray, name: object) -> torch.Tensor:
+        return image_features([torch.from_numpy(_varied(images, name))], network)
+
+    def fresh(seed: int) -> np.ndarray:
+        images = load_images(args.dataset, args.train_split, **form, number=n, seed=seed).numpy()
+        if len(images) < n:
+            raise DatasetError(f"the split {args.train_split!r} holds {len(images)} images, fewer than the {n} needed")
+        return images
+
+    y = features_of(references, args.dataset)
+    floor = [_measure_images(features_of(fresh(seed), args.dataset), y) for seed in data_seeds]
+    samples = [_measure_images(features_of(source.draw(n, seed), args.samples), y) for seed in seeds]
+    return {
+        "split": args.split,
+        "train_split": args.train_split,
+        **form,
+        "features": str(args.features),
+        "num_samples": n,
+        "num_references": len(references),
+        "seeds": list(seeds),
+        "data_seeds": data_seeds,
+        "measures": _rows(samples, floor),
+    }
 
 
-def _report(args: Namespace, what: str, distances: list[float], floors: list[float], output: Path | None) -> None:
-    distance, floor = np.mean(distances), np.mean(floors)
-    number = len(distances)
-    print(f"{what}, means of {number} draws (± standard error)" if number > 1 else what)
-    for name, values in ((f"{args.samples} to {args.dataset}", distances), (f"{args.dataset} to itself", floors)):
-        error = f" ± {np.std(values, ddof=1) / number**0.5:.4f}" if number > 1 else ""
-        print(f"  {name:40} {np.mean(values):.4f}{error}")
-    print(f"  {'ratio':40} {distance / floor:.2f}")
-    if output is not None:
-        report = {"distances": distances, "floors": floors, "ratio": distance / floor}
-        output.write_text(json.dumps({"samples": str(args.samples), "dataset": args.dataset, **report}, indent=2))
+def _varied(samples: np.ndarray, name: object) -> np.ndarray:
+    """The samples as they are, if they are not all the same, as a blank picture's copies would be."""
+    if (samples == samples[0]).all():
+        raise DatasetError(f"the {len(samples)} samples of {name} are all the same: there is nothing to compare")
+    return samples
+
+
+def _measure_points(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    from .metrics import energy_distance, sliced_wasserstein_distance
+
+    return {
+        "sliced_wasserstein_distance": sliced_wasserstein_distance(x, y),
+        "energy_distance": energy_distance(x, y),
+    }
+
+
+def _measure_images(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    from .metrics import frechet_distance, kernel_distance, share_in_manifold
+
+    kernel_mean, kernel_deviation = kernel_distance(x, y)
+    return {
+        "frechet_distance": frechet_distance(x, y),
+        "kernel_distance": kernel_mean,
+        "kernel_distance_deviation": kernel_deviation,
+        "precision": share_in_manifold(x, y),
+        "recall": share_in_manifold(y, x),
+    }
+
+
+def _rows(samples: list[dict[str, float]], floor: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """For each measure its values, one of each draw, and the ratio of their means where it says something."""
+    rows = {}
+    for key in samples[0]:
+        values, floors = ([measures[key] for measures in draws] for draws in (samples, floor))
+        has_ratio = key not in WITHOUT_RATIO and np.mean(floors) > 0
+        ratio = float(np.mean(values) / np.mean(floors)) if has_ratio else None
+        rows[key] = {"samples": values, "floor": floors, "ratio": ratio}
+    return rows
+
+
+def _heading(report: dict[str, Any], kind: str) -> str:
+    return (
+        f"{report['num_samples']:,} {kind} of {report['samples']} against {report['num_references']:,} of "
+        f"{report['dataset']}\ndraws of samples: {len(report['seeds'])}, of data: {len(report['data_seeds'])} "
+        "(means ± standard error)"
+    )
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'':30}{'samples':>19}{'floor':>19}{'ratio':>9}"]
+    for key, row in rows.items():
+        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append(f"{LABELS[key]:30}{_mean(row['samples']):>19}{_mean(row['floor']):>19}{ratio:>9}")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{error}" if values else "–"
+
+
+def _versions() -> dict[str, str]:
+    installed = {distribution.name for distribution in metadata.distributions()}
+    return {name: metadata.version(name) for name in PACKAGES if name in installed}
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""Distances between samples and data.
+"""Distances between samples and data, and the features of images that they are taken on.
 
 What each needs is imported where it is used: points need no torch, images no optimal transport.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import ConfigurationError, DatasetError
+from .export.pictures import to_pixels
+
 if TYPE_CHECKING:
     import torch
 
-BATCH_SIZE = 500  # of images whose features are taken at once
+BATCH_SIZE = 50  # of images whose features are taken at once, at most 299 × 299 pixels each
+CHUNK = 2**22  # distances between pairs that are in memory at once
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in Bińkowski et al. 2018; fewer in a subset where there are fewer
 
 
 def sliced_wasserstein_distance(x: np.ndarray, y: np.ndarray, num_projections: int = 1000, seed: int = 0) -> float:
@@ -33,42 +39,142 @@ def sliced_wasserstein_distance(x: np.ndarray, y: np.ndarray, num_projections: i
     return float(ot.sliced_wasserstein_distance(x, y, n_projections=num_projections, p=2, seed=seed))
 
 
+def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """The energy distance √(2 E|X − Y| − E|X − X′| − E|Y − Y′|) (Székely and Rizzo 2013, "Energy statistics").
+
+    The expectations are means over all pairs, each point with itself among them (the V-statistic), so that it is the
+    exact distance of the two empirical distributions, as `scipy.stats.energy_distance` computes it in one dimension:
+    0 for equal sets, and biased upwards by the number of points.
+
+    Args:
+        x, y: `[number of points, dimension]`; the numbers of points may differ.
+
+    Returns:
+        The distance, in the square root of the points' units.
+    """
+    squared = 2 * _mean_distance(x, y) - _mean_distance(x, x) - _mean_distance(y, y)
+    return max(squared, 0.0) ** 0.5  # equal sets may come out a rounding error below 0
+
+
+def _mean_distance(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy.spatial.distance import cdist
+
+    rows = max(1, CHUNK // len(y))
+    return float(sum(cdist(x[i : i + rows], y).sum() for i in range(0, len(x), rows)) / (len(x) * len(y)))
+
+
 def to_uint8(images: np.ndarray) -> torch.Tensor:
     """Images in [0, 1], `[batch, height, width, channels]`, as feature networks take them."""
     import torch
 
-    return torch.from_numpy(np.rint(images * 255).astype(np.uint8)).permute(0, 3, 1, 2)
+    return torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
 
 
-class FrechetDistance:
-    """The Fréchet distance between the features of two sets of images (Heusel et al. 2017, eq. 6, which takes an
-    Inception network's), as torchmetrics computes it.
-
-    It compares means and covariances only, and is biased upwards by the number of samples: compare distances of
-    as many samples.
+def image_features(batches: Iterable[torch.Tensor], network: torch.nn.Module) -> torch.Tensor:
+    """The features of images, on which all distances between sets of images are taken.
 
     Args:
-        references: batches of the one set's images, uint8, `[batch, channels, height, width]`.
-        features: what turns such a batch into features, `[batch, num_features]`, and says how many in its attribute
-            `num_features`: a [`FeatureNetwork`], for instance.
+        batches: uint8, each `[batch, channels, height, width]`, of any size.
+        network: a feature network, as `load_features` loads it.
+
+    Returns:
+        float64, `[number of images, num_features]`.
+
+    Raises:
+        ConfigurationError: if the images have more or fewer channels than the network takes.
     """
+    import torch
 
-    def __init__(self, references: Iterable[torch.Tensor], features: torch.nn.Module):
-        from torchmetrics.image.fid import FrechetInceptionDistance
+    features = []
+    with torch.no_grad():
+        for images in batches:
+            if images.shape[1] not in network.channels:
+                raise ConfigurationError(
+                    f"the images have {images.shape[1]} channels, but the feature network takes "
+                    f"{' or '.join(map(str, network.channels))}: name another with --features (train_features.py "
+                    "trains one)"
+                )
+            features += [network(batch).double() for batch in images.split(BATCH_SIZE)]
+    return torch.cat(features)
 
-        self._metric = FrechetInceptionDistance(features, reset_real_features=False)
-        self._update(references, real=True)
 
-    def __call__(self, samples: Iterable[torch.Tensor]) -> float:
-        """The distance of the other set, in batches of such images; the sets' sizes may differ."""
-        self._metric.reset()
-        self._update(samples, real=False)
-        return float(self._metric.compute())
+def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The Fréchet distance between Gaussians of the features' means and covariances (Heusel et al. 2017, eq. 6, which
+    takes an Inception network's), as torchmetrics computes it.
 
-    def _update(self, images: Iterable[torch.Tensor], real: bool) -> None:
-        import torch
+    It is biased upwards by the numbers of samples: compare distances of as many samples.
 
-        with torch.no_grad():
-            for some in images:
-                for batch in some.split(BATCH_SIZE):
-                    self._metric.update(batch, real=real)
+    Args:
+        x, y: `[number of images, num_features]`; the numbers of images may differ.
+
+    Raises:
+        DatasetError: if there are too few images for a covariance of full rank.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    num_features = x.shape[1]
+    if min(len(x), len(y)) <= num_features:
+        raise DatasetError(
+            f"a Fréchet distance on {num_features} features needs more than {num_features} images on both sides, got "
+            f"{len(x)} and {len(y)}"
+        )
+    distance = FrechetInceptionDistance(_features_as_they_are(num_features))
+    distance.update(x, real=False)
+    distance.update(y, real=True)
+    return float(distance.compute())
+
+
+def kernel_distance(x: torch.Tensor, y: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """The squared maximum mean discrepancy of the features, with the kernel (xᵀy / num_features + 1)³, over random
+    subsets (KID; Bińkowski et al. 2018, "Demystifying MMD GANs"), as torchmetrics computes it.
+
+    It is unbiased: of samples of one distribution it is 0 but for chance, and may be negative.
+
+    Args:
+        x, y: `[number of images, num_features]`; the numbers of images may differ.
+        seed: of the subsets.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+    """
+    import torch
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # that the features stay in memory, which they do already
+        torch.manual_seed(seed)
+        distance = KernelInceptionDistance(
+            _features_as_they_are(x.shape[1]), KID_SUBSETS, min(KID_SUBSET_SIZE, len(x), len(y))
+        )
+        distance.update(x, real=False)
+        distance.update(y, real=True)
+        mean, deviation = distance.compute()
+    return float(mean), float(deviation)
+
+
+def _features_as_they_are(num_features: int) -> torch.nn.Module:
+    """A feature network for torchmetrics, which would run one on images, where there are features already."""
+    import torch
+
+    network = torch.nn.Identity()
+    network.num_features = num_features
+    return network
+
+
+def share_in_manifold(x: torch.Tensor, y: torch.Tensor, k: int = 3) -> float:
+    """The share of `x` that lies in the manifold of `y`: no further from some y than that is from its k-th nearest
+    neighbour among them (Kynkäänniemi et al. 2019, eq. 1 and 2).
+
+    Their precision is the share of the samples in the data's manifold, and their recall the data's in the samples'.
+
+    Args:
+        x, y: features, `[number of images, num_features]`; both shares depend on the numbers of images.
+        k: which neighbour, from 1; there must be more than `k` images.
+    """
+    import torch
+
+    rows = max(1, CHUNK // len(y))
+    # Each y's nearest neighbour is itself, at place 0.
+    radii = torch.cat([torch.cdist(some, y).topk(k + 1, largest=False).values[:, k] for some in y.split(rows)])
+    inside = torch.cat([(torch.cdist(some, y) <= radii).any(dim=1) for some in x.split(rows)])
+    return float(inside.double().mean())

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explain_missing_extra("ddpm-compare", "train"):
         from ddpm_mlp_pipeline.data.images import load_images
         from ddpm_mlp_pipeline.loading import load_checkpoint, load_features
-        from ddpm_mlp_pipeline.metrics import FrechetDistance, to_uint8
+        from ddpm_mlp_pipeline.metrics import frechet_distance, image_features, to_uint8
 
     run = {
         "checkpoint": str(args.checkpoint),
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         export_bundle(args.checkpoint, bundle, "ddpm", 10)
         channels, height, width = _sample_shape(bundle)
         images = load_images(args.dataset, args.split, height if height == width else None, "resize", channels)
-        distance = FrechetDistance([images], load_features(args.features))
+        network = load_features(args.features)
+        references = image_features([images], network)
         rows = []
         for (scheduler, num_inference_steps), table in tables.items():
             row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             before = next((other for other in known if row.items() <= other.items()), None)
             if before is None:
                 batches = sampler.batches(args.num_samples, 0, BATCH_SIZES[-1])
-                row["frechet_distance"] = distance(to_uint8(np.nan_to_num(batch)) for batch in batches)
+                samples = image_features((to_uint8(np.nan_to_num(batch)) for batch in batches), network)
+                row["frechet_distance"] = frechet_distance(samples, references)
                 known.append(row)
                 _write(known, args.output)
             else:

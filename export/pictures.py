@@ -33,9 +33,14 @@ def draw_points(points: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", dots.size, INK), Image.new("RGB", dots.size, "white"), dots)
 
 
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1] as uint8."""
+    return np.rint(images * 255).astype(np.uint8)
+
+
 def to_picture(image: np.ndarray) -> Image.Image:
     """An image `[height, width, 1 or 3]` in [0, 1] as a picture."""
-    pixels = np.rint(image * 255).astype(np.uint8)
+    pixels = to_pixels(image)
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 

@@ -1,107 +1,197 @@
-"""`ddpm-evaluate` and its distance; the shipped checkpoints against their data."""
+"""`ddpm-evaluate`: its table and its report; the shipped checkpoints against their data."""
 
 import json
+import sys
+import warnings
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from helpers import MNIST, assert_one_line_error
-from PIL import Image
-from scipy import stats
+from scipy import linalg
 
 from ddpm_mlp_pipeline import export_bundle, load_images, pretrained
-from ddpm_mlp_pipeline.metrics import sliced_wasserstein_distance
+from ddpm_mlp_pipeline.checkpoints import FEATURES
+from ddpm_mlp_pipeline.evaluate import main
+from ddpm_mlp_pipeline.loading import load_features
+
+WITHOUT_TORCH = """
+import sys
+from importlib.machinery import PathFinder
+class WithoutTorch(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args):
+        return None if name.partition(".")[0] == "torch" else super().find_spec(name, *args)
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTorch
+from ddpm_mlp_pipeline.evaluate import main
+main()
+"""
 
 
-def test_the_distance_of_a_shift_is_its_closed_form():
-    """Moved by v, every projection moves by v · u, and the mean of (v · u)² over directions is |v|² / d."""
-    x = np.random.default_rng(0).standard_normal((500, 2))
-    distance = sliced_wasserstein_distance(x, x + np.array([3, 4]), num_projections=5000)
-    assert distance == pytest.approx(5 / 2**0.5, rel=0.03)
+@pytest.fixture
+def evaluate(run, tmp_path):
+    """Run the command, and give its report and the table's rows, as lists of words."""
+
+    def evaluate(*argv, command=("ddpm-evaluate",)):
+        result = run(*command, *argv, "--output", tmp_path / "report.json")
+        assert result.returncode == 0, result.stderr
+        _, _, columns, *rows = result.stdout.splitlines()
+        assert columns.split() == ["samples", "floor", "ratio"]
+        assert max(map(len, rows)) <= 80
+        return json.loads((tmp_path / "report.json").read_text()), [row.split() for row in rows]
+
+    return evaluate
 
 
-def test_in_one_dimension_it_is_the_wasserstein_distance():
+@pytest.fixture
+def refused(capsys):
+    """What the command says to such arguments, in this process: starting one takes seconds."""
+
+    def refused(*argv):
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in argv])
+        assert end.value.code == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return refused
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A data set of grey images, 10 × 9: a bright bar on noise."""
+    folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((400, 1)), 2 * rng.standard_normal((400, 1)) + 1
-    quantiles = np.sort(x, axis=0) - np.sort(y, axis=0)
-    assert sliced_wasserstein_distance(x, y) == pytest.approx(np.sqrt((quantiles**2).mean()))
-    assert sliced_wasserstein_distance(x, y) >= stats.wasserstein_distance(x[:, 0], y[:, 0])
+    for split in ("train", "test"):
+        pixels = rng.integers(100, size=(120, 9, 10), dtype=np.uint8)
+        for image, row in zip(pixels, rng.integers(8, size=120), strict=True):
+            image[row : row + 2] += 150
+        rows = datasets.Dataset.from_dict({"image": list(pixels)}, datasets.Features({"image": datasets.Image()}))
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
 
 
-def test_the_command_prints_and_writes_distance_and_floor(run, ddim_bundle, tmp_path):
-    argv = ("--dataset", "heart", "--num_samples", 500, "--repeats", 2, "--output", tmp_path / "report.json")
-    result = run("ddpm-evaluate", ddim_bundle, *argv)
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["distances"]) == len(report["floors"]) == 2
-    assert report["ratio"] == pytest.approx(np.mean(report["distances"]) / np.mean(report["floors"]))
-    assert result.stdout.splitlines()[-1].split() == ["ratio", f"{report['ratio']:.2f}"]
+@pytest.mark.parametrize("command", [("ddpm-evaluate",), (sys.executable, "-c", WITHOUT_TORCH)])
+def test_points_of_a_bundle_with_torch_and_without(evaluate, ddim_bundle, command):
+    argv = (ddim_bundle, "--dataset", "heart", "--num_samples", 500, "--repeats", 2)
+    report, rows = evaluate(*argv, command=command)
+    assert list(report["measures"]) == ["sliced_wasserstein_distance", "energy_distance"]
+    for measure, row in zip(report["measures"].values(), rows, strict=True):
+        assert len(measure["samples"]) == len(measure["floor"]) == 2
+        assert measure["ratio"] == pytest.approx(np.mean(measure["samples"]) / np.mean(measure["floor"]))
+        error = np.std(measure["samples"], ddof=1) / 2**0.5
+        assert row[-7:-4] == [f"{np.mean(measure['samples']):.4f}", "±", f"{error:.4f}"]
+        assert row[-1] == f"{measure['ratio']:.2f}"
+    assert (report["samples"], report["dataset"], report["num_samples"]) == (str(ddim_bundle), "heart", 500)
+    assert (report["scheduler"], report["sampling_steps"]) == ("DDIMScheduler", 20)
+    assert {"numpy", "scipy", "POT", "onnxruntime"} <= report["versions"].keys()
 
 
-def test_samples_from_a_file(run, tmp_path):
-    np.save(tmp_path / "far.npy", np.random.default_rng(0).standard_normal((400, 2)) + 100)
-    result = run("ddpm-evaluate", tmp_path / "far.npy", "--dataset", "heart", "--num_samples", 400)
-    assert float(result.stdout.split()[-1]) > 100
-    result = run("ddpm-evaluate", tmp_path / "far.npy", "--dataset", tmp_path / "far.npy", "--num_samples", 200)
-    assert float(result.stdout.split()[-1]) < 2
-    argv = ("--dataset", tmp_path / "far.npy", "--num_samples", 300)
-    assert_one_line_error(run("ddpm-evaluate", tmp_path / "far.npy", *argv), "too few for two sets of 300")
-    argv = (tmp_path / "far.npy", "--dataset", "heart")
-    assert_one_line_error(run("ddpm-evaluate", *argv), "holds 400 points, fewer than the 10000")
-    assert_one_line_error(run("ddpm-evaluate", tmp_path / "none.npy", "--dataset", "heart"), "none.npy")
-    assert_one_line_error(run("ddpm-evaluate", *argv[:2], "hart"), "unknown data set")
+def test_points_from_a_file(evaluate, refused, tmp_path):
+    far = tmp_path / "far.npy"
+    np.save(far, np.random.default_rng(0).standard_normal((400, 2)) + 100)
+    report, _ = evaluate(far, "--dataset", "heart", "--num_samples", 400, "--repeats", 1)
+    assert report["measures"]["sliced_wasserstein_distance"]["samples"][0] == pytest.approx(100, rel=0.05)
+    assert all(measure["ratio"] > 50 for measure in report["measures"].values())
+    report, _ = evaluate(far, "--dataset", far, "--num_samples", 200)
+    assert all(0.5 < measure["ratio"] < 2 for measure in report["measures"].values())
+
+    np.save(tmp_path / "solid.npy", np.zeros((400, 3)))
+    np.save(tmp_path / "same.npy", np.full((800, 2), 1.5))
+    for argv, *messages in [
+        ((far, "--dataset", far, "--num_samples", 300), "too few for two sets of 300"),
+        ((far, "--dataset", "heart"), "holds 400 samples, fewer than the 10000"),
+        ((tmp_path / "none.npy", "--dataset", "heart"), "there is no"),
+        ((far, "--dataset", "hart"), "unknown data set"),
+        ((far, "--dataset", "heart", "--scheduler", "ddim"), "for a checkpoint"),
+        ((tmp_path / "solid.npy", "--dataset", "heart"), "have 3 coordinates, but heart has 2"),
+        ((tmp_path / "same.npy", "--dataset", "heart", "--num_samples", 400), "400 samples of", "all the same"),
+        ((far, "--dataset", tmp_path / "same.npy", "--num_samples", 400), "same.npy are all the same"),
+    ]:
+        error = refused(*argv)
+        assert all(message in error for message in messages), error
+
+
+def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
+    images = {split: load_images(pictures, split).permute(0, 2, 3, 1).numpy() for split in ("train", "test")}
+    blank, large, colour = (tmp_path / f"{name}.npy" for name in ("blank", "large", "colour"))
+    np.save(blank, np.zeros_like(images["train"]))
+    np.save(large, np.random.default_rng(0).random((120, 12, 12, 1)))
+    np.save(colour, np.repeat(images["train"], 3, axis=3))
+    for argv, *messages in [
+        ((blank,), "the 100 samples of", "are all the same"),
+        ((blank, "--num_samples", 64), "on 64 features needs more than 64 images on both sides, got 64 and 120"),
+        ((blank, "--num_samples", 121), "'train' holds 120 images, fewer than the 121 needed"),
+        ((large,), "the samples are 1×12×12 (channels × height × width)", "is 1×9×10", "--resolution"),
+        ((colour,), "the samples are 3×9×10", "--channels"),
+        ((colour, "--channels", 3), "3 channels", "--features"),
+        ((blank, "--split", "train"), "must share no image"),
+        ((blank, "--features", tmp_path), "can't load the feature network"),
+    ]:
+        samples, *options = argv
+        options = ("--dataset", pictures, "--num_samples", 100, *options)  # what comes last counts
+        error = refused(samples, *options)
+        assert all(message in error for message in messages), error
+    assert_one_line_error(run("ddpm-evaluate", blank, "--dataset", pictures), "120 images, fewer than the 2000")
+    report, _ = evaluate(large, "--dataset", pictures, "--num_samples", 100, "--resolution", 12, "--fit", "pad")
+    assert report["measures"]["frechet_distance"]["ratio"] > 2
+    assert (report["resolution"], report["fit"]) == (12, "pad")
+
+
+def frechet(x, y):
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), by a direct matrix square root."""
+    covariances = [np.cov(side, rowvar=False) for side in (x, y)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some features are always 0, which makes the product singular
+        root = linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
-def test_images_from_a_file_and_from_a_folder(run, tmp_path):
-    """The same pictures are as far from the data in either form; digits are as far as the floor, noise is not."""
-    digits = load_images(MNIST, "train", number=500, seed=7)
-    np.save(tmp_path / "digits.npy", digits.permute(0, 2, 3, 1).numpy() / np.float32(255))
-    (tmp_path / "folder").mkdir()
-    for i, digit in enumerate(digits):
-        Image.fromarray(digit[0].numpy()).save(tmp_path / "folder" / f"{i}.png")
-    np.save(tmp_path / "noise.npy", np.random.default_rng(0).random((500, 28, 28, 1), dtype=np.float32))
-    reports = {}
-    for name in ("digits.npy", "folder", "noise.npy"):
-        argv = ("--dataset", MNIST, "--num_samples", 500, "--output", tmp_path / "report.json")
-        result = run("ddpm-evaluate", tmp_path / name, *argv)
-        assert result.returncode == 0, result.stderr
-        reports[name] = json.loads((tmp_path / "report.json").read_text())
-    assert reports["folder"]["distances"] == pytest.approx(reports["digits.npy"]["distances"], rel=1e-6)
-    assert 0.5 < reports["folder"]["ratio"] < 2
-    assert reports["noise.npy"]["ratio"] > 100
+def test_images_measured_by_hand(evaluate, tmp_path):
+    """Noisy digits are far from the data by another computation, too, and so is the floor."""
+    network = load_features(FEATURES)
 
-    argv = ("--dataset", MNIST, "--num_samples", 501)
-    assert_one_line_error(
-        run("ddpm-evaluate", tmp_path / "digits.npy", *argv), "holds 500 samples, fewer than the 501"
-    )
-    argv = ("--dataset", MNIST, "--split", "train")
-    assert_one_line_error(run("ddpm-evaluate", tmp_path / "digits.npy", *argv), "must share no image")
-    np.save(tmp_path / "colour.npy", np.zeros((2, 8, 8, 3), dtype=np.float32))
-    argv = ("--dataset", MNIST, "--num_samples", 2)
-    assert_one_line_error(run("ddpm-evaluate", tmp_path / "colour.npy", *argv), "3 channels", "--features")
-    argv = (*argv, "--features", tmp_path)
-    assert_one_line_error(run("ddpm-evaluate", tmp_path / "digits.npy", *argv), "can't load the feature network")
+    def features_of(images):
+        with torch.no_grad():
+            return network(images).double().numpy()
+
+    digits = load_images(MNIST, "train", number=500, seed=7).numpy()
+    noisy = digits / 255 + 0.2 * np.random.default_rng(0).standard_normal(digits.shape)
+    noisy = np.rint(255 * noisy.clip(0, 1)).astype(np.uint8)
+    np.save(tmp_path / "noisy.npy", noisy.transpose(0, 2, 3, 1))
+    argv = ("--dataset", MNIST, "--split", "test[:1000]", "--num_samples", 500)
+    report, rows = evaluate(tmp_path / "noisy.npy", *argv)
+    measures = report["measures"]
+    y = features_of(load_images(MNIST, "test[:1000]"))
+    fresh = [features_of(load_images(MNIST, "train", number=500, seed=seed)) for seed in report["data_seeds"]]
+    distances, floors = measures["frechet_distance"]["samples"], measures["frechet_distance"]["floor"]
+    assert distances == pytest.approx([frechet(features_of(torch.from_numpy(noisy)), y)], rel=1e-3)
+    assert floors == pytest.approx([frechet(x, y) for x in fresh], rel=1e-3)
+
+    assert [" ".join(row[:2]) for row in rows[:2]] == ["Fréchet distance", "kernel distance"]
+    assert measures["frechet_distance"]["ratio"] > 3
+    assert measures["kernel_distance"]["ratio"] is None
+    deviation = np.mean(measures["kernel_distance_deviation"]["floor"])
+    assert abs(np.mean(measures["kernel_distance"]["floor"])) < deviation < measures["kernel_distance"]["samples"][0]
+    assert measures["precision"]["samples"][0] < min(measures["precision"]["floor"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["heart", "swiss_roll"])
-def test_shipped_checkpoints_are_within_twice_the_floor(run, tmp_path, name):
+def test_shipped_checkpoints_are_within_twice_the_floor(evaluate, tmp_path, name):
     """With 1,000 steps of the torch pipeline, and with 50 DDIM steps of the bundle."""
     export_bundle(pretrained(name), tmp_path / "bundle", "ddim", 50)
     for samples in (pretrained(name), tmp_path / "bundle"):
-        argv = ("--dataset", name, "--repeats", 3, "--output", tmp_path / "report.json")
-        assert run("ddpm-evaluate", samples, *argv).returncode == 0
-        assert json.loads((tmp_path / "report.json").read_text())["ratio"] <= 2
+        report, _ = evaluate(samples, "--dataset", name, "--repeats", 3)
+        assert all(measure["ratio"] <= 2 for measure in report["measures"].values())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
-def test_shipped_digits_hold_their_distance(run, tmp_path):
-    """The bundle that ddpm-export makes of them by itself: ddpm-compare measured 10.0, and a floor of 3.3."""
+def test_shipped_digits_hold_their_distance(run, evaluate, tmp_path):
+    """The bundle that ddpm-export makes of them by itself: ddpm-compare measured 10.0."""
     result = run("ddpm-export", pretrained("mnist"), tmp_path / "bundle")
     assert "DPMSolverMultistepScheduler, 20 network calls" in result.stdout
-    argv = ("--dataset", MNIST, "--output", tmp_path / "report.json")
-    assert run("ddpm-evaluate", tmp_path / "bundle", *argv).returncode == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["distances"][0] < 10.7
-    assert 3 < report["floors"][0] < 3.5
+    report, _ = evaluate(tmp_path / "bundle", "--dataset", MNIST)
+    assert report["measures"]["frechet_distance"]["samples"][0] < 10.7

@@ -20,7 +20,7 @@ def squares(tmp_path_factory):
     """A folder of grey images, 11 × 9, each a bright rectangle on black."""
     folder = tmp_path_factory.mktemp("squares")
     rng = np.random.default_rng(0)
-    for i in range(40):
+    for i in range(70):
         pixels = np.zeros((9, 11), dtype=np.uint8)
         x, y = rng.integers(6), rng.integers(5)
         pixels[y : y + 4, x : x + 4] = 255
@@ -147,7 +147,7 @@ def test_wrong_trainings_end_in_one_line(squares, run, tmp_path):
     for argv, fragment in [
         ((), "--dataset_name"),
         (("--dataset_name", tmp_path / "nowhere"), "neither a folder here"),
-        (("--dataset_name", squares, "--train_batch_size", 41), "larger than the data set, which holds 40"),
+        (("--dataset_name", squares, "--train_batch_size", 71), "larger than the data set, which holds 70"),
         (("--dataset_name", squares, "--block_out_channels", "12,32"), "norm_num_groups"),
         (("--dataset_name", squares, "--block_out_channels", "wide"), "'wide'"),
         (("--dataset_name", squares, "--channels", 2), "channels"),
@@ -173,7 +173,7 @@ def test_ways_of_training_are_compared(squares, run, tmp_path):
     preset.write_text(f"dataset_name: {squares}\ntrain_batch_size: 16\nddpm_num_steps: 20\nlr_warmup_steps: 2\n")
     narrow = f"{preset} --no-attention --block_out_channels 8,8"
     argv = (preset, narrow, "--minutes", 0.02, "--repeats", 1, "--split", "train")
-    argv += ("--num_samples", 40, "--num_inference_steps", 5, "--output_dir", tmp_path / "runs")
+    argv += ("--num_samples", 70, "--num_inference_steps", 5, "--output_dir", tmp_path / "runs")
     result = run(sys.executable, ROOT / "train_scripts" / "benchmark_training.py", *argv)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "runs" / "benchmark.json").read_text())

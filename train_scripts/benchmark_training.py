@@ -26,7 +26,7 @@ with one_line_errors(), explain_missing_extra("training"):
     from ddpm_mlp_pipeline.arguments import parse_options
     from ddpm_mlp_pipeline.data.images import ImageBatches, load_images
     from ddpm_mlp_pipeline.loading import load_features
-    from ddpm_mlp_pipeline.metrics import FrechetDistance, to_uint8
+    from ddpm_mlp_pipeline.metrics import frechet_distance, image_features, to_uint8
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
     from ddpm_mlp_pipeline.train_scripts.train_images import ImageTrainingArguments, make_pipeline
     from ddpm_mlp_pipeline.training import train
@@ -124,7 +124,8 @@ def _distance(args: argparse.Namespace, run: ImageTrainingArguments, pipeline: D
             yield to_uint8(pipeline(size, generator, args.num_inference_steps, "np").images)
 
     references = load_images_once(run.dataset_name, args.split, run.resolution, run.fit, run.channels)
-    return FrechetDistance([references], load_features(args.features))(draw())
+    network = load_features(args.features)
+    return frechet_distance(image_features(draw(), network), image_features([references], network))
 
 
 if __name__ == "__main__":

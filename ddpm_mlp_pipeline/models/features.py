@@ -1,4 +1,4 @@
-"""`FeatureNetwork`, a small classifier of images, whose last hidden layer is what Fréchet distances are taken on."""
+"""`FeatureNetwork`, a small classifier of images, on whose last hidden layer distances between them are taken."""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,7 @@ from torch import nn
 
 class FeatureNetwork(ModelMixin, ConfigMixin):
     r"""
-    A convolutional classifier. Called, it gives an image's features rather than its class, as torchmetrics wants it
-    of a feature network.
+    A convolutional classifier. Called, it gives an image's features rather than its class.
 
     Parameters:
         sample_size (`int`, defaults to 28):
@@ -35,7 +34,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (32, 64, 128),
     ):
         super().__init__()
-        self.num_features = num_features  # which torchmetrics reads
+        self.channels = (in_channels,)  # that it takes
         blocks: list[nn.Module] = []
         for width, previous in zip(block_out_channels, (in_channels, *block_out_channels), strict=False):
             blocks += [nn.Conv2d(previous, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
