@@ -22,6 +22,8 @@ _EXTRA_OF_MODULE = {
     "onnxscript": "export",
     "ot": "evaluate",
     "scipy": "evaluate",
+    "torch_fidelity": "inception",
+    "torchvision": "inception",
 }
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
+from torch import nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, explain_missing_extra
 from .models.features import FeatureNetwork
 from .pipeline import DDPMMLPPipeline
 
@@ -35,16 +38,38 @@ def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
     return pipeline
 
 
-def load_features(folder: str | os.PathLike) -> FeatureNetwork:
-    """Load the folder of a feature network.
+def load_features(path: str | os.PathLike) -> nn.Module:
+    """Load a network that turns uint8 images, `[batch, channels, height, width]`, into `[batch, num_features]`.
+
+    Args:
+        path: the folder of a [`FeatureNetwork`], or torch-fidelity's file of Inception's weights.
+
+    Returns:
+        The network, which says in `channels` how many an image may have.
 
     Raises:
-        CheckpointError: if the folder or a file in it is missing or can't be read.
+        CheckpointError: if a file is missing, can't be read, or holds anything but the network's weights.
+        MissingExtraError: if Inception is asked for, and torch-fidelity is not installed.
     """
-    with _explained(f"can't load the feature network {folder}"):
-        network = FeatureNetwork.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    with _explained(f"can't load the feature network {path}"):
+        if Path(path).is_file():
+            return _load_inception(path)
+        network = FeatureNetwork.from_pretrained(path, local_files_only=True, use_safetensors=True)
         _check_weights(network)
     return network.eval()
+
+
+def _load_inception(weights: str | os.PathLike) -> nn.Module:
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
+    except (pickle.UnpicklingError, EOFError):
+        raise ValueError("it is no PyTorch file of tensors alone") from None
+    with explain_missing_extra("Inception"):
+        from .models.inception import InceptionNetwork
+    try:
+        return InceptionNetwork(weights)
+    except RuntimeError:  # whose message lists hundreds of names
+        raise ValueError("its tensors are not those of torch-fidelity's Inception") from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""Feature networks: the shipped one and the training of others."""
+"""Feature networks: the shipped one, the training of others, and Inception from a file of weights."""
 
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ from helpers import MNIST, ROOT
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.data.images import load_images, load_labels
-from ddpm_mlp_pipeline.errors import CheckpointError
+from ddpm_mlp_pipeline.errors import CheckpointError, MissingExtraError
 from ddpm_mlp_pipeline.loading import load_features
 from ddpm_mlp_pipeline.metrics import frechet_distance, image_features
 from ddpm_mlp_pipeline.models.features import FeatureNetwork
@@ -38,6 +39,50 @@ def test_the_shipped_network_knows_digits_and_tells_data_from_noise():
 def test_a_folder_that_holds_no_network_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="can't load the feature network"):
         load_features(tmp_path)
+
+
+class Intruder:
+    """Unpickled, it leaves a file where it says."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_of_weights_runs_no_code(tmp_path):
+    torch.save({"weights": Intruder(tmp_path / "was here")}, tmp_path / "intruder.pth")
+    (tmp_path / "empty.pth").touch()
+    for name in ("intruder.pth", "empty.pth"):
+        with pytest.raises(CheckpointError, match=f"{name}: it is no PyTorch file of tensors alone"):
+            load_features(tmp_path / name)
+    assert not (tmp_path / "was here").exists()
+
+
+def test_inception_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(MissingExtraError, match=r"pip install 'ddpm-mlp-pipeline\[inception\]'"):
+        load_features(tmp_path / "weights.pth")
+
+
+def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
+    """With random weights, for want of the real ones; grey images are seen as colour images without colour."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    theirs = module.FeatureExtractorInceptionV3
+    with monkeypatch.context() as patch:  # it would get its weights from the network
+        patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(theirs, "load_state_dict", lambda *args: None)
+        expected = theirs("inception-v3-compat", ["2048"])
+    torch.save(expected.state_dict(), tmp_path / "weights.pth")
+    grey = torch.randint(256, (2, 1, 28, 28), dtype=torch.uint8)
+    features = image_features([grey], load_features(tmp_path / "weights.pth"))
+    assert features.shape == (2, 2048)
+    torch.testing.assert_close(features.float(), expected(grey.repeat(1, 3, 1, 1))[0])
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="are not those of torch-fidelity's Inception"):
+        load_features(tmp_path / "weights.pth")
 
 
 def test_training_one(run, tmp_path):
