@@ -1,10 +1,13 @@
 """Samples to evaluate, from files and folders."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
+from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
 from ddpm_mlp_pipeline.sources import open_source
 
 
@@ -76,3 +79,17 @@ def test_broken_files_and_strange_requests(tmp_path):
         open_source(tmp_path / "text.npy", scheduler="ddim")
     with pytest.raises(ConfigurationError, match="is no file of samples"):
         open_source((tmp_path / "text.npy").rename(tmp_path / "text.txt"))
+
+
+def test_samples_that_run_off_are_refused(ddim_bundle, tmp_path):
+    """As those of a sampler that diverges; here, they end up in endless units."""
+    bundle = shutil.copytree(ddim_bundle, tmp_path / "bundle")
+    info = json.loads((bundle / "bundle.json").read_text()) | {"data_std": [3e38, 3e38]}
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    source = open_source(bundle)
+    assert source.info == {"scheduler": "DDIMScheduler", "sampling_steps": 20}
+    with (
+        pytest.warns(RuntimeWarning, match="overflow"),
+        pytest.raises(DivergenceError, match="run off to infinity: give it another scheduler"),
+    ):
+        source.draw(500, 0)
