@@ -6,6 +6,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machine
 	--num_cpu_threads_per_process 2
 SHIPPED := heart swiss_roll swiss_roll_2015 mnist
 MNIST ?= ylecun/mnist
+CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test lint pretrained features pictures schedulers clean
@@ -32,19 +33,37 @@ lint: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# MNIST comes from the hub, unless MNIST names a folder that load_dataset takes.
-pretrained features pictures schedulers: HF_HUB_OFFLINE := 0
+# Images come from the hub, unless MNIST and CIFAR10 name folders that load_dataset takes.
+pretrained results-% features pictures schedulers: HF_HUB_OFFLINE := 0
+
+# The command that trains a preset, and the options that name its data to the commands that measure.
+images = $(if $(filter cifar10%,$1),$(CIFAR10),$(MNIST))
+train = $(LAUNCH) train_scripts/$(if $(filter mnist% cifar10%,$1),train_images.py --dataset_name $(images),train_points.py) \
+	--config $1 --output_dir runs/$1
+data = --dataset $(if $(filter mnist% cifar10%,$1),$(images),$(firstword $(filter $1,heart) swiss_roll))
+data += $(if $(filter swiss_roll_2015,$1),--dataset_noise 0.001) $(if $(filter mnist_32,$1),--fit pad)
+
+.PRECIOUS: runs/%/model_index.json
+runs/%/model_index.json: | .venv/installed
+	$(call train,$*)
 
 # Train the checkpoints that the package ships. Their code stays two lines that import the package's own.
-pretrained: .venv/installed
+pretrained: $(SHIPPED:%=runs/%/model_index.json)
 	for name in $(SHIPPED); do \
-		case $$name in mnist*) script=train_images.py data="--dataset_name $(MNIST)";; *) script=train_points.py data=;; esac; \
-		$(LAUNCH) train_scripts/$$script --config $$name --output_dir runs/$$name $$data || exit 1; \
 		for file in model_index.json scheduler/scheduler_config.json unet/config.json \
 				unet/diffusion_pytorch_model.safetensors; do \
 			install -D -m 644 runs/$$name/$$file ddpm_mlp_pipeline/checkpoints/$$name/$$file || exit 1; \
 		done; \
 	done
+
+# One row of docs/results.md: train the preset, unless runs/ holds it, and measure what came out.
+results-%: runs/%/model_index.json
+	$(BIN)/ddpm-export runs/$* runs/$*-onnx
+	$(if $(filter cifar10%,$*),,$(BIN)/ddpm-evaluate runs/$*-onnx $(call data,$*) \
+		$(if $(filter mnist_32,$*),--resolution 32) --output runs/$*-distances.json)
+	$(BIN)/ddpm-bound runs/$* $(call data,$*) --variance_type $(if $(filter %2015,$*),learned_range,fixed_large) \
+		$(if $(filter %2015,$*),,--timestep_stride 10) $(if $(filter mnist% cifar10%,$*),--num_samples 1000) \
+		--output runs/$*-bound.json --figure runs/$*-bound.png
 
 # Train the network on whose features the package takes Fréchet distances.
 features: .venv/installed

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help=f"samples, on both sides if points (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
     )
+    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="of a checkpoint (default: its own)")
     parser.add_argument(
         "--num_inference_steps", type=positive_int, metavar="N", help="of a checkpoint (default: all timesteps)"
@@ -101,7 +102,7 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
     n, seeds = args.num_samples or NUM_POINTS, range(args.repeats or POINT_REPEATS)
     data_seeds = [DATA_SEED + seed for seed in seeds]
     if args.dataset in POINT_SETS:
-        data = [to_array(load_points(args.dataset, 2 * n, seed=seed)) for seed in data_seeds]
+        data = [to_array(load_points(args.dataset, 2 * n, args.dataset_noise, seed)) for seed in data_seeds]
     else:  # a file: the two sides share no point
         points = to_array(load_points(args.dataset))
         if len(points) < 2 * n:
@@ -118,6 +119,7 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
     drawn = [_varied(source.draw(n, seed), args.samples) for seed in seeds]
     samples, floor = ([_measure_points(*pair) for pair in zip(x, references, strict=True)] for x in (drawn, fresh))
     return {
+        "dataset_noise": args.dataset_noise,
         "num_samples": n,
         "num_references": n,
         "seeds": list(seeds),
