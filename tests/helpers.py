@@ -2,14 +2,9 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
-
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
-from ddpm_mlp_pipeline.training import TensorBatches
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
@@ -34,20 +29,6 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) 
     assert result.stderr.splitlines()[-1] == line
     for fragment in fragments:
         assert fragment in line, line
-
-
-def training_options(folder: Path, **changes: object) -> TrainingArguments:
-    """Of a training of eleven steps, four of them in each pass over `train_small`'s data."""
-    values = {"train_batch_size": 32, "max_train_steps": 11, "lr_warmup_steps": 2, "report_to": "none"}
-    return TrainingArguments(output_dir=str(folder), **values | changes)
-
-
-def train_small(folder: Path, augment: Callable | None = None, **changes: object) -> tuple[bytes, list[float]]:
-    """Train a tiny network on points; returns the file of its weights and the losses."""
-    torch.manual_seed(0)
-    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=8, embedding_dim=4), DDPMScheduler())
-    losses = train(pipeline, TensorBatches(torch.randn(150, 2)), training_options(folder, **changes), augment=augment)
-    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes(), losses
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -2,17 +2,22 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
-from helpers import LAUNCH, ROOT, assert_one_line_error, train_small, training_options
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
+from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
-from ddpm_mlp_pipeline.training import PREDICTION_TYPES, TensorBatches, _min_snr_weights, _target
+from ddpm_mlp_pipeline.training import PREDICTION_TYPES, TensorBatches, _min_snr_weights, _target, _will_be_skipped
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 
@@ -97,11 +102,73 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
         train_small(tmp_path, train_batch_size=151)
 
 
-def test_a_loss_that_is_no_number_stops_the_training(tmp_path):
-    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=8), DDPMScheduler())
-    with pytest.raises(DivergenceError, match="nan at step 1, with a learning rate of"):
-        train(pipeline, TensorBatches(torch.full((150, 2), float("nan"))), training_options(tmp_path))
+def test_a_loss_that_is_no_number_stops_the_training_before_its_step(tmp_path):
+    batches = iter(range(11))
+
+    def spoil(x_0, u):
+        return x_0 * float("nan") if next(batches) == 7 else x_0
+
+    message = r"loss is nan at step 8, with a learning rate of .*: a lower --learning_rate .* is .*checkpoint-6$"
+    with pytest.raises(DivergenceError, match=message):
+        train_small(tmp_path, augment=spoil, checkpointing_steps=3)
     assert not (tmp_path / "model_index.json").exists()
+    with pytest.raises(DivergenceError, match="there is no checkpoint to go back to"):
+        train_small(tmp_path / "none", augment=lambda x_0, u: x_0 * float("nan"))
+
+
+def test_a_gradient_that_is_no_number_stops_the_training_before_its_step(tmp_path):
+    """Its loss is finite, and that of the next step would come after the state is saved."""
+    pipeline = small_pipeline()
+    gradients = iter(range(11))
+    parameter = next(pipeline.unet.parameters())
+    parameter.register_hook(lambda gradient: gradient / (0 if next(gradients) == 5 else 1))
+    with pytest.raises(DivergenceError, match=r"norm is (inf|nan) and the loss is \d\.\d+ at step 6.*checkpoint-5$"):
+        train(pipeline, TensorBatches(torch.randn(150, 2)), training_options(tmp_path, checkpointing_steps=1))
+    assert all(parameter.isfinite().all() for parameter in pipeline.unet.parameters())
+
+
+class Overflowing(MLPModel):
+    """3.4e38 is a number in float32, but above the largest in bfloat16."""
+
+    def forward(self, sample, timestep, return_dict=True):
+        large = F.linear(torch.ones(1, 1), torch.full((1, 1), 3.4e38)).float()
+        return UNet2DOutput(super().forward(sample, timestep).sample + 0 * large)
+
+
+@pytest.fixture
+def other_precision():
+    """Accelerate wants one precision for all of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_an_overflow_of_16_bits_is_told_from_a_divergence(tmp_path):
+    data = TensorBatches(torch.randn(150, 2))
+    args = training_options(tmp_path / "bf16", mixed_precision="bf16")
+    with pytest.raises(DivergenceError, match=r"nan at step 1.*: bf16 overflows where float32 does not"):
+        train(small_pipeline(Overflowing), data, args)
+    args = training_options(tmp_path / "nan", mixed_precision="bf16")
+    with pytest.raises(DivergenceError, match=r"nan at step 1.*: a lower --learning_rate"):
+        train(small_pipeline(), TensorBatches(torch.full((150, 2), float("nan"))), args)
+
+
+def test_the_steps_that_fp16_skips_are_no_divergence_until_its_scale_is_used_up():
+    """2^16, the scale that torch begins with, can be halved sixteen times before it is below 1."""
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu")
+    skipped = 0
+    while True:
+        scaler.scale(weight * float("inf")).backward()
+        if not _will_be_skipped(SimpleNamespace(scaler=scaler)):
+            break
+        skipped += 1
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert skipped == 17
+    assert weight == 1
 
 
 @pytest.mark.parametrize("snr_gamma", [1.0, 5.0])
