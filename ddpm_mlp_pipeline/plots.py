@@ -139,7 +139,8 @@ def plot_losses(losses: Sequence[float]) -> Figure:
     window = max(1, len(losses) // 100)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     axes.plot(steps[window - 1 :], smooth, color=DATA_COLOR, label=f"mean of {window}")
-    axes.set_ylim(0, 1.5 * np.percentile(losses, 99))
+    finite = [loss for loss in losses if math.isfinite(loss)]  # those of steps that fp16 skipped may not be
+    axes.set_ylim(0, 1.5 * np.percentile(finite, 99))
     axes.legend()
     return figure
 

@@ -21,14 +21,14 @@ from .files import PARTIAL, remove_partial, rename_durably
 from .pipeline import DDPMMLPPipeline
 
 MANIFEST = "manifest.json"  # the SHA-256 of every other file
-PROGRESS = "progress.bin"  # what Accelerate doesn't save: the losses and the average of the weights
+PROGRESS = "progress_{}.bin"  # what Accelerate doesn't save: the losses and the average of the weights, by process
 
 
 class Checkpoints:
     """A run's folders `checkpoint-<step>`, each of which appears whole or not at all.
 
     Weights, optimizer, learning rate and random states are saved by Accelerate, the rest beside them. Nothing that a
-    folder holds is run when it is loaded.
+    folder holds is run when it is loaded. (FSDP and DeepSpeed read their parts in their own way, which may run some.)
 
     Args:
         accelerator: whose prepared objects make up the state.
@@ -60,13 +60,12 @@ class Checkpoints:
         try:
             with explain_writing(folder):
                 self.accelerator.save_state(partial)
-                self.accelerator.wait_for_everyone()  # each process writes its random state
+                ema = None if self.ema is None else self.ema.state_dict()
+                torch.save({"losses": losses, "ema": ema}, partial / PROGRESS.format(self.accelerator.process_index))
+                self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
                     self.pipeline.unet.save_config(partial / "unet")
                     self.pipeline.scheduler.save_config(partial / "scheduler")
-                    ema = None if self.ema is None else self.ema.state_dict()
-                    processes = self.accelerator.num_processes
-                    torch.save({"losses": losses, "ema": ema, "processes": processes}, partial / PROGRESS)
                     (partial / MANIFEST).write_text(json.dumps(_checksums(partial), indent=2))
                     rename_durably(partial, folder)
         except BaseException:
@@ -161,11 +160,11 @@ class Checkpoints:
                 if not key.startswith("_") and _plain(ours) != value:
                     raise CheckpointError(f"{problem}: its {name} has {key} {value}, not {ours}")
         try:
-            progress = torch.load(folder / PROGRESS, map_location="cpu", weights_only=True)
-            if progress["processes"] != self.accelerator.num_processes:
-                raise ValueError(
-                    f"it was saved by {progress['processes']} processes, not {self.accelerator.num_processes}"
-                )
+            saved_by = len(list(folder.glob(PROGRESS.format("*"))))
+            if saved_by != self.accelerator.num_processes:
+                raise ValueError(f"it was saved by {saved_by} processes, not {self.accelerator.num_processes}")
+            file = folder / PROGRESS.format(self.accelerator.process_index)
+            progress = torch.load(file, map_location="cpu", weights_only=True)
             if (progress["ema"] is None) != (self.ema is None):
                 raise ValueError(f"it was saved with{'out' if self.ema else ''} --use_ema")
             self.accelerator.load_state(folder, load_kwargs={"weights_only": True})

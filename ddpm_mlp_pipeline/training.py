@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -135,7 +136,7 @@ def train(
 
     Args:
         pipeline: the untrained network and the stock `DDPMScheduler` to train it with; afterwards it holds the
-            trained weights (their average, with `use_ema`).
+            trained weights (their average, with `use_ema`), in the main process.
         dataset: the training data as the network is to see it, normalised points or images in [-1, 1], whose
             `__getitems__(indices)` is a batch, `[len(indices), *pipeline.sample_shape]`.
         args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
@@ -179,6 +180,7 @@ def train(
     set_seed(args.seed)
 
     unet, noise_scheduler = pipeline.unet, pipeline.scheduler
+    whole = copy.deepcopy(unet)  # to hold the result: FSDP divides the one that is trained among the processes
     optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate, fused=True)
     dataloader = DataLoader(
         dataset,
@@ -287,11 +289,13 @@ def train(
                 if step == max_train_steps:
                     break
 
-    pipeline.unet = accelerator.unwrap_model(unet)
     if ema is not None:
-        ema.copy_to(pipeline.unet.parameters())
-    pipeline.unet.eval()
+        ema.foreach = False  # FSDP's tensors can only be copied one by one
+        ema.copy_to(unet.parameters())
+    weights = accelerator.get_state_dict(unet)
     if accelerator.is_main_process:
+        whole.load_state_dict(weights)
+        pipeline.unet = whole.to(accelerator.device).eval()
         with explain_writing(output_dir), tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
             pipeline.save_pretrained(folder)
             for weights in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private

@@ -53,7 +53,7 @@ def images(folder: Path) -> list[str]:
 
 
 def kill_and_compare(main: Callable[[list[str]], None], argv: list[str], kills: int, seed: int, folder: Path) -> dict:
-    """Kill runs of `main` so many times in all, and each of them once or more before it comes to its end.
+    """Kill runs of `main` so many times in all, resume each of them until it comes to its end, and compare.
 
     Returns:
         How many kills hit what.
@@ -68,16 +68,16 @@ def kill_and_compare(main: Callable[[list[str]], None], argv: list[str], kills: 
 
     draw, tally = random.Random(seed), collections.Counter()
     while tally["kills"] < kills:
-        tally["runs"] += 1
-        output_dir = folder / str(tally["runs"]) / "run"
+        tally["runs that ended"] += 1
+        output_dir = folder / str(tally["runs that ended"]) / "run"
         while tally["kills"] < kills and _run(main, argv, output_dir, draw.uniform(0, duration)):
             tally["kills"] += 1
             tally[_what_was_hit(output_dir)] += 1
         _run(main, argv, output_dir)
         found = _tree(output_dir)
-        assert found.keys() == expected.keys(), f"run {tally['runs']}: {sorted(found.keys() ^ expected.keys())}"
+        assert found.keys() == expected.keys(), f"{output_dir}: {sorted(found.keys() ^ expected.keys())}"
         differing = [name for name in expected if found[name] != expected[name]]
-        assert not differing, f"run {tally['runs']}: {differing} differ"
+        assert not differing, f"{output_dir}: {differing} differ"
     tally["files"] = len(expected)
     return dict(tally)
 

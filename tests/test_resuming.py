@@ -17,6 +17,7 @@ from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import pretrained, train
 from ddpm_mlp_pipeline.errors import CheckpointError
+from ddpm_mlp_pipeline.export.checkpoint_sampler import CheckpointSampler
 from ddpm_mlp_pipeline.resuming import _checksums
 from ddpm_mlp_pipeline.training import TensorBatches
 
@@ -97,7 +98,7 @@ def test_what_can_not_be_resumed_is_refused(tmp_path):
     args = training_options(tmp_path, resume_from_checkpoint="latest")
     with pytest.raises(CheckpointError, match="its unet has hidden_dim 8, not 16"):
         train(small_pipeline(hidden_dim=16), TensorBatches(torch.randn(150, 2)), args)
-    for name in ("model.safetensors", "optimizer.bin", "progress.bin", "unet/config.json", "manifest.json"):
+    for name in ("model.safetensors", "optimizer.bin", "progress_0.bin", "unet/config.json", "manifest.json"):
         broken = shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "copy", dirs_exist_ok=True)
         (broken / name).write_bytes((broken / name).read_bytes()[:20])
         with pytest.raises(CheckpointError, match=f"can't resume from .*copy: {name} is"):
@@ -113,7 +114,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize(
-    "name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "progress.bin", "custom_checkpoint_0.pkl"]
+    "name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "progress_0.bin", "custom_checkpoint_0.pkl"]
 )
 def test_a_strangers_state_runs_no_code(tmp_path, name):
     train_small(tmp_path / "run", checkpointing_steps=11)
@@ -200,7 +201,7 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run):
     one, two, resumed = (tmp_path / name / "checkpoint-120" for name in ("one", "two", "resumed"))
     assert _checksums(resumed) == _checksums(two)
     assert len(list(two.glob("random_states_*.pkl"))) == 2
-    losses = [torch.load(folder / "progress.bin", weights_only=True)["losses"] for folder in (one, two)]
+    losses = [torch.load(folder / "progress_0.bin", weights_only=True)["losses"] for folder in (one, two)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     with pytest.raises(CheckpointError, match="saved by 2 processes, not 1"):
         kill_training.train_points.main.__wrapped__(
@@ -210,11 +211,13 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run):
 
 @pytest.mark.slow
 def test_two_processes_draw_the_same_images_as_one(tmp_path, run):
-    argv = (pretrained("mnist"), "--num_samples", 11, "--batch_size", 4, "--num_inference_steps", 3)
-    sample = ("-m", "ddpm_mlp_pipeline.export.sample")
-    one = run(sys.executable, *sample, *argv, "--output", tmp_path / "one.npy", env={**os.environ, **ON_CPU})
-    assert one.returncode == 0, one.stderr
-    two = run(*TWO_PROCESSES, *sample, *argv, "--output", tmp_path / "two.npy", env={**os.environ, **ON_CPU})
-    assert two.returncode == 0, two.stderr
-    assert two.stdout == f"{tmp_path / 'two.npy'}: 11 images\n"
-    assert (tmp_path / "two.npy").read_bytes() == (tmp_path / "one.npy").read_bytes()
+    sampling = ("-m", "ddpm_mlp_pipeline.export.sample", pretrained("mnist"), "--output", tmp_path / "two.npy")
+    options = ("--num_samples", 11, "--batch_size", 4, "--num_inference_steps", 3)
+    result = run(*TWO_PROCESSES, *sampling, *options, env={**os.environ, **ON_CPU})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'two.npy'}: 11 images\n"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = np.concatenate(list(CheckpointSampler(pretrained("mnist"), num_inference_steps=3).batches(11, 0, 4)))
+    torch.set_num_threads(threads)
+    assert np.load(tmp_path / "two.npy").tobytes() == images.tobytes()
