@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, LoggerType, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -181,6 +181,8 @@ def train(
 
     unet, noise_scheduler = pipeline.unet, pipeline.scheduler
     whole = copy.deepcopy(unet)  # to hold the result: FSDP divides the one that is trained among the processes
+    if accelerator.distributed_type == DistributedType.FSDP:
+        unet.to(memory_format=torch.contiguous_format)  # and can divide no other
     optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate, fused=True)
     dataloader = DataLoader(
         dataset,
