@@ -148,18 +148,8 @@ class Checkpoints:
         raise CheckpointError(f"there is no folder {name} to resume from")
 
     def _load(self, folder: Path) -> list[float]:
-        problem = f"can't resume from {folder}"
-        for name in ("unet", "scheduler"):
-            component = getattr(self.pipeline, name)
-            try:
-                saved = component.load_config(folder / name)
-            except OSError as error:
-                raise CheckpointError(f"{problem}: {error}") from None
-            for key, value in saved.items():
-                ours = component.config.get(key)
-                if not key.startswith("_") and _plain(ours) != value:
-                    raise CheckpointError(f"{problem}: its {name} has {key} {value}, not {ours}")
         try:
+            self._check_configs(folder)
             saved_by = len(list(folder.glob(PROGRESS.format("*"))))
             if saved_by != self.accelerator.num_processes:
                 raise ValueError(f"it was saved by {saved_by} processes, not {self.accelerator.num_processes}")
@@ -172,8 +162,16 @@ class Checkpoints:
                 self.ema.load_state_dict(progress["ema"])
                 self.ema.to(self.accelerator.device)
         except Exception as error:  # torch's, Accelerate's and safetensors' errors have no base in common
-            raise CheckpointError(f"{problem}: {error}") from None
+            raise CheckpointError(f"can't resume from {folder}: {error}") from None
         return progress["losses"]
+
+    def _check_configs(self, folder: Path) -> None:
+        for name in ("unet", "scheduler"):
+            component = getattr(self.pipeline, name)
+            for key, value in component.load_config(folder / name).items():
+                ours = component.config.get(key)
+                if not key.startswith("_") and _plain(ours) != value:
+                    raise ValueError(f"its {name} has {key} {value}, not {ours}")
 
 
 @contextlib.contextmanager

@@ -256,13 +256,9 @@ def train(
                         norm = float(accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm) or 0.0)
                         mean_loss = accelerator.reduce(torch.stack(batch_losses).mean(), "mean").item()
                         if not math.isfinite(mean_loss + norm) and not _will_be_skipped(accelerator):
-                            numbers = (
-                                f"the gradient's norm is {norm:.2g} and the loss is {mean_loss} at step {step + 1}"
-                            )
-                            remedy = _remedy(accelerator, unet, x_t, t, target)
-                            raise DivergenceError(
-                                f"{numbers}, with a learning rate of {lr:.2g}: {remedy}; {checkpoints.last_good}"
-                            )
+                            what = f"the gradient's norm is {norm:.2g} and the loss is {mean_loss} at step {step + 1}"
+                            remedy = f"with a learning rate of {lr:.2g}: {_remedy(accelerator, unet, x_t, t, target)}"
+                            raise DivergenceError(f"{what}, {remedy}; {checkpoints.last_good}")
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
@@ -300,8 +296,8 @@ def train(
         pipeline.unet = whole.to(accelerator.device).eval()
         with explain_writing(output_dir), tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
             pipeline.save_pretrained(folder)
-            for weights in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
-                shutil.copymode(Path(folder) / pipeline.config_name, weights)
+            for file in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
+                shutil.copymode(Path(folder) / pipeline.config_name, file)
             move_into(Path(folder), output_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()
