@@ -23,6 +23,7 @@ from PIL import Image
 
 from ddpm_mlp_pipeline.train_scripts import train_images, train_points
 
+RESULT = "model_index.json"  # which is written last
 SHORT = (
     "--max_train_steps",
     "120",
@@ -63,17 +64,18 @@ def kill_and_compare(main: Callable[[list[str]], None], argv: list[str], kills: 
     """
     start = time.time()
     _run(main, argv, folder / "whole" / "run")
-    # A little longer than until the result is there: the figures that come after it are not most of what is hit.
-    duration = 1.1 * ((folder / "whole" / "run" / "model_index.json").stat().st_mtime - start)
+    # A little longer than until the result is there: not all kills are to hit the figures that come after it.
+    duration = 1.1 * ((folder / "whole" / "run" / RESULT).stat().st_mtime - start)
     expected = _tree(folder / "whole" / "run")
 
     draw, tally = random.Random(seed), collections.Counter()
     while tally["kills"] < kills:
         tally["runs that ended"] += 1
         output_dir = folder / str(tally["runs that ended"]) / "run"
-        while tally["kills"] < kills and _run(main, argv, output_dir, draw.uniform(0, duration)):
-            tally["kills"] += 1
-            tally[_what_was_hit(output_dir)] += 1
+        while tally["kills"] < kills and not (output_dir / RESULT).exists():
+            if _run(main, argv, output_dir, draw.uniform(0, duration)):
+                tally["kills"] += 1
+                tally[_what_was_hit(output_dir)] += 1
         _run(main, argv, output_dir)
         found = _tree(output_dir)
         assert found.keys() == expected.keys(), f"{output_dir}: {sorted(found.keys() ^ expected.keys())}"
@@ -112,7 +114,7 @@ def _what_was_hit(output_dir: Path) -> str:
         return "while a state was saved"
     if list(output_dir.glob("**/.partial-*")):
         return "while the result or a figure was saved"
-    if (output_dir / "model_index.json").exists():
+    if (output_dir / RESULT).exists():
         return "after the result was saved"
     if not list(output_dir.glob("checkpoint-*")):
         return "before the first state"
