@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -16,7 +17,7 @@ from .errors import ConfigurationError, DDPMPipelineError, ParityError
 def one_line_errors() -> Iterator[None]:
     """End the program with one line if the block fails by the user's or the file system's doing.
 
-    The exit status is 1 after an error, and 130 after Ctrl-C (as shells have it).
+    The exit status is 1 after an error, 130 after Ctrl-C and 143 after SIGTERM (as shells have it).
     """
     try:
         yield
@@ -28,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
     else:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -26,7 +26,7 @@ with one_line_errors(), explain_missing_extra("ddpm-doctor"):
     from .loading import load_checkpoint
     from .pipeline import DDPMMLPPipeline
     from .train_scripts import train_images, train_points
-    from .training import PREDICTION_TYPES, TrainingArguments, training_target
+    from .training import PREDICTION_TYPES, TrainingArguments, simple_loss
 
 NUM_POINTS, NUM_IMAGES = 10_000, 500
 NUM_BINS = 10  # of timesteps
@@ -263,7 +263,7 @@ def losses(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor, s
     x_t = scheduler.add_noise(x_0, eps, t)
     batches = zip(x_t.split(BATCH_SIZE), t.split(BATCH_SIZE), strict=True)
     predicted = torch.cat([unet(*batch).sample[:, : x_0.shape[1]] for batch in batches])
-    return (predicted - training_target(scheduler, x_0, eps, t)).square().flatten(1).mean(dim=1)
+    return simple_loss(scheduler, predicted, x_0, eps, x_t, t)
 
 
 def loss_share(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor) -> float:

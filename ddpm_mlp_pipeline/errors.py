@@ -63,6 +63,14 @@ class DivergenceError(DDPMPipelineError, ArithmeticError):
     """The loss of a training run is no finite number any more, or a sampler leaves the range of the data."""
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """A training run was asked to end, by Ctrl-C or SIGTERM, and has saved its state; `signum` is the signal."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+
 class MissingExtraError(DDPMPipelineError, ImportError):
     """A third-party package is missing, which one of this package's extras installs."""
 

@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+PARTIAL = ".partial-"  # how the names of what is not whole yet begin
+
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
@@ -24,7 +26,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         with _naming(path):
             temporary.touch()
@@ -48,7 +50,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(errno.EINVAL, "can't be replaced: name a folder inside it", str(path))
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(path))
-    temporary, replaced = (path.with_name(f".{path.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
+    temporary, replaced = (path.with_name(f"{PARTIAL}{os.getpid()}-{kind}-{path.name}") for kind in ("new", "old"))
     try:
         with _naming(path):
             temporary.mkdir(parents=True)
@@ -72,13 +74,50 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, f"can't be written: {error.strerror or error}", str(path)) from error
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes have left, in the folder and in those inside it, of outputs not whole yet."""
+    for path in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"*/{PARTIAL}*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename a folder, so that not even a loss of power leaves less than all of it at its new place."""
+    _flush(source)
+    source.rename(target)
+    _fsync(target.parent)
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the disk itself holds all that is in the folder."""
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt":
+        return  # where a folder can't be opened
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def move_into(source: Path, folder: Path) -> None:
     """Move all that `source` holds into `folder`, in place of entries of the same names.
 
-    Folders go first and files last, so that a checkpoint's `model_index.json`, which says that it is complete,
-    comes after what it lists.
+    Files of those names are removed first and come last, so that a checkpoint's `model_index.json`, which says that it
+    is complete, is there only while all that it lists is of one making.
     """
-    for entry in sorted(source.iterdir(), key=Path.is_file):
+    _flush(source)
+    entries = sorted(source.iterdir(), key=Path.is_file)
+    for entry in entries:
+        if entry.is_file():
+            (folder / entry.name).unlink(missing_ok=True)
+    for entry in entries:
         target = folder / entry.name
         if target.is_dir():
             shutil.rmtree(target)

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from .errors import ConfigurationError
-from .files import whole_file
+from .files import PARTIAL, whole_file
 from .pipeline import DDPMMLPPipeline
 from .training import TrainingArguments
 
@@ -97,7 +97,7 @@ def push(repo_id: str, args: TrainingArguments) -> str:
     Raises:
         ConfigurationError: if the hub can't be reached any more, or refuses.
     """
-    ignored = ["checkpoint-*", f"{args.logging_dir}/*", "*.partial"]
+    ignored = ["checkpoint-*", f"{args.logging_dir}/*", f"{PARTIAL}*"]
     with _explained(f"{args.output_dir} is complete, but can't be pushed to the hub as {repo_id}"):
         return str(HfApi().upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored))
 

@@ -145,7 +145,8 @@ def plot_losses(losses: Sequence[float]) -> Figure:
     window = max(1, len(losses) // 100)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     axes.plot(steps[window - 1 :], smooth, color=DATA_COLOR, label=f"mean of {window}")
-    low, high = np.percentile(losses, [1, 99])
+    finite = [loss for loss in losses if math.isfinite(loss)]  # those of steps that fp16 skipped may not be
+    low, high = np.percentile(finite, [1, 99])
     axes.set_ylim(min(0, low - 0.25 * (high - low)), high + 0.25 * (high - low))
     axes.legend()
     return figure

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
+import functools
 import math
 import shutil
 import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, LoggerType, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, LoggerType, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .errors import CheckpointError, ConfigurationError, DivergenceError
-from .files import move_into
+from .errors import ConfigurationError, DivergenceError, StoppedBySignal
+from .files import PARTIAL, move_into
 from .likelihood import VariationalBound
 from .pipeline import DDPMMLPPipeline
+from .resuming import Checkpoints, deferred_signals, explain_writing
 
 # diffusers' schedules that need nothing but the numbers of steps
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
@@ -144,44 +143,35 @@ def linear_log_snr(num_timesteps: int) -> list[float]:
     return (1 - alphas_cumprod / previous).tolist()
 
 
-class LossHistory:
-    """The loss of every optimizer step so far, which a resumed run goes on with."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"losses": self.losses}
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.losses = state["losses"]
-
-
 def train(
     pipeline: DDPMMLPPipeline,
     dataset: Dataset,
     args: TrainingArguments,
     draw_samples: Callable[[DDPMMLPPipeline, EMAModel | None, int], None] | None = None,
+    augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> list[float]:
     """Train the pipeline's ε-network, with the pipeline's scheduler as the forward process, and save the pipeline.
 
     Args:
         pipeline: the untrained network and the stock `DDPMScheduler` to train it with; afterwards it holds the
-            trained weights (their average, with `use_ema`).
+            trained weights (their average, with `use_ema`), in the main process.
         dataset: the training data as the network is to see it, normalised points or images in [-1, 1], whose
             `__getitems__(indices)` is a batch, `[len(indices), *pipeline.sample_shape]`.
         args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
         draw_samples: called as `draw_samples(pipeline, ema, epoch)` after every `args.save_samples_epochs` epochs,
             and at the end.
+        augment: called as `augment(x_0, u)` with a batch and, for each of its samples, a random number from [0, 1);
+            returns the batch to train on. (What the data set itself drew could not be drawn again by a resumed run,
+            since batches are fetched ahead.)
 
     Returns:
         The loss of every optimizer step.
 
     Raises:
         ConfigurationError: if the batch size exceeds the number of samples.
-        CheckpointError: if the state to resume from doesn't exist, or is another model's.
-        DivergenceError: if the loss is no finite number any more.
-        KeyboardInterrupt: after Ctrl-C, once the step under way is done and its state is saved.
+        CheckpointError: if the state to resume from doesn't exist, is broken, or is another model's.
+        DivergenceError: if the loss or its gradient is no finite number any more. The step is not taken.
+        StoppedBySignal: after Ctrl-C or SIGTERM, once the step under way is done and its state is saved.
     """
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -205,10 +195,17 @@ def train(
             f"a batch of {args.train_batch_size} on each of {accelerator.num_processes} processes is larger than the "
             f"data set, which holds {len(dataset)} samples: lower --train_batch_size"
         )
-    set_seed(args.seed, device_specific=True)
+    set_seed(args.seed)
 
     unet, noise_scheduler = pipeline.unet, pipeline.scheduler
-    bound = VariationalBound(noise_scheduler, discretized=not pipeline.is_points, clip_sample=False)
+    whole = copy.deepcopy(unet)  # to hold the result: FSDP divides the one that is trained among the processes
+    if accelerator.distributed_type == DistributedType.FSDP:
+        unet.to(memory_format=torch.contiguous_format)  # and can divide no other
+    if args.loss_type == "bound":
+        bound = VariationalBound(noise_scheduler, discretized=not pipeline.is_points, clip_sample=False)
+        loss_function = functools.partial(bound_loss, bound)
+    else:
+        loss_function = functools.partial(simple_loss, noise_scheduler)
     optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate, fused=True)
     dataloader = DataLoader(
         dataset,
@@ -230,96 +227,129 @@ def train(
             num_training_steps=max_train_steps * accelerator.num_processes,
         )
     )
-    history = LossHistory()
-    accelerator.register_for_checkpointing(history)
     ema = None
     if args.use_ema:
         ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
         ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
     if args.report_to != "none":
         accelerator.init_trackers("train", {k: v for k, v in vars(args).items() if v is not None})
 
-    if args.resume_from_checkpoint is not None:
-        _load_checkpoint(accelerator, pipeline, _find_checkpoint(output_dir, args.resume_from_checkpoint))
-    step = len(history.losses)
+    checkpoints = Checkpoints(accelerator, pipeline, ema, output_dir, args.checkpoints_total_limit)
+    losses = checkpoints.begin(args.resume_from_checkpoint)
+    step = len(losses)
     if step > 0:
         accelerator.print(f"resuming at step {step}")
     progress_bar = tqdm(
         total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
 
-    batch_losses: list[float] = []
-    with progress_bar, _deferred_interrupt() as interrupt:
+    # Every process draws the random numbers of the whole batch and uses its own rows of them, so that several
+    # processes, each with its part of a batch, do what one does.
+    total_batch_size = args.train_batch_size * accelerator.num_processes
+    first = args.train_batch_size * accelerator.process_index
+    rows = slice(first, first + args.train_batch_size)
+
+    batch_losses: list[torch.Tensor] = []
+    with progress_bar, deferred_signals(accelerator) as signals:
         while step < max_train_steps:
             epoch, steps_done = divmod(step, steps_per_epoch)
             dataloader.set_epoch(epoch)
             batches = accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps)
             for x_0 in batches:
                 with accelerator.accumulate(unet):
+                    if augment is not None:
+                        x_0 = augment(x_0, torch.rand(total_batch_size, device=x_0.device)[rows])
                     # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
-                    # (or on the same of another target than ε: see training_target; or on the term of the bound at t).
-                    t = torch.randint(noise_scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
-                    eps = torch.randn_like(x_0)
+                    # (or on the same of another target than ε, or on a term of the bound: see the losses below).
+                    T = noise_scheduler.config.num_train_timesteps
+                    t = torch.randint(T, (total_batch_size,), device=x_0.device)[rows]
+                    eps = torch.randn(total_batch_size, *x_0.shape[1:], device=x_0.device)[rows]
                     x_t = noise_scheduler.add_noise(x_0, eps, t)
-                    model_output = unet(x_t, t).sample.float()
-                    if args.loss_type == "bound":
-                        errors = bound.num_timesteps * bound.term(model_output, x_0, x_t, t) / x_0[0].numel()
-                    else:
-                        target = training_target(noise_scheduler, x_0, eps, t)
-                        errors = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(dim=1)
+                    errors = loss_function(unet(x_t, t).sample.float(), x_0, eps, x_t, t)
                     loss = errors.mean()
                     if args.snr_gamma is None:
                         accelerator.backward(loss)
                     else:
                         accelerator.backward((_min_snr_weights(noise_scheduler, t, args.snr_gamma) * errors).mean())
+                    batch_losses.append(loss.detach())
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                        lr = lr_scheduler.get_last_lr()[0]
+                        # (DeepSpeed, which clips on its own, may have no norm to tell.)
+                        norm = float(accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm) or 0.0)
+                        mean_loss = accelerator.reduce(torch.stack(batch_losses).mean(), "mean").item()
+                        if not math.isfinite(mean_loss + norm) and not _will_be_skipped(accelerator):
+                            what = f"the gradient's norm is {norm:.2g} and the loss is {mean_loss} at step {step + 1}"
+                            remedy = f"with a learning rate of {lr:.2g}: {_remedy(accelerator, unet, x_t, t)}"
+                            raise DivergenceError(f"{what}, {remedy}; {checkpoints.last_good}")
                     optimizer.step()
                     lr_scheduler.step()
                     optimizer.zero_grad()
-                batch_losses.append(loss.item())
                 if not accelerator.sync_gradients:
                     continue
 
                 step += 1
-                mean_loss, batch_losses = sum(batch_losses) / len(batch_losses), []
-                if not math.isfinite(mean_loss):
-                    lr = lr_scheduler.get_last_lr()[0]
-                    raise DivergenceError(f"the loss is {mean_loss} at step {step}, with a learning rate of {lr:.2g}")
+                batch_losses.clear()
+                losses.append(mean_loss)
                 if ema is not None:
                     ema.step(unet.parameters())
-                history.losses.append(mean_loss)
-                logs = {"loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0]}
-                progress_bar.set_postfix(logs, refresh=False)
+                progress_bar.set_postfix({"loss": mean_loss, "lr": lr}, refresh=False)
                 progress_bar.update()
-                accelerator.log(logs, step=step)
+                accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
+                if draw_samples is not None and args.save_samples_epochs is not None and accelerator.is_main_process:
+                    is_due = step % (steps_per_epoch * args.save_samples_epochs) == 0 or step == max_train_steps
+                    if is_due:  # before the state is saved: a run that goes on from there has them already
+                        draw_samples(pipeline, ema, epoch + 1)
+                is_stopped = accelerator.check_trigger()  # by a signal to any process
                 wants_checkpoint = args.checkpointing_steps is not None and step % args.checkpointing_steps == 0
-                if wants_checkpoint or interrupt.is_set():
-                    folder = output_dir / f"checkpoint-{step}"
-                    _save_checkpoint(accelerator, pipeline, folder, args.checkpoints_total_limit)
-                if interrupt.is_set():
-                    raise KeyboardInterrupt(f"stopped at step {step}; go on with --resume_from_checkpoint latest")
+                if wants_checkpoint or is_stopped:
+                    checkpoints.save(losses)
+                if is_stopped:
+                    message = f"stopped at step {step}; go on with --resume_from_checkpoint latest"
+                    raise StoppedBySignal(message, signals[0] if signals else signal.SIGTERM)
                 if step == max_train_steps:
                     break
-            if draw_samples is not None and args.save_samples_epochs is not None and accelerator.is_main_process:
-                epoch_is_whole = step % steps_per_epoch == 0
-                if (epoch_is_whole and (epoch + 1) % args.save_samples_epochs == 0) or step == max_train_steps:
-                    draw_samples(pipeline, ema, epoch + 1)
 
-    accelerator.end_training()
-    pipeline.unet = accelerator.unwrap_model(unet)
     if ema is not None:
-        ema.copy_to(pipeline.unet.parameters())
-    pipeline.unet.eval()
+        ema.foreach = False  # FSDP's tensors can only be copied one by one
+        ema.copy_to(unet.parameters())
+    weights = accelerator.get_state_dict(unet)
     if accelerator.is_main_process:
-        with _writing(output_dir), tempfile.TemporaryDirectory(prefix=".saving-", dir=output_dir) as folder:
+        whole.load_state_dict(weights)
+        pipeline.unet = whole.to(accelerator.device).eval()
+        with explain_writing(output_dir), tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
             pipeline.save_pretrained(folder)
-            for weights in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
-                shutil.copymode(Path(folder) / pipeline.config_name, weights)
+            for file in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
+                shutil.copymode(Path(folder) / pipeline.config_name, file)
             move_into(Path(folder), output_dir)
     accelerator.wait_for_everyone()
-    return history.losses
+    accelerator.end_training()
+    return losses
+
+
+def simple_loss(
+    scheduler: DDPMScheduler,
+    model_output: torch.Tensor,
+    x_0: torch.Tensor,
+    eps: torch.Tensor,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+) -> torch.Tensor:
+    """L_simple (Ho et al. 2020, eq. 14), or the same of another target than ε: each sample's mean squared error,
+    `[batch]`."""
+    target = training_target(scheduler, x_0, eps, t)
+    return F.mse_loss(model_output, target, reduction="none").flatten(1).mean(dim=1)
+
+
+def bound_loss(
+    bound: VariationalBound,
+    model_output: torch.Tensor,
+    x_0: torch.Tensor,
+    eps: torch.Tensor,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+) -> torch.Tensor:
+    """What the term at t says of the variational bound without its last, L_T, in bits/dim: `[batch]`."""
+    return bound.num_timesteps * bound.term(model_output, x_0, x_t, t) / x_0[0].numel()
 
 
 def training_target(scheduler: DDPMScheduler, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -337,90 +367,21 @@ def _min_snr_weights(scheduler: DDPMScheduler, t: torch.Tensor, gamma: float) ->
     return snr.clamp(max=gamma) / of_x_0[scheduler.config.prediction_type]
 
 
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Within the block, Ctrl-C sets the event instead of stopping the program in the middle of a step."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signals are the main thread's
-        return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _will_be_skipped(accelerator: Accelerator) -> bool:
+    """Whether the step is one that fp16's scaler leaves out, to go on with gradients scaled less. Below a scale of 1
+    it is not the scale that makes them overflow."""
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
+
+
+def _remedy(accelerator: Accelerator, unet: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor) -> str:
+    """What to do about numbers gone bad: an overflow of 16 bits is told from a divergence by float32's output."""
+    if accelerator.mixed_precision != "no":
+        with torch.no_grad():
+            prediction = accelerator.unwrap_model(unet, keep_fp32_wrapper=False)(x_t, t).sample
+        if prediction.square().mean().isfinite():
+            return f"{accelerator.mixed_precision} overflows where float32 does not, so use --mixed_precision no"
+    return "a lower --learning_rate may help"
 
 
 def _identity(batch: torch.Tensor) -> torch.Tensor:
     return batch
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """The folders `checkpoint-<step>`, oldest first."""
-    folders = (path for path in output_dir.glob("checkpoint-*") if path.name.partition("-")[2].isdigit())
-    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
-
-
-def _save_checkpoint(accelerator: Accelerator, pipeline: DDPMMLPPipeline, folder: Path, limit: int | None) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        with _writing(folder):
-            accelerator.save_state(partial)
-            if accelerator.is_main_process:  # what the state belongs to
-                pipeline.unet.save_config(partial / "unet")
-                pipeline.scheduler.save_config(partial / "scheduler")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        if limit is not None:
-            for old in _checkpoints(folder.parent)[:-limit]:
-                shutil.rmtree(old)
-
-
-def _load_checkpoint(accelerator: Accelerator, pipeline: DDPMMLPPipeline, folder: str) -> None:
-    for name in ("unet", "scheduler"):
-        component = getattr(pipeline, name)
-        try:
-            saved = component.load_config(Path(folder) / name)
-        except OSError as error:
-            raise CheckpointError(f"can't resume from {folder}: {error}") from None
-        changed = [key for key in saved if not key.startswith("_") and _plain(component.config.get(key)) != saved[key]]
-        if changed:
-            key = changed[0]
-            raise CheckpointError(
-                f"can't resume from {folder}: its {name} has {key} {saved[key]}, not {component.config.get(key)}"
-            )
-    try:
-        accelerator.load_state(folder)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(f"can't resume from {folder}: {error}") from None
-
-
-def _plain(value: object) -> object:
-    """As JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Safetensors and torch have errors of their own for a full disk."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"can't write {folder}: {error}") from None
-
-
-def _find_checkpoint(output_dir: Path, name: str) -> str:
-    if name == "latest":
-        checkpoints = _checkpoints(output_dir)
-        if not checkpoints:
-            raise CheckpointError(f"{output_dir} holds no checkpoint-<step> to resume from")
-        return str(checkpoints[-1])
-    for folder in (Path(name), output_dir / name):
-        if folder.is_dir():
-            return str(folder)
-    raise CheckpointError(f"there is no folder {name} to resume from")

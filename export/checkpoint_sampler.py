@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from ddpm_mlp_pipeline.loading import load_checkpoint
+from ddpm_mlp_pipeline.processes import this_process
 
 from .compile import check_num_inference_steps, make_scheduler
 
 
 class CheckpointSampler:
-    """Draws points or images from a checkpoint folder.
+    """Draws points or images from a checkpoint folder; the batches are divided among the processes that there are.
 
     Every sample has a generator of its own, so that it is the same in any batch; it is not the sample that a bundle
     gives for the same seed, since torch's noise is not the runtime's.
@@ -54,19 +56,26 @@ class CheckpointSampler:
     def batches(
         self, num_samples: int, seed: int = 0, batch_size: int = 512, on_step: Callable[[int], Any] | None = None
     ) -> Iterator[np.ndarray]:
-        """As [`OnnxSampler.batches`]."""
-        for start in range(0, num_samples, batch_size):
-            size = min(batch_size, num_samples - start)
-            seeds = (
-                np.random.SeedSequence([seed, i]).generate_state(1, np.uint64) for i in range(start, start + size)
-            )
-            generators = [torch.Generator().manual_seed(int(state[0] >> np.uint64(1))) for state in seeds]
+        """As [`OnnxSampler.batches`]; every process yields all of them, in the same order."""
+        process = this_process()
+        batches = [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
+        for i in range(0, len(batches), process.num_processes):
+            together = batches[i : i + process.num_processes]  # at most one for each
 
-            def step_done(*args: Any, size: int = size) -> dict:
+            def step_done(*args: Any, number: int = sum(map(len, together))) -> dict:
                 if on_step is not None:
-                    on_step(size)
+                    on_step(number)
                 return {}
 
-            yield self.pipeline(
-                size, generators, self.num_inference_steps, "np", return_dict=False, callback_on_step_end=step_done
-            )[0]
+            with process.split_between_processes(together) as own:
+                drawn = [self._draw(batch, seed, step_done) for batch in own]
+            yield from gather_object(drawn)
+
+    def _draw(self, batch: range, seed: int, step_done: Callable[..., dict]) -> np.ndarray:
+        seeds = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64) for i in batch)
+        generators = [torch.Generator().manual_seed(int(state[0] >> np.uint64(1))) for state in seeds]
+        return self.pipeline(
+            *(len(batch), generators, self.num_inference_steps, "np"),
+            return_dict=False,
+            callback_on_step_end=step_done,
+        )[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
     write = find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
+    if int(os.environ.get("RANK", 0)) > 0:  # of several processes, the first writes, and the others draw their part
+        for _ in sampler.batches(args.num_samples, args.seed, args.batch_size):
+            pass
+        return
 
     whole = whole_file if args.output.suffix else whole_folder
     with (

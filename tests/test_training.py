@@ -1,22 +1,24 @@
-"""The training loop: against a closed form, as users launch it, and resumed."""
+"""The training loop: against a closed form, and as users launch it."""
 
-import shutil
-import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
+from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
-from ddpm_mlp_pipeline.errors import CheckpointError, ConfigurationError, DivergenceError
-from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, training_target
+from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
+from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, _will_be_skipped, training_target
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 
@@ -57,35 +59,6 @@ def test_the_loss_reaches_its_closed_form(tmp_path):
     assert points.std() == pytest.approx(1, abs=0.1)
 
 
-def options(folder, **changes):
-    values = {"train_batch_size": 32, "max_train_steps": 11, "lr_warmup_steps": 2, "report_to": "none"}
-    return TrainingArguments(output_dir=str(folder), **values | changes)
-
-
-def train_small(folder, **changes):
-    torch.manual_seed(0)
-    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=8, embedding_dim=4), DDPMScheduler())
-    losses = train(pipeline, TensorBatches(torch.randn(150, 2)), options(folder, **changes))
-    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes(), losses
-
-
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, accumulation):
-    changes = {"gradient_accumulation_steps": accumulation}
-    weights, losses = train_small(tmp_path / "whole", checkpointing_steps=3, **changes)
-    for step in (3, 6, 9):  # in the middle of an epoch and, with four batches in each, at other places of it
-        folder = tmp_path / f"resumed-{step}"
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        resumed_weights, resumed_losses = train_small(folder, resume_from_checkpoint="latest", **changes)
-        assert resumed_losses == losses
-        assert resumed_weights == weights
-
-
-def test_old_states_go_and_the_newest_stay(tmp_path):
-    train_small(tmp_path, checkpointing_steps=2, checkpoints_total_limit=2)
-    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-10", "checkpoint-8"]
-
-
 def test_the_checkpoint_holds_the_averaged_weights(tmp_path):
     averaged, losses = train_small(tmp_path / "ema")
     raw, same_losses = train_small(tmp_path / "raw", use_ema=False)
@@ -122,36 +95,81 @@ def test_the_seed_decides(tmp_path):
 )
 def test_impossible_options_are_refused(tmp_path, changes):
     with pytest.raises(ConfigurationError, match=next(iter(changes))):
-        options(tmp_path, **changes)
+        training_options(tmp_path, **changes)
 
 
-def test_what_can_not_be_trained_or_resumed_is_refused(tmp_path):
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="larger than the data set, which holds 150"):
         train_small(tmp_path, train_batch_size=151)
-    with pytest.raises(CheckpointError, match="no checkpoint-<step>"):
-        train_small(tmp_path, resume_from_checkpoint="latest")
-    with pytest.raises(CheckpointError, match="checkpoint-5"):
-        train_small(tmp_path, resume_from_checkpoint="checkpoint-5")
 
 
-def test_a_state_of_another_model_or_a_broken_one_is_refused(tmp_path):
-    train_small(tmp_path, checkpointing_steps=11)
-    torch.manual_seed(0)
-    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=16, embedding_dim=4), DDPMScheduler())
-    with pytest.raises(CheckpointError, match="its unet has hidden_dim 8, not 16"):
-        train(pipeline, TensorBatches(torch.randn(150, 2)), options(tmp_path, resume_from_checkpoint="latest"))
-    for name in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "unet/config.json"):
-        broken = shutil.copytree(tmp_path / "checkpoint-11", tmp_path / "checkpoint-99", dirs_exist_ok=True)
-        (broken / name).write_bytes((broken / name).read_bytes()[:20])
-        with pytest.raises(CheckpointError, match="can't resume from"):
-            train_small(tmp_path, resume_from_checkpoint="latest")
+def test_a_loss_that_is_no_number_stops_the_training_before_its_step(tmp_path):
+    batches = iter(range(11))
 
+    def spoil(x_0, u):
+        return x_0 * float("nan") if next(batches) == 7 else x_0
 
-def test_a_loss_that_is_no_number_stops_the_training(tmp_path):
-    pipeline = DDPMMLPPipeline(MLPModel(2, hidden_dim=8), DDPMScheduler())
-    with pytest.raises(DivergenceError, match="nan at step 1, with a learning rate of"):
-        train(pipeline, TensorBatches(torch.full((150, 2), float("nan"))), options(tmp_path))
+    message = r"loss is nan at step 8, with a learning rate of .*: a lower --learning_rate .* is .*checkpoint-6$"
+    with pytest.raises(DivergenceError, match=message):
+        train_small(tmp_path, augment=spoil, checkpointing_steps=3)
     assert not (tmp_path / "model_index.json").exists()
+    with pytest.raises(DivergenceError, match="there is no checkpoint to go back to"):
+        train_small(tmp_path / "none", augment=lambda x_0, u: x_0 * float("nan"))
+
+
+def test_a_gradient_that_is_no_number_stops_the_training_before_its_step(tmp_path):
+    """Its loss is finite, and that of the next step would come after the state is saved."""
+    pipeline = small_pipeline()
+    gradients = iter(range(11))
+    parameter = next(pipeline.unet.parameters())
+    parameter.register_hook(lambda gradient: gradient / (0 if next(gradients) == 5 else 1))
+    with pytest.raises(DivergenceError, match=r"norm is (inf|nan) and the loss is \d\.\d+ at step 6.*checkpoint-5$"):
+        train(pipeline, TensorBatches(torch.randn(150, 2)), training_options(tmp_path, checkpointing_steps=1))
+    assert all(parameter.isfinite().all() for parameter in pipeline.unet.parameters())
+
+
+class Overflowing(MLPModel):
+    """3.4e38 is a number in float32, but above the largest in bfloat16."""
+
+    def forward(self, sample, timestep, return_dict=True):
+        large = F.linear(torch.ones(1, 1), torch.full((1, 1), 3.4e38)).float()
+        return UNet2DOutput(super().forward(sample, timestep).sample + 0 * large)
+
+
+@pytest.fixture
+def other_precision():
+    """Accelerate wants one precision for all of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_an_overflow_of_16_bits_is_told_from_a_divergence(tmp_path):
+    data = TensorBatches(torch.randn(150, 2))
+    args = training_options(tmp_path / "bf16", mixed_precision="bf16")
+    with pytest.raises(DivergenceError, match=r"nan at step 1.*: bf16 overflows where float32 does not"):
+        train(small_pipeline(Overflowing), data, args)
+    args = training_options(tmp_path / "nan", mixed_precision="bf16")
+    with pytest.raises(DivergenceError, match=r"nan at step 1.*: a lower --learning_rate"):
+        train(small_pipeline(), TensorBatches(torch.full((150, 2), float("nan"))), args)
+
+
+def test_the_steps_that_fp16_skips_are_no_divergence_until_its_scale_is_used_up():
+    """2^16, the scale that torch begins with, can be halved sixteen times before it is below 1."""
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu")
+    skipped = 0
+    while True:
+        scaler.scale(weight * float("inf")).backward()
+        if not _will_be_skipped(SimpleNamespace(scaler=scaler)):
+            break
+        skipped += 1
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert skipped == 17
+    assert weight == 1
 
 
 @pytest.mark.parametrize("snr_gamma", [1.0, 5.0])
@@ -183,21 +201,6 @@ def test_targets_and_their_weights_agree_with_the_stock_scheduler(prediction_typ
     expected = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=5) * squared_error
     weighted = _min_snr_weights(scheduler, t, 5) * error.square().sum(dim=1)
     torch.testing.assert_close(weighted, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_ctrl_c_saves_the_state_and_says_how_to_resume(tmp_path):
-    argv = (ROOT / "train_scripts" / "train_points.py", "--output_dir", tmp_path / "run", *SHORT[2:])
-    words = [sys.executable, *map(str, argv), "--max_train_steps", "100000"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
-        text = ""
-        while "loss=" not in text:
-            text += process.stderr.read(1)
-        process.send_signal(signal.SIGINT)
-        text += process.stderr.read()
-    assert process.returncode == 130
-    last = text.splitlines()[-1]
-    (folder,) = (tmp_path / "run").glob("*checkpoint-*")
-    assert last == f"stopped at step {folder.name.partition('-')[2]}; go on with --resume_from_checkpoint latest"
 
 
 def test_launched_it_leaves_checkpoint_figures_and_logs(launch, tmp_path):

@@ -24,7 +24,7 @@ with one_line_errors(), explain_missing_extra("training"):
     from accelerate.utils import set_seed
 
     from ddpm_mlp_pipeline.arguments import parse_options
-    from ddpm_mlp_pipeline.data.images import ImageBatches, load_images
+    from ddpm_mlp_pipeline.data.images import ImageBatches, load_images, mirror_half
     from ddpm_mlp_pipeline.loading import load_features
     from ddpm_mlp_pipeline.metrics import frechet_distance, image_features, to_uint8
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
@@ -112,7 +112,7 @@ def _timed_training(run: ImageTrainingArguments, steps: int) -> tuple[DDPMMLPPip
     pipeline = make_pipeline(run, tuple(images.shape[1:]))
     pipeline.set_progress_bar_config(disable=True)
     start = time.perf_counter()
-    train(pipeline, ImageBatches(images, run.random_flip), run)
+    train(pipeline, ImageBatches(images), run, augment=mirror_half if run.random_flip else None)
     return pipeline, time.perf_counter() - start
 
 

@@ -11,17 +11,17 @@ from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 
 with one_line_errors(), explain_missing_extra("training"):
     import torch
-    from accelerate import PartialState
     from accelerate.utils import set_seed
     from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
 
     from ddpm_mlp_pipeline import hub, plots
     from ddpm_mlp_pipeline.arguments import parse_options
-    from ddpm_mlp_pipeline.data.images import ImageBatches, load_images, to_network_units
+    from ddpm_mlp_pipeline.data.images import ImageBatches, load_images, mirror_half, to_network_units
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
+    from ddpm_mlp_pipeline.processes import this_process
     from ddpm_mlp_pipeline.training import TrainingArguments, option, train
 
 
@@ -123,14 +123,14 @@ def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: E
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(ImageTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
     set_seed(args.seed)
-    repo_id = hub.create_repo(args) if args.push_to_hub and PartialState().is_main_process else None
-    with PartialState().local_main_process_first():
+    repo_id = hub.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
+    with this_process().local_main_process_first():
         images = load_images(args.dataset_name, args.split, args.resolution, args.fit, args.channels)
-    dataset = ImageBatches(images, args.random_flip)
     pipeline = make_pipeline(args, tuple(images.shape[1:]))
     pipeline.set_progress_bar_config(disable=True)
-    losses = train(pipeline, dataset, args, lambda *state: draw_samples(args, *state))
-    if PartialState().is_main_process:
+    augment = mirror_half if args.random_flip else None
+    losses = train(pipeline, ImageBatches(images), args, lambda *state: draw_samples(args, *state), augment)
+    if this_process().is_main_process:
         x_0 = to_network_units(images[: plots.NUM_IMAGES])
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
         hub.write_model_card(args, pipeline, len(losses), args.dataset_name)

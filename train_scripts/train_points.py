@@ -11,7 +11,6 @@ from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, explain_m
 
 with one_line_errors(), explain_missing_extra("training"):
     import torch
-    from accelerate import PartialState
     from accelerate.utils import set_seed
 
     from ddpm_mlp_pipeline import hub, plots
@@ -20,6 +19,7 @@ with one_line_errors(), explain_missing_extra("training"):
     from ddpm_mlp_pipeline.data.points import POINT_SETS, load_points, to_array
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
+    from ddpm_mlp_pipeline.processes import this_process
     from ddpm_mlp_pipeline.training import TrainingArguments, option, train
 
 
@@ -74,7 +74,7 @@ def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.
 
 
 def default_batch_size(dataset_size: int) -> int:
-    """Of all processes together."""
+    """Of a process whose share of the data is so large."""
     return min(2048, dataset_size)
 
 
@@ -82,12 +82,12 @@ def default_batch_size(dataset_size: int) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(PointTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
     set_seed(args.seed)
-    repo_id = hub.create_repo(args) if args.push_to_hub and PartialState().is_main_process else None
+    repo_id = hub.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
     pipeline, x_0 = make_pipeline(args)
     if args.train_batch_size is None:
-        args.train_batch_size = default_batch_size(len(x_0)) // PartialState().num_processes
+        args.train_batch_size = default_batch_size(len(x_0) // this_process().num_processes)
     losses = train(pipeline, TensorBatches(x_0), args)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
         hub.write_model_card(args, pipeline, len(losses), args.dataset)
         print(f"{args.output_dir}: the checkpoint, README.md, {', '.join(figures)}")

@@ -98,25 +98,25 @@ def to_network_units(images: torch.Tensor) -> torch.Tensor:
 
 
 class ImageBatches(torch.utils.data.Dataset):
-    """Images in memory, handed out in batches as the network is to see them: in [-1, 1], some of them mirrored.
+    """Images in memory, handed out in batches as the network is to see them: in [-1, 1].
 
     Args:
         images: uint8, `[number of images, channels, height, width]`.
-        random_flip: whether to mirror each image, left to right, with a probability of one half.
     """
 
-    def __init__(self, images: torch.Tensor, random_flip: bool = False):
-        self.images, self.random_flip = images, random_flip
+    def __init__(self, images: torch.Tensor):
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        x_0 = to_network_units(self.images[indices])
-        if self.random_flip:
-            mirrored = torch.rand(len(x_0), 1, 1, 1) < 0.5
-            x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
-        return x_0
+        return to_network_units(self.images[indices])
+
+
+def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Mirror, left to right, those of the images `[batch, channels, height, width]` whose number in `u` is below ½."""
+    return torch.where(u[:, None, None, None] < 0.5, x_0.flip(-1), x_0)
 
 
 def _load_column(name: str | os.PathLike, split: str, feature_type: type, what: str) -> tuple[datasets.Dataset, str]:

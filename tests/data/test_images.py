@@ -8,7 +8,7 @@ from helpers import MNIST
 from PIL import Image
 
 from ddpm_mlp_pipeline import load_images
-from ddpm_mlp_pipeline.data.images import ImageBatches, _allocate, load_labels
+from ddpm_mlp_pipeline.data.images import ImageBatches, _allocate, load_labels, mirror_half
 from ddpm_mlp_pipeline.errors import DatasetError
 
 
@@ -91,10 +91,13 @@ def test_batches_are_as_the_network_sees_them():
     images = torch.tensor([[[[0, 255]]], [[[255, 0]]]], dtype=torch.uint8)
     batches = ImageBatches(images)
     torch.testing.assert_close(batches.__getitems__([1, 0]).flatten(), torch.tensor([1.0, -1, -1, 1]))
-    flipped = ImageBatches(images, random_flip=True)
-    torch.manual_seed(0)
-    share = np.mean([(flipped.__getitems__([0])[0, 0, 0, 0] == 1).item() for _ in range(400)])
-    assert share == pytest.approx(0.5, abs=0.1)
+
+
+def test_half_of_the_images_are_mirrored():
+    x_0 = torch.arange(12.0).reshape(2, 1, 2, 3)
+    mirrored = mirror_half(x_0, torch.tensor([0.49, 0.5]))
+    torch.testing.assert_close(mirrored[0], torch.tensor([[[2.0, 1, 0], [5, 4, 3]]]))
+    torch.testing.assert_close(mirrored[1], x_0[1])
 
 
 def test_mixed_sizes_are_refused_by_row(folder):

@@ -1,0 +1,223 @@
+"""Nothing is lost: killed, stopped, out of disk or on several processes, a training ends where it would have ended."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import kill_training
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SCRIPTS
+from small_training import small_pipeline, train_small, training_options
+
+from ddpm_mlp_pipeline import pretrained, train
+from ddpm_mlp_pipeline.data.normalized import TensorBatches
+from ddpm_mlp_pipeline.errors import CheckpointError
+from ddpm_mlp_pipeline.export.checkpoint_sampler import CheckpointSampler
+from ddpm_mlp_pipeline.resuming import _checksums
+
+POINTS = ROOT / "train_scripts" / "train_points.py"
+# (`--cpu --num_processes 2` starts one process, unless there is MPI.)
+TWO_PROCESSES = (SCRIPTS / "accelerate", "launch", "--quiet", "--multi_gpu", "--num_processes", 2)
+NO_MOUNTS = not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def states(folder):
+    return sorted(path.name for path in folder.glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_resumed_run_ends_bit_for_bit_where_it_would_have_ended(tmp_path, accumulation):
+    def mirror(x_0, u):
+        return torch.where(u[:, None] < 0.5, x_0, -x_0)
+
+    changes = {"gradient_accumulation_steps": accumulation, "augment": mirror, "checkpointing_steps": 1}
+    weights, losses = train_small(tmp_path / "whole", **changes)
+    for step in (3, 6, 9):  # in the middle of an epoch and, with four batches in each, at other places of it
+        folder = tmp_path / f"resumed-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        assert train_small(folder, resume_from_checkpoint="latest", **changes) == (weights, losses)
+        for name, checksum in _checksums(folder / "checkpoint-11").items():  # optimizer, random states, ...
+            assert checksum == _checksums(tmp_path / "whole" / "checkpoint-11")[name], name
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_byte_for_byte_where_it_would_have_ended(tmp_path):
+    main, argv = kill_training.train_points.main, kill_training.points(tmp_path)
+    assert kill_training.kill_and_compare(main, argv, 4, 0, tmp_path)["kills"] == 4
+
+
+def test_a_run_that_was_killed_after_its_last_step_only_writes_its_result(tmp_path):
+    result = train_small(tmp_path, checkpointing_steps=11)
+    shutil.rmtree(tmp_path / "unet")
+    (tmp_path / ".partial-abc").mkdir()  # as a killed process leaves it
+    (tmp_path / ".partial-checkpoint-12").mkdir()
+    assert train_small(tmp_path, checkpointing_steps=11, resume_from_checkpoint="latest") == result
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_old_states_go_and_the_newest_stay(tmp_path):
+    train_small(tmp_path, checkpointing_steps=2, checkpoints_total_limit=2)
+    assert states(tmp_path) == ["checkpoint-10", "checkpoint-8"]
+
+
+def test_the_latest_state_is_the_newest_that_is_whole(tmp_path, capfd):
+    result = train_small(tmp_path, checkpointing_steps=3)
+    (tmp_path / "checkpoint-9" / "optimizer.bin").write_bytes(b"")
+    (tmp_path / "checkpoint-6" / "random_states_0.pkl").unlink()
+    assert train_small(tmp_path, checkpointing_steps=3, resume_from_checkpoint="latest") == result
+    printed = capfd.readouterr().out
+    assert "checkpoint-9 is broken (optimizer.bin is not as it was saved)" in printed
+    assert "checkpoint-6 is broken (random_states_0.pkl is missing)" in printed
+    assert "resuming at step 3" in printed
+    assert states(tmp_path) == [
+        *("checkpoint-3", "checkpoint-6", "checkpoint-6.broken", "checkpoint-9", "checkpoint-9.broken")
+    ]
+
+
+def test_before_the_first_state_the_latest_is_the_beginning(tmp_path, capfd):
+    assert train_small(tmp_path, resume_from_checkpoint="latest") == train_small(tmp_path / "other")
+    assert "no checkpoint-<step> yet" in capfd.readouterr().out
+
+
+def test_what_can_not_be_resumed_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no folder checkpoint-5"):
+        train_small(tmp_path, resume_from_checkpoint="checkpoint-5")
+    train_small(tmp_path, checkpointing_steps=5)
+    for changes in ({}, {"resume_from_checkpoint": "checkpoint-5"}):
+        with pytest.raises(CheckpointError, match="checkpoint-10 is of an earlier run"):
+            train_small(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match="saved with --use_ema"):
+        train_small(tmp_path, resume_from_checkpoint="latest", use_ema=False)
+    args = training_options(tmp_path, resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match="its unet has hidden_dim 8, not 16"):
+        train(small_pipeline(hidden_dim=16), TensorBatches(torch.randn(150, 2)), args)
+    for name in ("model.safetensors", "optimizer.bin", "progress_0.bin", "unet/config.json", "manifest.json"):
+        broken = shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "copy", dirs_exist_ok=True)
+        (broken / name).write_bytes((broken / name).read_bytes()[:20])
+        with pytest.raises(CheckpointError, match=f"can't resume from .*copy: {name} is"):
+            train_small(tmp_path, resume_from_checkpoint="copy")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "progress_0.bin", "custom_checkpoint_0.pkl"]
+)
+def test_a_strangers_state_runs_no_code(tmp_path, name):
+    train_small(tmp_path / "run", checkpointing_steps=11)
+    folder = tmp_path / "run" / "checkpoint-11"
+    torch.save({"losses": Malicious(tmp_path / "ran")}, folder / name)
+    (folder / "manifest.json").write_text(json.dumps(_checksums(folder)))
+    # Accelerate passes over random states that it can't load.
+    is_fatal = name != "random_states_0.pkl"
+    with pytest.raises(CheckpointError, match="can't resume from") if is_fatal else contextlib.nullcontext():
+        train_small(tmp_path / "run", resume_from_checkpoint="latest")
+    assert not (tmp_path / "ran").exists()
+    torch.load(folder / name, weights_only=False)
+    assert (tmp_path / "ran").exists()  # what it would have done
+
+
+@pytest.mark.skipif(NO_MOUNTS, reason="needs the right to mount a file system")
+def test_a_full_disk_leaves_the_state_before_usable(tmp_path, run):
+    argv = ("--checkpointing_steps", 5, *kill_training.points(tmp_path), "--checkpoints_total_limit", 100)
+    script = """
+        mount -t tmpfs -o size=700k tmpfs disk
+        "$@"; echo "exit status $?"; ls -A disk/run
+        mount -o remount,size=100m disk
+        "$@"; cp -r disk/run whole
+    """
+    words = (*("unshare", "-rm", "sh", "-c", script, "sh"), sys.executable, POINTS, *argv)
+    (tmp_path / "cwd" / "disk").mkdir(parents=True)
+    result = run(*words, "--output_dir", "disk/run", "--resume_from_checkpoint", "latest")
+    assert result.returncode == 0, result.stderr
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "checkpoint-" in error
+    assert "Traceback" not in result.stderr
+    full, resumed = result.stdout.split("resuming at step ")
+    assert "exit status 1" in full
+    assert ".partial" not in full
+    assert f"checkpoint-{resumed.split()[0]}\n" in full
+    kill_training.train_points.main([*map(str, argv), "--output_dir", str(tmp_path / "run")])
+    assert states(tmp_path / "run") == states(tmp_path / "cwd" / "whole")
+    assert _checksums(tmp_path / "run" / "checkpoint-120") == _checksums(tmp_path / "cwd" / "whole" / "checkpoint-120")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_state_and_says_how_to_resume(tmp_path, signum, status):
+    process, text = start_and_signal([sys.executable, POINTS], tmp_path, signum)
+    assert process.returncode == status
+    (state,) = states(tmp_path / "run")
+    step = state.partition("-")[2]
+    assert text.splitlines()[-1] == f"stopped at step {step}; go on with --resume_from_checkpoint latest"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step(tmp_path):
+    _, text = start_and_signal((*TWO_PROCESSES, POINTS), tmp_path, signal.SIGTERM)
+    (state,) = states(tmp_path / "run")
+    assert text.count(f"stopped at step {state.partition('-')[2]};") == 2
+
+
+def start_and_signal(command, folder, signum):
+    """Start an endless training, and send it a signal after some steps."""
+    argv = (*("--max_train_steps", 100_000), *kill_training.points(folder)[:4], "--output_dir", folder / "run")
+    words = [str(word) for word in (*command, *argv)]
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, bufsize=1, env={**os.environ, **ON_CPU}
+    ) as process:
+        text = ""
+        while "loss=" not in text:
+            text += process.stderr.read(1)
+        process.send_signal(signum)
+        text += process.stderr.read()
+    return process, text
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run):
+    argv = [str(word) for word in kill_training.points(tmp_path)]
+    kill_training.train_points.main([*argv, "--output_dir", str(tmp_path / "one")])
+    argv += ["--train_batch_size", "32"]
+    for name in ("two", "resumed"):
+        output = ("--output_dir", tmp_path / name, "--resume_from_checkpoint", "latest")
+        result = run(*TWO_PROCESSES, POINTS, *argv, *output, env={**os.environ, **ON_CPU})
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("the checkpoint, README.md, loss.png") == 1
+        if name == "two":
+            shutil.copytree(tmp_path / "two" / "checkpoint-115", tmp_path / "resumed" / "checkpoint-115")
+    one, two, resumed = (tmp_path / name / "checkpoint-120" for name in ("one", "two", "resumed"))
+    assert _checksums(resumed) == _checksums(two)
+    assert len(list(two.glob("random_states_*.pkl"))) == 2
+    losses = [torch.load(folder / "progress_0.bin", weights_only=True)["losses"] for folder in (one, two)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    with pytest.raises(CheckpointError, match="saved by 2 processes, not 1"):
+        kill_training.train_points.main.__wrapped__(
+            [*argv, "--output_dir", str(tmp_path / "two"), "--resume_from_checkpoint", "latest"]
+        )
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_images_as_one(tmp_path, run):
+    sampling = ("-m", "ddpm_mlp_pipeline.export.sample", pretrained("mnist"), "--output", tmp_path / "two.npy")
+    options = ("--num_samples", 11, "--batch_size", 4, "--num_inference_steps", 3)
+    result = run(*TWO_PROCESSES, *sampling, *options, env={**os.environ, **ON_CPU})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'two.npy'}: 11 images\n"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = np.concatenate(list(CheckpointSampler(pretrained("mnist"), num_inference_steps=3).batches(11, 0, 4)))
+    torch.set_num_threads(threads)
+    assert np.load(tmp_path / "two.npy").tobytes() == images.tobytes()
