@@ -13,6 +13,7 @@ import numpy as np
 
 from .checkpoints import FEATURES
 from .commands import CommandParser, command, positive_int
+from .data.arrays import read_array
 from .errors import ConfigurationError, DatasetError, explain_missing_extra
 from .export.schedulers import SCHEDULERS
 from .files import whole_file
@@ -80,10 +81,7 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
             return Source(True, sampler.batches)
         return Source(False, lambda number, seed: sampler.batches(number, seed, IMAGE_BATCH_SIZE))
     if path.suffix == ".npy" and path.is_file():
-        try:
-            samples = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise DatasetError(f"{path} can't be read: {error}") from None
+        samples = read_array(path)
         if samples.ndim == 4:
             return Source(False, lambda number, seed: _choose(samples, number, seed, str(path)))
     if path.is_file():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import DatasetError
+
 if TYPE_CHECKING:
     import torch
 
@@ -34,8 +36,15 @@ def sliced_wasserstein_distance(x: np.ndarray, y: np.ndarray, num_projections: i
 
 
 def to_uint8(images: np.ndarray) -> torch.Tensor:
-    """Images in [0, 1], `[batch, height, width, channels]`, as feature networks take them."""
+    """Images in [0, 1], `[batch, height, width, channels]`, as feature networks take them.
+
+    Raises:
+        DatasetError: if a number is not in [0, 1].
+    """
     import torch
+
+    if not ((images >= 0) & (images <= 1)).all():
+        raise DatasetError(f"images must be numbers in [0, 1], but are from {images.min():g} to {images.max():g}")
 
     return torch.from_numpy(np.rint(images * 255).astype(np.uint8)).permute(0, 3, 1, 2)
 
