@@ -57,6 +57,14 @@ class ParityError(DDPMPipelineError, RuntimeError):
 class DivergenceError(DDPMPipelineError, ArithmeticError):
     """The loss of a training run is no finite number any more, or a sampler leaves the range of the data."""
 
+    @classmethod
+    def at_step(cls, step: int, timestep: float) -> DivergenceError:
+        """Of sampling: the first step, from 0, whose outcome is not finite, and what the network was told there."""
+        return cls(
+            f"sampling leaves the finite numbers in step {step} (from 0), at timestep {timestep:g}: the network's "
+            "weights or the scheduler's options are no good"
+        )
+
 
 class MissingExtraError(DDPMPipelineError, ImportError):
     """A third-party package is missing, which one of this package's extras installs."""

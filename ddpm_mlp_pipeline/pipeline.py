@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -171,6 +172,11 @@ class DDPMMLPPipeline(DiffusionPipeline):
     # A checkpoint carries the code of its pipeline and of its model, so that diffusers alone can load it, with
     # trust_remote_code=True; with the plugin installed, the plugin's code is used, and none of the folder's runs.
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DDPMMLPPipeline":
+        """As of any diffusers pipeline, but pickled weights are refused unless `use_safetensors` allows them."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json`, and beside it the code that it names."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -187,7 +193,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
         # Both load_config (for folders) and download (for the hub) read model_index.json here. The names of carried
-        # code become those of the installed plugin; no other name is touched, and none is imported for the asking.
+        # code become those of the installed plugin; whatever else is no model or scheduler of diffusers is refused,
+        # and not imported.
         index = super()._dict_from_json_file(json_file)
         if __name__ != "ddpm_mlp_pipeline.pipeline":
             return index  # this is itself a carried copy: there may be no plugin
@@ -197,7 +204,24 @@ class DDPMMLPPipeline(DiffusionPipeline):
             if component in CARRIED_MODELS:
                 module = importlib.import_module(f"ddpm_mlp_pipeline.models.{component[0]}")
                 index[name] = [module.__name__, component[1]]
+            elif name in ("unet", "scheduler"):
+                kind = ModelMixin if name == "unet" else SchedulerMixin
+                if not _is_stock(component, kind):
+                    raise ValueError(
+                        f"{json_file} names {component} as {name}, which is no {kind.__name__} of diffusers or this "
+                        "plugin. If you trust its code: DiffusionPipeline.from_pretrained(…, trust_remote_code=True)"
+                    )
+        if any(Path(json_file).parent.glob("*/*.index.json")):  # which may name pickles
+            raise ValueError(f"{json_file}: weights in several files are not supported")
         return index
+
+
+def _is_stock(component: Any, kind: type) -> bool:
+    """Whether an entry of `model_index.json` names a class of diffusers' own that is of this kind."""
+    if not isinstance(component, list) or len(component) != 2 or component[0] != "diffusers":
+        return False
+    cls = getattr(diffusers, component[1], None) if isinstance(component[1], str) else None
+    return isinstance(cls, type) and issubclass(cls, kind)
 
 
 def _carry_code(cls: type, folder: Path) -> list[str]:

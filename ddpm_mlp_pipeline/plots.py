@@ -14,7 +14,7 @@ from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, DivergenceError
 from .export.step_table import TERMS, StepTable
 from .files import whole_file
 from .pipeline import DDPMMLPPipeline
@@ -100,6 +100,8 @@ def reverse_process(
     frames = {T: _to_show(pipeline, latents)} if T in wanted else {}
 
     def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict:
+        if not state["latents"].isfinite().all():
+            raise DivergenceError.at_step(step, float(t))
         if int(t) in wanted:  # the step at the scheduler's t gives the papers' x_t
             frames[int(t)] = _to_show(pipeline, state["latents"].float().cpu())
         return {}

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpm_mlp_pipeline.errors import DivergenceError
 from ddpm_mlp_pipeline.loading import load_checkpoint
+from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
 from .compile import check_num_inference_steps, make_scheduler
 
@@ -62,7 +64,9 @@ class CheckpointSampler:
             )
             generators = [torch.Generator().manual_seed(int(state[0] >> np.uint64(1))) for state in seeds]
 
-            def step_done(*args: Any, size: int = size) -> dict:
+            def step_done(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict, size: int = size) -> dict:
+                if not state["latents"].isfinite().all():
+                    raise DivergenceError.at_step(step, float(t))
                 if on_step is not None:
                     on_step(size)
                 return {}
