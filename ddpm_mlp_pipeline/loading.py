@@ -118,7 +118,7 @@ def _check_sizes(scheduler_config: dict[str, Any]) -> None:
 def _check_weights(network: ModelMixin) -> None:
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("its weights lack some of the network's")
-    if not all(parameter.isfinite().all() for parameter in network.parameters()):
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
         raise ValueError("its weights are not finite")
 
 

@@ -192,36 +192,37 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        # Both load_config (for folders) and download (for the hub) read model_index.json here. The names of carried
-        # code become those of the installed plugin; whatever else is no model or scheduler of diffusers is refused,
-        # and not imported.
+        # Both load_config (for folders) and download (for the hub) read model_index.json here. What it names is
+        # imported: so nothing may be named but models and schedulers of diffusers' and of the installed plugin's.
         index = super()._dict_from_json_file(json_file)
         if __name__ != "ddpm_mlp_pipeline.pipeline":
             return index  # this is itself a carried copy: there may be no plugin
         if index.get("_class_name") == ["pipeline", cls.__name__]:
             index["_class_name"] = cls.__name__
-        for name, component in index.items():
-            if component in CARRIED_MODELS:
-                module = importlib.import_module(f"ddpm_mlp_pipeline.models.{component[0]}")
-                index[name] = [module.__name__, component[1]]
-            elif name in ("unet", "scheduler"):
-                kind = ModelMixin if name == "unet" else SchedulerMixin
-                if not _is_stock(component, kind):
-                    raise ValueError(
-                        f"{json_file} names {component} as {name}, which is no {kind.__name__} of diffusers or this "
-                        "plugin. If you trust its code: DiffusionPipeline.from_pretrained(…, trust_remote_code=True)"
-                    )
-        if any(Path(json_file).parent.glob("*/*.index.json")):  # which may name pickles
+        for name, kind in (("unet", ModelMixin), ("scheduler", SchedulerMixin)):
+            installed = _installed(index.get(name), kind)
+            if installed is None:
+                raise ValueError(
+                    f"{json_file} has {index.get(name)} as its {name}, which is no {kind.__name__} of diffusers or of "
+                    "this plugin. If you trust its code: DiffusionPipeline.from_pretrained(…, trust_remote_code=True)"
+                )
+            index[name] = installed
+        if any(Path(json_file).parent.glob("unet/*.index.json")):  # which may name pickles
             raise ValueError(f"{json_file}: weights in several files are not supported")
         return index
 
 
-def _is_stock(component: Any, kind: type) -> bool:
-    """Whether an entry of `model_index.json` names a class of diffusers' own that is of this kind."""
-    if not isinstance(component, list) or len(component) != 2 or component[0] != "diffusers":
-        return False
-    cls = getattr(diffusers, component[1], None) if isinstance(component[1], str) else None
-    return isinstance(cls, type) and issubclass(cls, kind)
+def _installed(entry: Any, kind: type) -> list[str] | None:
+    """The module and class that an entry of `model_index.json` stands for; `None` if there is none of that kind."""
+    for module, name in CARRIED_MODELS:
+        installed = [f"ddpm_mlp_pipeline.models.{module}", name]
+        if kind is ModelMixin and entry in ([module, name], installed):
+            importlib.import_module(installed[0])
+            return installed
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):
+        return None
+    cls = getattr(diffusers, entry[1], None)
+    return entry if isinstance(cls, type) and issubclass(cls, kind) else None
 
 
 def _carry_code(cls: type, folder: Path) -> list[str]:

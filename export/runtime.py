@@ -272,8 +272,8 @@ class OnnxSampler:
         if num_threads not in self._sessions:
             path = self.folder / "unet.onnx"
             model = read_file(self.folder, path.name, self.info)
-            if b"location" in model:  # the key, in ONNX, of a path to weights outside of the file
-                raise BundleError(f"{path} wants weights from other files, which a bundle's network never does")
+            if b"location" in model:
+                raise BundleError(f"{path} has a 'location', as ONNX calls a path to weights in other files: refused")
             options = ort.SessionOptions()
             options.intra_op_num_threads = num_threads
             options.log_severity_level = 4  # the error is raised; there is no need to log it, too
