@@ -57,6 +57,15 @@ def parse_options(
     return cls(**values)
 
 
+class _PresetLoader(yaml.SafeLoader):
+    """Refuses aliases (`*name`): presets have no use for them, and a few can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) stands where a value should")
+        return super().compose_node(parent, index)
+
+
 def _argument(field: dataclasses.Field, type_: Any) -> dict[str, Any]:
     """argparse's description of a field."""
     argument: dict[str, Any] = {"help": field.metadata.get("help", "")}
@@ -79,8 +88,8 @@ def _read_preset(preset: str, presets: Path | None, known: set[str]) -> list[str
         names = sorted(file.stem for file in presets.glob("*.yaml")) if presets else []
         raise ConfigurationError(f"there is no preset {preset!r}; give a YAML file, or one of: {', '.join(names)}")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        options = yaml.load(path.read_text(encoding="utf-8"), _PresetLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(options, dict):
         raise ConfigurationError(f"{path} must hold lines of the form `option: value`")
@@ -90,6 +99,8 @@ def _read_preset(preset: str, presets: Path | None, known: set[str]) -> list[str
 
     argv = []
     for key, value in options.items():
+        if isinstance(value, dict | list):
+            raise ConfigurationError(f"{path} must set {key} to one value")
         if isinstance(value, bool):
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif value is not None:

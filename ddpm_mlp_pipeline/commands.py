@@ -27,6 +27,8 @@ def one_line_errors() -> Iterator[None]:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except MemoryError as error:
+        message = f"there is not enough memory: {error}"
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         raise SystemExit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None

@@ -62,6 +62,14 @@ class ParityError(DDPMPipelineError, RuntimeError):
 class DivergenceError(DDPMPipelineError, ArithmeticError):
     """The loss of a training run is no finite number any more, or a sampler leaves the range of the data."""
 
+    @classmethod
+    def at_step(cls, step: int, timestep: float) -> DivergenceError:
+        """Of sampling: the first step, from 0, whose outcome is not finite, and what the network was told there."""
+        return cls(
+            f"sampling leaves the finite numbers in step {step} (from 0), at timestep {timestep:g}: the network's "
+            "weights or the scheduler's options are no good"
+        )
+
 
 class StoppedBySignal(KeyboardInterrupt):
     """A training run was asked to end, by Ctrl-C or SIGTERM, and has saved its state; `signum` is the signal."""

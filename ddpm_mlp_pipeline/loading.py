@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import itertools
 import logging
+import math
 import os
 import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .errors import CheckpointError, explain_missing_extra
+from .errors import CheckpointError, DDPMPipelineError, explain_missing_extra
 from .models.features import FeatureNetwork
 from .pipeline import DDPMMLPPipeline
+
+MAX_TIMESTEPS, MAX_SIZE = 10**6, 2**26  # of a scheduler; of a sample, in numbers
 
 
 def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
     """Load a checkpoint folder, running no code that it carries.
 
     Raises:
-        CheckpointError: if the folder or a file in it is missing or can't be read.
+        CheckpointError: if the folder or a file in it is missing or can't be read, if the files don't fit each other,
+            or if they can't be sampled from.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         what = "is no checkpoint: it has no model_index.json" if folder.is_dir() else "doesn't exist"
         raise CheckpointError(f"{folder} {what}")
     with _explained(f"can't load the checkpoint {folder}"):
-        pipeline = DDPMMLPPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        index = DDPMMLPPipeline.load_config(folder)
+        unet, scheduler = (_named_class(index[name]) for name in ("unet", "scheduler"))
+        network = _empty_network(unet, folder / "unet")
+        _check_sizes(scheduler.load_config(folder / "scheduler"))
+        pipeline = DDPMMLPPipeline.from_pretrained(folder, local_files_only=True)
         _check_weights(pipeline.unet)
+        _check_sampling(pipeline, network)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -48,12 +62,14 @@ def load_features(path: str | os.PathLike) -> nn.Module:
         The network, which says in `channels` how many an image may have.
 
     Raises:
-        CheckpointError: if a file is missing, can't be read, or holds anything but the network's weights.
+        CheckpointError: if a file is missing, can't be read, holds anything but the network's weights, or doesn't fit
+            the others.
         MissingExtraError: if Inception is asked for, and torch-fidelity is not installed.
     """
     with _explained(f"can't load the feature network {path}"):
         if Path(path).is_file():
             return _load_inception(path)
+        _empty_network(FeatureNetwork, Path(path))
         network = FeatureNetwork.from_pretrained(path, local_files_only=True, use_safetensors=True)
         _check_weights(network)
     return network.eval()
@@ -78,13 +94,79 @@ def _explained(what: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{what}: {error}") from None
+    except DDPMPipelineError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {str(error) or type(error).__name__}") from None
+
+
+def _named_class(entry: list[str]) -> type:
+    """The class that an entry of `model_index.json` names, which the pipeline has found harmless."""
+    module, name = entry
+    return getattr(importlib.import_module(module), name)
+
+
+def _empty_network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
+    """The network that a configuration describes, on the device "meta", if it has weights of the shapes in the folder.
+
+    Neither takes memory here, whatever the sizes they claim: only where they agree may they be loaded.
+    """
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (it is no dictionary)
+    found = sorted((tensor.get_shape(), "F" in tensor.get_dtype()) for tensor in slices)
+    numbers = itertools.count(1)
+
+    def check_number(*parameter: Any) -> None:
+        if next(numbers) > len(found):
+            raise ValueError("its weights lack some that its configuration asks for")
+
+    hook = register_module_parameter_registration_hook(check_number)  # before billions of layers are made
+    try:
+        with torch.device("meta"):
+            network, unused = cls.from_config(cls.load_config(folder), return_unused_kwargs=True)
+    finally:
+        hook.remove()
+    if unknown := [name for name in unused if not name.startswith("_")]:
+        raise ValueError(f"its configuration sets {unknown[0]!r}, which {cls.__name__} does not know")
+    if sorted((list(tensor.shape), tensor.is_floating_point()) for tensor in network.state_dict().values()) != found:
+        raise ValueError("its configuration asks for weights that it lacks, or of other shapes than they have")
+    return network
+
+
+def _check_sizes(scheduler_config: dict[str, Any]) -> None:
+    """A scheduler makes arrays as long as its numbers say."""
+    for name, value in scheduler_config.items():
+        if isinstance(value, int) and abs(value) > MAX_TIMESTEPS:
+            raise ValueError(f"its scheduler's {name} is {value}, which is beyond all reason")
 
 
 def _check_weights(network: ModelMixin) -> None:
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("its weights lack some of the network's")
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+        raise ValueError("its weights are not finite")
+
+
+def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
+    """Take some steps, the network's on the device "meta": much of what is wrong with a configuration shows there."""
+    shape, scheduler = pipeline.sample_shape, pipeline.scheduler
+    if math.prod(shape) > MAX_SIZE:
+        raise ValueError(f"its samples have the shape {shape}, which is beyond all reason")
+    network(torch.zeros(1, *shape, device="meta"), 0)
+    scheduler.set_timesteps(min(10, scheduler.config.num_train_timesteps))
+    x = torch.zeros(1, 2)
+    with torch.random.fork_rng(devices=[]):
+        for t in scheduler.timesteps:
+            x = scheduler.step(scheduler.scale_model_input(x, t), t, x).prev_sample
+    if not x.isfinite().all():
+        raise ValueError("its scheduler's numbers make no finite samples")
+    mean, std = pipeline.config.data_mean, pipeline.config.data_std
+    if pipeline.is_points and (mean, std) != (None, None):
+        std = torch.tensor(std, dtype=torch.float32)
+        if not (torch.tensor(mean).shape == std.shape == shape and (std > 0).all()):
+            raise ValueError(f"its data_mean and data_std must hold {shape[0]} numbers each")
+        if not pipeline.to_data_units(torch.ones(1, *shape)).isfinite().all():
+            raise ValueError("its data_mean and data_std must be finite")
 
 
 @contextlib.contextmanager

@@ -64,9 +64,15 @@ def _mean_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def to_uint8(images: np.ndarray) -> torch.Tensor:
-    """Images in [0, 1], `[batch, height, width, channels]`, as feature networks take them."""
+    """Images in [0, 1], `[batch, height, width, channels]`, as feature networks take them.
+
+    Raises:
+        DatasetError: if a number is not in [0, 1].
+    """
     import torch
 
+    if not ((images >= 0) & (images <= 1)).all():
+        raise DatasetError(f"images must be numbers in [0, 1], but are from {images.min():g} to {images.max():g}")
     return torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
@@ -175,6 +176,11 @@ class DDPMMLPPipeline(DiffusionPipeline):
     # A checkpoint carries the code of its pipeline and of its model, so that diffusers alone can load it, with
     # trust_remote_code=True; with the plugin installed, the plugin's code is used, and none of the folder's runs.
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DDPMMLPPipeline":
+        """As of any diffusers pipeline, but pickled weights are refused unless `use_safetensors` allows them."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json`, and beside it the code that it names."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -190,18 +196,37 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        # Both load_config (for folders) and download (for the hub) read model_index.json here. The names of carried
-        # code become those of the installed plugin; no other name is touched, and none is imported for the asking.
+        # Both load_config (for folders) and download (for the hub) read model_index.json here. What it names is
+        # imported: so nothing may be named but models and schedulers of diffusers' and of the installed plugin's.
         index = super()._dict_from_json_file(json_file)
         if __name__ != "ddpm_mlp_pipeline.pipeline":
             return index  # this is itself a carried copy: there may be no plugin
         if index.get("_class_name") == ["pipeline", cls.__name__]:
             index["_class_name"] = cls.__name__
-        for name, component in index.items():
-            if component in CARRIED_MODELS:
-                module = importlib.import_module(f"ddpm_mlp_pipeline.models.{component[0]}")
-                index[name] = [module.__name__, component[1]]
+        for name, kind in (("unet", ModelMixin), ("scheduler", SchedulerMixin)):
+            installed = _installed(index.get(name), kind)
+            if installed is None:
+                raise ValueError(
+                    f"{json_file} has {index.get(name)} as its {name}, which is no {kind.__name__} of diffusers or of "
+                    "this plugin. If you trust its code: DiffusionPipeline.from_pretrained(…, trust_remote_code=True)"
+                )
+            index[name] = installed
+        if any(Path(json_file).parent.glob("unet/*.index.json")):  # which may name pickles
+            raise ValueError(f"{json_file}: weights in several files are not supported")
         return index
+
+
+def _installed(entry: Any, kind: type) -> list[str] | None:
+    """The module and class that an entry of `model_index.json` stands for; `None` if there is none of that kind."""
+    for module, name in CARRIED_MODELS:
+        installed = [f"ddpm_mlp_pipeline.models.{module}", name]
+        if kind is ModelMixin and entry in ([module, name], installed):
+            importlib.import_module(installed[0])
+            return installed
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):
+        return None
+    cls = getattr(diffusers, entry[1], None)
+    return entry if isinstance(cls, type) and issubclass(cls, kind) else None
 
 
 def _carry_code(cls: type, folder: Path) -> list[str]:

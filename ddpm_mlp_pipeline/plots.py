@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, DivergenceError
 from .export.step_table import TERMS, StepTable
 from .files import whole_file
 from .likelihood import BoundEstimate, VariationalBound
@@ -106,6 +106,8 @@ def reverse_process(
     frames = {T: _to_show(pipeline, latents)} if T in wanted else {}
 
     def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict:
+        if not state["latents"].isfinite().all():
+            raise DivergenceError.at_step(step, float(t))
         if int(t) in wanted:  # the step at the scheduler's t gives the papers' x_t
             frames[int(t)] = _to_show(pipeline, state["latents"].float().cpu())
         return {}

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigurationError, DatasetError, DivergenceError, explain_missing_extra
+from .data.arrays import read_array
+from .errors import ConfigurationError, DatasetError, explain_missing_extra
 from .export.pictures import to_pixels
 
 IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512  # of samples that are drawn together
@@ -75,28 +76,20 @@ def _open_sampler(path: Path, is_checkpoint: bool, scheduler: str | None, num_in
     sampler = open_sampler(path, scheduler, num_inference_steps)
 
     def draw(number: int, seed: int) -> np.ndarray:
-        batches = []
-        for batch in sampler.batches(number, seed, POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE):
-            if not np.isfinite(batch).all():
-                raise DivergenceError(
-                    f"the samples of {path} run off to infinity: give it another scheduler, or more steps"
-                )
-            batches.append(batch if sampler.is_points else to_pixels(batch).transpose(0, 3, 1, 2))
-        return np.concatenate(batches)
+        batches = sampler.batches(number, seed, POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE)
+        if sampler.is_points:
+            return np.concatenate([*batches])
+        return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])
 
     name = type(sampler.pipeline.scheduler).__name__ if is_checkpoint else sampler.table.scheduler
     return Source(sampler.sample_shape, draw, {"scheduler": name, "sampling_steps": len(sampler)})
 
 
 def _open_npy(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DatasetError(f"{path} can't be read: {error}") from None
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 4) or array.dtype.kind not in "buif":
-        what = f"{array.dtype} of the shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+    array = read_array(path)
+    if array.ndim not in (2, 4):
         raise DatasetError(
-            f"{path} holds {what}: samples are numbers of the shape [points, dimension] or "
+            f"{path} holds an array of the shape {array.shape}: samples are of the shape [points, dimension] or "
             "[images, height, width, channels]"
         )
     return array

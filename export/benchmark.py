@@ -21,6 +21,7 @@ import onnxruntime as ort
 from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
 from ddpm_mlp_pipeline.errors import BundleError, explain_missing_extra
 
+from .checksums import seal
 from .runtime import OnnxSampler
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shutil.copytree(args.bundle, bundle)
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         compile_scheduler(pipeline.scheduler, args.num_inference_steps).save(bundle / "step_table.json")
+        seal(bundle)
         own = OnnxSampler(args.bundle)
         own_steps = f"{len(own)} {own.table.scheduler.removesuffix('Scheduler')} steps"
         with (
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append((f"{what}, {steps} against {own_steps}", torch_time, own_time))
 
         compile_scheduler(DDIMScheduler.from_config(pipeline.scheduler.config), 50).save(bundle / "step_table.json")
+        seal(bundle)
         number = 2000 if own.is_points else 16
         picture = Path(folder) / "samples.png"
         torch_process = [sys.executable, "-c", TORCH_PROCESS.format(package=__package__)]

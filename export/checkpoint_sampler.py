@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from ddpm_mlp_pipeline.errors import DivergenceError
 from ddpm_mlp_pipeline.loading import load_checkpoint
+from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 from ddpm_mlp_pipeline.processes import this_process
 
 from .compile import check_num_inference_steps, make_scheduler
@@ -62,7 +64,13 @@ class CheckpointSampler:
         for i in range(0, len(batches), process.num_processes):
             together = batches[i : i + process.num_processes]  # at most one for each
 
-            def step_done(*args: Any, number: int = sum(map(len, together))) -> dict:
+            number = sum(map(len, together))
+
+            def step_done(
+                pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict, number: int = number
+            ) -> dict:
+                if not state["latents"].isfinite().all():
+                    raise DivergenceError.at_step(step, float(t))
                 if on_step is not None:
                     on_step(number)
                 return {}

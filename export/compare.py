@@ -14,7 +14,12 @@ import numpy as np
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
-from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError, explain_missing_extra
+from ddpm_mlp_pipeline.errors import (
+    ConfigurationError,
+    DivergenceError,
+    UnsupportedSchedulerError,
+    explain_missing_extra,
+)
 from ddpm_mlp_pipeline.files import whole_file
 
 from .runtime import OnnxSampler
@@ -98,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_bundle(args.checkpoint, bundle, "ddpm", 10)
-        channels, height, width = _sample_shape(bundle)
+        sampler = OnnxSampler(bundle)
+        if sampler.is_points:
+            raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
+        channels, height, width = sampler.sample_shape
         images = load_images(args.dataset, args.split, height if height == width else None, "resize", channels)
         network = load_features(args.features)
         references = image_features([images], network)
@@ -106,12 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for (scheduler, num_inference_steps), table in tables.items():
             row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
             row["network_calls"] = len(table)
-            table.save(bundle / "step_table.json")
-            sampler = OnnxSampler(bundle)
+            sampler.table = table
             before = next((other for other in known if row.items() <= other.items()), None)
             if before is None:
                 batches = sampler.batches(args.num_samples, 0, BATCH_SIZES[-1])
-                samples = image_features((to_uint8(np.nan_to_num(batch)) for batch in batches), network)
+                try:
+                    samples = image_features((to_uint8(batch) for batch in batches), network)
+                except DivergenceError as error:
+                    print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
+                    continue
                 row["frechet_distance"] = frechet_distance(samples, references)
                 known.append(row)
                 _write(known, args.output)
@@ -133,7 +144,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return [row for row in rows if row["frechet_distance"] >= 0]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigurationError(f"{path} does not hold what ddpm-compare writes") from None
 
 
@@ -151,13 +162,6 @@ def _compile(words: str, num_inference_steps: int, trained_with: SchedulerMixin)
     except argparse.ArgumentTypeError as error:
         raise ConfigurationError(f"--schedulers {words}: {error}") from None
     return compile_scheduler(make_scheduler(name, trained_with, **own), num_inference_steps, **of_steps)
-
-
-def _sample_shape(bundle: Path) -> tuple[int, ...]:
-    sampler = OnnxSampler(bundle)
-    if sampler.is_points:
-        raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
-    return sampler.sample_shape
 
 
 def _milliseconds(sampler: OnnxSampler, size: int) -> float:

@@ -23,6 +23,7 @@ from ddpm_mlp_pipeline.files import whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
+from .checksums import seal
 from .compile import compile_scheduler, make_scheduler, split_options
 from .parity import ParityReport, compare, compare_sampler
 from .precision import reduce_precision
@@ -131,10 +132,8 @@ def export_bundle(
     with whole_folder(bundle) as folder:
         export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
         table.save(folder / "step_table.json")
-        info = json.dumps(
-            _describe(pipeline, Path(checkpoint), num_inference_steps, precision), indent=2, ensure_ascii=False
-        )
-        (folder / "bundle.json").write_text(info + "\n", encoding="utf-8")
+        info = _describe(pipeline, Path(checkpoint), num_inference_steps, precision)
+        (folder / "bundle.json").write_text(json.dumps(info), encoding="utf-8")
         strays = _strays(folder, data_range)
         parity = compare(pipeline, folder, num_inference_steps, tolerance)
         if not parity.ok:
@@ -151,6 +150,7 @@ def export_bundle(
             allowed = math.inf if precision == "int8" else max(tolerance, *parity.amplifications.values())
             if not report.sampler_difference <= allowed:
                 raise ParityError("sampler.onnx differs from the runtime: the bundle is not written", report)
+        seal(folder)
     return report
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError
+from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, DivergenceError
 
+from .checksums import read_file
 from .noise import normal
 from .step_table import EPS, X_0, StepTable, X, Z
 
 FORMAT, VERSION = "ddpm-bundle", 1
+MAX_SIZE = 2**26  # of a sample, in numbers
 MAX_SAMPLES = 2**32  # a sample's index is one word of the noise's counter
 # Numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in the cache
 NOISE_CHUNK = 2**16
@@ -62,6 +64,7 @@ class OnnxSampler:
             raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
         self.num_threads = num_threads or _num_cores()
         self.info = _read_info(self.folder / "bundle.json")
+        read_file(self.folder, "step_table.json", self.info)
         self.table = StepTable.load(self.folder / "step_table.json")
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
         self.is_points = len(self.sample_shape) == 1
@@ -100,6 +103,7 @@ class OnnxSampler:
 
         Raises:
             ConfigurationError: if a number is out of range.
+            DivergenceError: if a sample is not finite; it names the step.
         """
         return np.concatenate([*self.batches(num_samples, seed, batch_size, on_step)])
 
@@ -200,6 +204,10 @@ class OnnxSampler:
             if on_step is not None:
                 with self._on_step_lock:  # batches run in threads of their own
                     on_step(len(samples))
+        if not np.isfinite(x).all():  # which it stays from step to step, so that it is enough to look at the end
+            steps = enumerate(self._steps(session, samples, seed))
+            k = next((k for k, x in steps if not np.isfinite(x).all()), len(self) - 1)
+            raise DivergenceError.at_step(k, float(self.table.timesteps[k]))
         return self.to_data_units(x)
 
     def _steps(
@@ -263,13 +271,14 @@ class OnnxSampler:
     def _session(self, num_threads: int) -> ort.InferenceSession:
         if num_threads not in self._sessions:
             path = self.folder / "unet.onnx"
-            if not path.is_file():
-                raise BundleError(f"the bundle lacks its network, {path}")
+            model = read_file(self.folder, path.name, self.info)
+            if b"location" in model:
+                raise BundleError(f"{path} has a 'location', as ONNX calls a path to weights in other files: refused")
             options = ort.SessionOptions()
             options.intra_op_num_threads = num_threads
             options.log_severity_level = 4  # the error is raised; there is no need to log it, too
             try:
-                session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's errors have no base class but this
                 raise BundleError(f"can't load {path}: {error}") from None
             self._sessions[num_threads] = session
@@ -288,6 +297,10 @@ class OnnxSampler:
                     f"bundle.json says that a sample has the shape {self.sample_shape}, but the network's {name} has "
                     f"{tuple(found[name].shape[1:])}"
                 )
+        try:
+            self.predict(np.zeros((1, *self.sample_shape)), 0)
+        except Exception as error:  # whatever its declarations promise: other types, or nodes that don't fit
+            raise BundleError(f"{self.folder / 'unet.onnx'} can't be run: {error}") from None
 
 
 def _noise_of_steps(
@@ -318,22 +331,31 @@ def _read_info(path: Path) -> dict[str, Any]:
         if (info["format"], info["version"]) != (FORMAT, VERSION):
             raise BundleError(f"{path} does not describe a bundle of version {VERSION}")
         shape = info["sample_shape"]
-        if len(shape) not in (1, 3) or not all(isinstance(size, int) and size > 0 for size in shape):
+        if (
+            len(shape) not in (1, 3)
+            or not all(type(size) is int and size > 0 for size in shape)
+            or math.prod(shape) > MAX_SIZE
+        ):
             raise BundleError(f"{path}: {shape} is no shape of points or images")
         if len(shape) == 1:
             for name in ("data_mean", "data_std"):
-                if np.asarray(info[name], dtype=np.float32).shape != tuple(shape):
+                numbers = np.asarray(info[name], dtype=np.float64)
+                if numbers.shape != tuple(shape) or not (np.abs(numbers) < np.finfo(np.float32).max).all():
                     raise BundleError(f"{path}: {name} must hold {shape[0]} numbers")
             columns = info["data_columns"]
             if len(columns) != shape[0] or not all(isinstance(column, str) for column in columns):
                 raise BundleError(f"{path}: data_columns must hold {shape[0]} names")
+        if not isinstance(info.get("sha256", {}), dict):
+            raise BundleError(f"{path}: sha256 must hold the checksum of each file")
         return info
     except FileNotFoundError:
         folder = path.parent
         raise BundleError(
             f"{folder} is no bundle: it has no {path.name}" if folder.is_dir() else f"there is no folder {folder}"
         ) from None
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}") from None
     except BundleError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{path} does not describe a bundle: {type(error).__name__}: {error}") from None

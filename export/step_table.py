@@ -14,6 +14,7 @@ from ddpm_mlp_pipeline.errors import BundleError
 FORMAT, VERSION = "ddpm-step-table", 2
 X, EPS, X_0, Z = range(4)  # the terms of a step, in the order of its coefficients
 TERMS = ("x", "ε", "x̂_0", "z")
+MAX_ROWS = 2**22  # of all steps together: enough for 2,000 of them that look back to the first
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,12 @@ class StepTable:
                 raise BundleError(f"{path} is not a step table of version {VERSION}")
             steps = content["steps"]
             rows = [np.array(step["to_next"], dtype=np.float64).reshape(-1, 4) for step in steps]
-            to_next = np.zeros((len(rows), max((len(row) for row in rows), default=0), 4))
+            history = max((len(row) for row in rows), default=0)
+            if (
+                len(rows) * history > MAX_ROWS
+            ):  # a small file can list few rows for each of many steps, and many for one
+                raise BundleError(f"it looks back over {history} rows in each of {len(rows)} steps, which is too much")
+            to_next = np.zeros((len(rows), history, 4))
             for k, row in enumerate(rows):
                 to_next[k, : len(row)] = row
             return cls(
@@ -152,5 +158,7 @@ class StepTable:
             raise BundleError(f"the bundle lacks its step table, {path}") from None
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError) as error:  # invalid JSON or UTF-8; other keys; other types
+        except OSError as error:
+            raise BundleError(f"can't read {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # no JSON, or other JSON
             raise BundleError(f"{path} is not a step table: {type(error).__name__}: {error}") from None

@@ -198,6 +198,14 @@ def test_model_index_can_not_name_a_module_to_import(heart, tmp_path):
     assert "antigravity" not in sys.modules
 
 
+def test_a_stock_pipelines_checkpoint_of_ours_loads(tmp_path):
+    unet = MLPModel(1, 6, hidden_dim=8)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)  # which names the module by its full name
+    again = DDPMMLPPipeline.from_pretrained(tmp_path).unet
+    assert type(again) is MLPModel
+    torch.testing.assert_close(again.state_dict(), unet.state_dict())
+
+
 @pytest.mark.parametrize(
     ("name", "module"), [("heart", "mlp"), ("swiss_roll", "mlp"), ("swiss_roll_2015", "mlp"), ("mnist", "unet")]
 )

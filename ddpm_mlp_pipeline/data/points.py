@@ -12,6 +12,7 @@ import pandas as pd  # comes with datasets
 from datasets import Dataset
 
 from ..errors import DatasetError
+from .arrays import read_array
 
 
 def heart(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -137,11 +138,13 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
         elif path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            array = np.load(path, allow_pickle=False)
-            if not isinstance(array, np.ndarray) or array.ndim != 2:
-                raise ValueError("it must hold one array of the shape [points, columns]")
+            array = read_array(path)
+            if array.ndim != 2:
+                raise ValueError("it must hold an array of the shape [points, columns]")
             table = pd.DataFrame(array)
-    except (ValueError, OSError, EOFError) as error:  # pandas', pyarrow's and numpy's parsers all raise these
+    except DatasetError:
+        raise
+    except Exception as error:  # pandas' and pyarrow's parsers raise errors of many kinds
         raise DatasetError(f"can't read {path}: {error}") from None
 
     if len(table) < 2 or table.shape[1] < 1:

@@ -36,7 +36,7 @@ class FourierFeatures(nn.Module):
         exponents = torch.linspace(math.log(min_frequency), math.log(max_frequency), embedding_dim // 2)
         frequencies = exponents.exp().repeat(2)
         phases = torch.tensor([0.0, math.pi / 2]).repeat_interleave(embedding_dim // 2)
-        B = torch.block_diag(*[frequencies[:, None]] * num_coordinates)
+        B = torch.kron(torch.eye(num_coordinates), frequencies[:, None])  # block diagonal
         self.register_buffer("B", B, persistent=False)  # [D * embedding_dim, D]
         self.register_buffer("phases", phases.repeat(num_coordinates), persistent=False)
 

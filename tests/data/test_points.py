@@ -130,11 +130,11 @@ def test_what_only_looks_like_numbers_is_refused(tmp_path, values):
     table = pd.DataFrame({"a": [1.0, 2.0], "b": values})
     if values.dtype == complex:
         np.save(tmp_path / "data.npy", table.to_numpy(dtype=complex))
-        path, column = tmp_path / "data.npy", "'x'"
+        path, message = tmp_path / "data.npy", "complex128"
     else:
         table.to_parquet(tmp_path / "data.parquet")
-        path, column = tmp_path / "data.parquet", "'b'"
-    with pytest.raises(DatasetError, match=f"row 1, column {column} is not a finite number"):
+        path, message = tmp_path / "data.parquet", "row 1, column 'b' is not a finite number"
+    with pytest.raises(DatasetError, match=message):
         load_points(path)
 
 

@@ -22,6 +22,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, compile_scheduler, export_bundle, pretrained
 from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError
+from ddpm_mlp_pipeline.export.checksums import seal
 from ddpm_mlp_pipeline.export.compile import make_scheduler
 from ddpm_mlp_pipeline.export.exporter import export_network
 from ddpm_mlp_pipeline.export.parity import compare
@@ -224,6 +225,7 @@ def test_a_table_gives_the_samples_of_the_stock_pipeline(name, options, predicti
         return
     table = compile_scheduler(pipeline.scheduler, 10)
     table.save(bundle / "step_table.json")
+    seal(bundle)
     comparison = compare(pipeline, bundle, 10, 1e-4)
     difference = max(steps[-1] for steps in comparison.differences.values())
     kind = "exact" if table.clip_range is None else "clipped"

@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 
 from ddpm_mlp_pipeline import OnnxSampler
 from ddpm_mlp_pipeline.errors import BundleError
+from ddpm_mlp_pipeline.export.checksums import seal
 from ddpm_mlp_pipeline.export.noise import normal
 
 
@@ -116,10 +117,16 @@ def rename_output(folder):
     model = onnx.load(folder / "unet.onnx")
     model.graph.output[0].name = model.graph.node[-1].output[0] = "noise"
     onnx.save(model, folder / "unet.onnx")
+    seal(folder)
 
 
 def cut(name):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:300])
+    def edit(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:300])
+        if name != "bundle.json":
+            seal(folder)  # or the checksum would tell
+
+    return edit
 
 
 @pytest.mark.parametrize(
