@@ -152,12 +152,14 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
     shape, scheduler = pipeline.sample_shape, pipeline.scheduler
     if math.prod(shape) > MAX_SIZE:
         raise ValueError(f"its samples have the shape {shape}, which is beyond all reason")
-    network(torch.zeros(1, *shape, device="meta"), 0)
+    predicted = network(torch.zeros(1, *shape, device="meta"), 0).sample.shape[1]
     scheduler.set_timesteps(min(10, scheduler.config.num_train_timesteps))
-    x = torch.zeros(1, 2)
+    x = torch.zeros(1, shape[0])
+    model_output = torch.zeros(1, predicted if pipeline.learns_variance else shape[0])
     with torch.random.fork_rng(devices=[]):
         for t in scheduler.timesteps:
-            x = scheduler.step(scheduler.scale_model_input(x, t), t, x).prev_sample
+            scheduler.scale_model_input(x, t)  # which some schedulers count on
+            x = scheduler.step(model_output, t, x).prev_sample
     if not x.isfinite().all():
         raise ValueError("its scheduler's numbers make no finite samples")
     mean, std = pipeline.config.data_mean, pipeline.config.data_std

@@ -85,6 +85,11 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return len(self.sample_shape) == 1
 
     @property
+    def learns_variance(self) -> bool:
+        """Whether the scheduler takes what the network predicts of the variance, in as many further channels."""
+        return isinstance(self.scheduler, DDPMScheduler) and "learned" in self.scheduler.config.variance_type
+
+    @property
     def data_columns(self) -> list[str]:
         """Names of the points' coordinates."""
         return self.config.data_columns or [f"x{i}" for i in range(self.sample_shape[0])]
@@ -139,15 +144,13 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.scheduler.config.num_train_timesteps
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        # Beside ε, the network may predict what makes up the variance, which only this scheduler takes.
-        takes_variance = isinstance(self.scheduler, DDPMScheduler) and "learned" in self.scheduler.config.variance_type
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
 
         x_t = latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             eps = self.unet(self.scheduler.scale_model_input(x_t, t), t).sample
-            if not takes_variance:
+            if not self.learns_variance:
                 eps = eps[:, : x_t.shape[1]]
             x_t = self.scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
             if callback_on_step_end is not None:
