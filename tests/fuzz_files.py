@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # before diffusers is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported
 
 import numpy as np
 from numpy.random import Generator
@@ -334,7 +334,7 @@ def run_case(root: Path, case: Case | None, target: str) -> tuple[str, Any]:
 
 def start_worker(root: Path) -> None:
     """Import what the loaders need, then bound the memory."""
-    os.environ["HF_DATASETS_CACHE"] = str(root / "cache")
+    os.environ |= {"HF_DATASETS_CACHE": str(root / "cache"), "TQDM_DISABLE": "1"}
     import datasets
     import torch
 

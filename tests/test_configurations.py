@@ -24,9 +24,9 @@ from ddpm_mlp_pipeline import (
     load_checkpoint,
     train,
 )
+from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError, UnsupportedSchedulerError
 from ddpm_mlp_pipeline.export.compile import make_scheduler
-from ddpm_mlp_pipeline.training import TensorBatches
 
 sizes = st.tuples(st.integers(4, 12), st.integers(4, 12))
 channels = st.sampled_from([1, 3])

@@ -1,13 +1,10 @@
 """Samples to evaluate, from files and folders."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
+from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
 from ddpm_mlp_pipeline.sources import open_source
 
 
@@ -51,12 +48,12 @@ WITH_NAN = np.where(np.arange(4)[:, None, None, None] == 2, np.nan, IMAGES)
         (IMAGES * 255, "values from 127.5 to 127.5"),
         ((IMAGES * 255).astype(np.int64), "values from 127 to 127"),
         (WITH_NAN, "image 2 of .* holds nan or infinity"),
-        (IMAGES[..., 0], r"float64 of the shape \(4, 2, 2\): samples are"),
+        (IMAGES[..., 0], r"of the shape \(4, 2, 2\): samples are"),
         (IMAGES + 0j, "holds complex128"),
         (WITH_NAN[..., 0, 0], "nan, or an empty cell, in row 3, column 'x'"),
-        (np.zeros((0, 2)), "holds 0 points"),
-        (IMAGES[:0], "holds 0 samples"),
-        (np.array([[None]]), "can't be read"),
+        (np.zeros((0, 2)), r"it holds float64 of the shape \(0, 2\), no numbers"),
+        (IMAGES[:0], r"it holds float64 of the shape \(0, 2, 2, 1\), no numbers"),
+        (np.array([[None]]), "can't read .* Python objects"),
     ],
 )
 def test_files_of_something_else(tmp_path, array, message):
@@ -69,27 +66,13 @@ def test_broken_files_and_strange_requests(tmp_path):
     (tmp_path / "empty.npy").touch()
     (tmp_path / "text.npy").write_text("text")
     for name in ("empty.npy", "text.npy"):
-        with pytest.raises(DatasetError, match=f"{name} can't be read"):
+        with pytest.raises(DatasetError, match=f"can't read .*{name}"):
             open_source(tmp_path / name)
     np.savez(tmp_path / "several.npz", a=IMAGES, b=IMAGES)
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
-    with pytest.raises(DatasetError, match="holds several arrays"):
+    with pytest.raises(DatasetError, match=r"can.t read .*several\.npy"):
         open_source(tmp_path / "several.npy")
     with pytest.raises(ConfigurationError, match="are for a checkpoint"):
         open_source(tmp_path / "text.npy", scheduler="ddim")
     with pytest.raises(ConfigurationError, match="is no file of samples"):
         open_source((tmp_path / "text.npy").rename(tmp_path / "text.txt"))
-
-
-def test_samples_that_run_off_are_refused(ddim_bundle, tmp_path):
-    """As those of a sampler that diverges; here, they end up in endless units."""
-    bundle = shutil.copytree(ddim_bundle, tmp_path / "bundle")
-    info = json.loads((bundle / "bundle.json").read_text()) | {"data_std": [3e38, 3e38]}
-    (bundle / "bundle.json").write_text(json.dumps(info))
-    source = open_source(bundle)
-    assert source.info == {"scheduler": "DDIMScheduler", "sampling_steps": 20}
-    with (
-        pytest.warns(RuntimeWarning, match="overflow"),
-        pytest.raises(DivergenceError, match="run off to infinity: give it another scheduler"),
-    ):
-        source.draw(500, 0)

@@ -54,7 +54,7 @@ def test_names_of_missing_extras_say_what_to_install(run):
     code = BASE_INSTALL + "import ddpm_mlp_pipeline; ddpm_mlp_pipeline."
     for name, module, extra in [
         ("MLPModel", "torch", "train"),
-        ("DDPMMLPPipeline", "torch", "train"),
+        ("DDPMMLPPipeline", "diffusers", "train"),
         ("train", "torch", "train"),
         ("load_points", "pandas", "train"),
         ("compile_scheduler", "diffusers", "export"),
