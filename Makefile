@@ -58,7 +58,7 @@ pretrained: $(SHIPPED:%=runs/%/model_index.json)
 
 # One row of docs/results.md: train the preset, unless runs/ holds it, and measure what came out.
 results-%: runs/%/model_index.json
-	$(BIN)/ddpm-export runs/$* runs/$*-onnx
+	$(BIN)/ddpm-export runs/$* runs/$*-onnx $(if $(filter mnist_mlp,$*),--scheduler ddpm)
 	$(if $(filter cifar10%,$*),,$(BIN)/ddpm-evaluate runs/$*-onnx $(call data,$*) \
 		$(if $(filter mnist_32,$*),--resolution 32) --output runs/$*-distances.json)
 	$(BIN)/ddpm-bound runs/$* $(call data,$*) --variance_type $(if $(filter %2015,$*),learned_range,fixed_large) \

@@ -98,12 +98,12 @@ def _table(estimate: BoundEstimate) -> str:
         ("a standard Gaussian, −L_null", estimate.nulls.mean(), None),
         ("K − L_null", estimate.gain, estimate.gain_standard_error),
     ]
-    lines = [f"{'':30}{'bits':<22}bits/dim"]
+    lines = [f"{'':31}{'bits':>12}{'bits/dim':>26}"]
     for name, bits, error in rows:
         cells = (
-            f"{bits / d:10.4f}" + ("" if error is None else f" ± {error / d:.4f}") for d in (1, estimate.dimension)
+            f"{bits / d:12.4f}" + ("" if error is None else f" ± {error / d:.4f}") for d in (1, estimate.dimension)
         )
-        lines.append(f"  {name:28}" + "".join(f"{cell:22}" for cell in cells).rstrip())
+        lines.append(f"  {name:29}" + "".join(f"{cell:26}" for cell in cells).rstrip())
     return "\n".join(lines)
 
 
