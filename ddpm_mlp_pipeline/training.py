@@ -104,7 +104,7 @@ class TrainingArguments:
         if self.loss_type == "bound" and self.snr_gamma is not None:
             raise ConfigurationError("snr_gamma weighs the simple loss: leave it out with --loss_type bound")
         if self.loss_type == "simple" and self.variance_type == "learned_range":
-            raise ConfigurationError("the simple loss knows no variance: learned_range needs --loss_type bound")
+            raise ConfigurationError("variance_type learned_range needs --loss_type bound: no other knows it")
         if self.lr_warmup_steps < 0:
             raise ConfigurationError(f"lr_warmup_steps must be at least 0, got {self.lr_warmup_steps}")
         if not 0 <= self.seed < 2**32:

@@ -12,7 +12,15 @@ from PIL import Image
 from scipy import integrate, stats
 from torch import nn
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, export_bundle, pretrained
+from ddpm_mlp_pipeline import (
+    DDPMMLPPipeline,
+    MLPModel,
+    SmallUNet2DModel,
+    TrainingArguments,
+    export_bundle,
+    pretrained,
+    train,
+)
 from ddpm_mlp_pipeline.data.images import ImageBatches
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
@@ -275,6 +283,33 @@ def test_a_learned_variance_is_sampled_by_ddpm_and_left_out_by_others(tmp_path):
     report = export_bundle(pretrained("swiss_roll_2015"), tmp_path / "bundle")
     assert report.parity.ok
     assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["provenance"]["num_inference_steps"] == 40
+
+
+def test_images_are_trained_on_the_bound_with_their_variance(tmp_path):
+    """After a few steps, the bound is lower already."""
+    torch.manual_seed(0)
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        ddpm_num_steps=20,
+        ddpm_beta_schedule="linear_log_snr",
+        variance_type="learned_range",
+        loss_type="bound",
+        train_batch_size=32,
+        max_train_steps=60,
+        lr_warmup_steps=1,
+        learning_rate=3e-3,
+        use_ema=False,
+        report_to="none",
+    )
+    unet = SmallUNet2DModel(8, 1, out_channels=2, block_out_channels=(8, 16), attention=False)
+    pipeline = DDPMMLPPipeline(unet, args.make_scheduler(1.0))
+    images = (torch.rand(64, 1, 1, 1) * 255).to(torch.uint8).expand(64, 1, 8, 8)
+    before = variational_bound(pipeline, ImageBatches(images))
+    train(pipeline, ImageBatches(images), args)
+    pipeline = DDPMMLPPipeline.from_pretrained(tmp_path)
+    after = variational_bound(pipeline, ImageBatches(images))
+    assert after.bits_per_dim < 0.85 * before.bits_per_dim
+    assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
 def test_wrong_bounds_end_in_one_line(run, tmp_path):

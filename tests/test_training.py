@@ -91,6 +91,8 @@ def test_the_seed_decides(tmp_path):
         {"ema_max_decay": 1.0},
         {"seed": -1},
         {"checkpointing_steps": 0},
+        {"snr_gamma": 5.0, "loss_type": "bound"},
+        {"variance_type": "learned_range"},
     ],
 )
 def test_impossible_options_are_refused(tmp_path, changes):
