@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     with contextlib.ExitStack() as stack:
-        output = None if args.output is None else stack.enter_context(whole_file(args.output))
+        output, figure = (
+            None if path is None else stack.enter_context(whole_file(path)) for path in (args.output, args.figure)
+        )
         state_path = None if args.output is None else args.output.with_suffix(".partial.npz")
         estimate = variational_bound(
             pipeline,
@@ -79,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if output is not None:
             output.write_text(json.dumps(_report(args, estimate, pipeline.scheduler, len(dataset)), indent=2))
+        if figure is not None:
+            plots.plot_bound(estimate).savefig(figure, dpi=100)
     if state_path is not None:
         state_path.unlink()
     variance_type = pipeline.scheduler.config.variance_type
     print(f"{args.checkpoint} on {len(dataset):,} samples of {args.dataset}, variance {variance_type}")
     print(_table(estimate))
-    if args.figure is not None:
-        plots.save(plots.plot_bound(estimate), args.figure)
 
 
 def _table(estimate: BoundEstimate) -> str:
@@ -115,13 +118,18 @@ def _report(args: Namespace, estimate: BoundEstimate, scheduler: DDPMScheduler, 
         "num_samples": num_samples,
         "dimension": estimate.dimension,
         "bound": estimate.total,
-        "bound_standard_error": estimate.standard_error,
+        "bound_standard_error": _or_none(estimate.standard_error),
         "bits_per_dim": estimate.bits_per_dim,
         "null": float(estimate.nulls.mean()),
         "gain": estimate.gain,
-        "gain_standard_error": estimate.gain_standard_error,
+        "gain_standard_error": _or_none(estimate.gain_standard_error),
         "terms": estimate.terms.tolist(),
     }
+
+
+def _or_none(value: float) -> float | None:
+    """JSON knows no NaN, which a standard error of one group is."""
+    return value if math.isfinite(value) else None
 
 
 if __name__ == "__main__":

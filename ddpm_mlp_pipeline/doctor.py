@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .commands import CommandParser, command, one_line_errors, positive_int
-from .errors import CheckpointError, explain_missing_extra
+from .errors import CheckpointError, DatasetError, explain_missing_extra
 
 with one_line_errors(), explain_missing_extra("ddpm-doctor"):
     import torch
@@ -25,6 +25,7 @@ with one_line_errors(), explain_missing_extra("ddpm-doctor"):
     from .data.points import POINT_SETS
     from .loading import load_checkpoint
     from .pipeline import DDPMMLPPipeline
+    from .resuming import find_states
     from .train_scripts import train_images, train_points
     from .training import PREDICTION_TYPES, TrainingArguments, simple_loss
 
@@ -34,7 +35,9 @@ MAX_TERMINAL_SNR = 0.01
 MIN_TIMESTEPS = 100  # where the variance isn't learned
 SIGNIFICANT = 4  # standard errors: there are ten bins to look at
 CLEARLY_LESS = 0.7  # times the loss
+IN_UNIT_INTERVAL = "images in [0, 1]"
 BATCH_SIZE = 100
+MIN_SAMPLES = 10 * NUM_BINS
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
@@ -75,7 +78,9 @@ class Patient:
 
     @property
     def scheduler(self) -> DDPMScheduler:
-        return self.pipeline.scheduler
+        """The forward process, whatever scheduler samples."""
+        scheduler = self.pipeline.scheduler
+        return scheduler if isinstance(scheduler, DDPMScheduler) else DDPMScheduler.from_config(scheduler.config)
 
 
 def examine(patient: Patient) -> Iterator[Finding]:
@@ -103,7 +108,10 @@ def check_data(patient: Patient) -> Iterator[Finding]:
         shift = x_0.mean(dim=0).abs().max().item()
         widest, narrowest = spread.max().item(), spread.min().item()
         if shift > 0.2 or widest > 1.25 or narrowest < 0.8:
-            message = f"normalised as in training, their mean is off by {shift:.2g}, their deviation {widest:.2g}"
+            message = (
+                f"normalised as in training, their means are off by up to {shift:.2g}, and their deviations are "
+                f"{narrowest:.2g} to {widest:.2g}"
+            )
             yield Finding("data", message, "give the data that it was trained on, in the same units, or train again")
             return
     elif x_0.max() - x_0.min() < 1:
@@ -121,7 +129,7 @@ def check_data(patient: Patient) -> Iterator[Finding]:
 def check_shape(name: str, split: str, pipeline: DDPMMLPPipeline) -> Finding:
     """Whether the images come in the network's size and number of channels."""
     expected = pipeline.sample_shape
-    found = tuple(load_images(name, f"{split}[:1]").shape[1:])
+    found = tuple(load_images(name, split, number=1).shape[1:])
     if found == expected:
         return Finding("shape", _shape(found))
     message = f"the images are {_shape(found)}, and are brought to the network's {_shape(expected)}"
@@ -193,10 +201,14 @@ def check_conventions(patient: Patient) -> Finding:
         for prediction_type in PREDICTION_TYPES
     }
     if not patient.pipeline.is_points:
-        shares["images in [0, 1]"] = loss_share(unet, patient.scheduler, (x_0 + 1) / 2)
+        shares[IN_UNIT_INTERVAL] = loss_share(unet, patient.scheduler, (x_0 + 1) / 2)
     best = min(shares, key=shares.get)
     if shares[best] < CLEARLY_LESS * said:
         message = f"the loss would be {shares[best] / said:.1g} times as large with {best}"
+        if best == IN_UNIT_INTERVAL:
+            return Finding(
+                "conventions", message, "train it on images in [-1, 1], as diffusers' pipelines sample them"
+            )
         return Finding("conventions", message, "say in scheduler_config.json what it was trained with")
     return Finding("conventions", f"{config.prediction_type} as the prediction; no other type or schedule fits better")
 
@@ -245,7 +257,7 @@ def check_ema(patient: Patient) -> Finding:
 def _check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding:
     if not options.use_ema:
         return Finding("EMA", "none")
-    steps_per_epoch = max(1, dataset_size // options.train_batch_size // options.gradient_accumulation_steps)
+    steps_per_epoch = math.ceil(dataset_size // options.train_batch_size / options.gradient_accumulation_steps)
     steps = options.max_train_steps or options.num_epochs * steps_per_epoch
     window = 1 / (1 - options.ema_max_decay)
     message = f"averages over {window:,.0f} of {steps:,} steps"
@@ -304,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="a point set's name, a file of points, or an image data set")
     parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
     parser.add_argument("--split", default="train", help="of an image data set (default: train)")
-    parser.add_argument("--held_out_split", default="test", help="to look for overfitting (default: test)")
+    parser.add_argument("--held_out_split", help="to look for overfitting (default: test, where there is one)")
     parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
     parser.add_argument(
         "--num_samples",
@@ -322,8 +334,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         x_0 = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
         patient = Patient(pipeline, x_0, raw=_load_raw(Path(args.patient), pipeline.unet))
         if not is_points:
-            held_out = load_normalized(pipeline, args.dataset, number, split=args.held_out_split, **options)
-            patient.held_out = _take(held_out)
+            try:
+                split = args.held_out_split or "test"
+                patient.held_out = _take(load_normalized(pipeline, args.dataset, number, split=split, **options))
+            except DatasetError:
+                if args.held_out_split is not None:
+                    raise
         elif args.dataset in POINT_SETS:
             patient.held_out = _take(load_normalized(pipeline, args.dataset, number, seed=1, **options))
     else:
@@ -340,16 +356,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _take(dataset: torch.utils.data.Dataset) -> torch.Tensor:
-    return dataset.__getitems__(list(range(len(dataset))))
+    """All of it, in random order: the losses' timesteps rise from sample to sample."""
+    if len(dataset) < MIN_SAMPLES:
+        raise DatasetError(f"losses by timestep need at least {MIN_SAMPLES} samples, got {len(dataset)}")
+    return dataset.__getitems__(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
 
 
 def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:
     """The network before averaging, from the newest state that training has left to resume from."""
-    states = [*folder.glob("checkpoint-*/model.safetensors")]
-    if not states:
+    weights = [path for state in find_states(folder) if (path := state / "model.safetensors").is_file()]
+    if not weights:
         return None
-    newest = max(states, key=lambda path: int(path.parent.name.partition("-")[2]))
-    raw = copy.deepcopy(unet)
+    newest, raw = weights[-1], copy.deepcopy(unet)
     try:
         raw.load_state_dict(load_file(newest))
     except (OSError, RuntimeError, SafetensorError) as error:

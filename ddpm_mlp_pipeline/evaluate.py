@@ -133,7 +133,7 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
 
     from .data.images import load_images
     from .loading import load_features
-    from .metrics import image_features
+    from .metrics import check_numbers_of_images, image_features
 
     if args.split == args.train_split:
         raise ConfigurationError(
@@ -144,6 +144,7 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     network = load_features(args.features)
     form = {"resolution": args.resolution, "fit": args.fit, "channels": args.channels}
     references = load_images(args.dataset, args.split, **form).numpy()
+    check_numbers_of_images(network.num_features, n, len(references))  # before any work
     if source.shape != references.shape[1:]:
         shapes = ["×".join(map(str, shape)) for shape in (source.shape, references.shape[1:])]
         raise DatasetError(

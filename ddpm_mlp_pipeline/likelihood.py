@@ -35,7 +35,7 @@ class VariationalBound:
     papers' t + 1.
 
     The last step of the reverse process, to x_0, has no variance in `fixed_small`, and no density then: as in Ho et
-    al.'s own code, it gets that of the step before.
+    al.'s own code, it gets that of the step before, β̃_2. (There, `fixed_large` does, too; here it keeps its β_1.)
 
     Args:
         scheduler: of the network that is to be measured. Its `variance_type` may be `fixed_small`, `fixed_large` or,
@@ -54,7 +54,7 @@ class VariationalBound:
         if not isinstance(scheduler, DDPMScheduler):
             raise ConfigurationError(
                 f"the bound needs the variance of each step, which {type(scheduler).__name__} doesn't have: "
-                "take DDPMScheduler.from_config"
+                "take DDPMScheduler.from_config (ddpm-bound: --variance_type)"
             )
         config = scheduler.config
         if config.variance_type not in VARIANCE_TYPES:
@@ -68,6 +68,8 @@ class VariationalBound:
         self.prediction_type, self.variance_type = config.prediction_type, config.variance_type
         self.log_likelihood = discretized_log_likelihood if discretized else gaussian_log_likelihood
 
+        if config.num_train_timesteps < 2:
+            raise ConfigurationError("the bound needs at least 2 timesteps")
         # In float64: near t = 0, where most bits are, 1 − ᾱ_t is a small difference.
         betas = scheduler.betas.double()
         self.alphas_cumprod = (1 - betas).cumprod(0)
@@ -170,8 +172,8 @@ def discretized_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_varian
     lower = (x_0 - mean - 1 / 255) * to_deviations
     upper = (x_0 - mean + 1 / 255) * to_deviations
     # The outermost levels hold all that is beyond. (An infinity would do, but has no gradient.)
-    lower = torch.where(x_0 < -0.999, -FAR, lower)
-    upper = torch.where(x_0 > 0.999, FAR, upper)
+    lower = torch.where(x_0 < -0.999, upper.clamp(max=0) - FAR, lower)
+    upper = torch.where(x_0 > 0.999, lower.clamp(min=0) + FAR, upper)
     # Φ(upper) − Φ(lower) in the lower tail, where logarithms of both are exact
     is_upper_tail = lower + upper > 0
     lower, upper = torch.where(is_upper_tail, -upper, lower), torch.where(is_upper_tail, -lower, upper)
@@ -266,18 +268,18 @@ def variational_bound(
     if batch_size < timestep_stride:
         raise ConfigurationError(f"batch_size must be at least timestep_stride, {timestep_stride}; got {batch_size}")
     batch_size -= batch_size % timestep_stride
-    identity = _identity(pipeline, number, batch_size, timestep_stride, seed)
+    identity = _identity(pipeline, dataset, number, batch_size, timestep_stride, seed)
     state = _State.load(state_path, identity) if state_path is not None and state_path.exists() else _State()
-    last_save = time.monotonic()
-    with tqdm(total=number, initial=len(state.totals) * timestep_stride, desc="bound", leave=False) as progress_bar:
-        for start in range(progress_bar.n, number, batch_size):
+    done, last_save = len(state.totals) * timestep_stride, time.monotonic()
+    with tqdm(total=number, initial=done, desc="bound", leave=False) as progress_bar:
+        for start in range(done, number, batch_size):
             x_0 = dataset.__getitems__(list(range(start, min(start + batch_size, number))))
             _check_data(x_0, pipeline.sample_shape, start, discretized=not pipeline.is_points)
             noise_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0]
             state.add(*_groups(bound, pipeline, x_0, timestep_stride, torch.Generator().manual_seed(int(noise_seed))))
             progress_bar.update(len(x_0))
-            done = start + len(x_0) == number
-            if state_path is not None and (done or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES):
+            is_last = start + len(x_0) == number
+            if state_path is not None and (is_last or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES):
                 state.save(state_path, identity)
                 last_save = time.monotonic()
     totals, nulls = np.array(state.totals), np.array(state.nulls)
@@ -304,13 +306,13 @@ class _State:
     def load(cls, path: Path, identity: str) -> _State:
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                if arrays["identity"].item() != identity:
-                    raise ConfigurationError(f"{path} is of another estimate: remove it, or name another file")
-                return cls(arrays["term_sums"], arrays["totals"].tolist(), arrays["nulls"].tolist())
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, ConfigurationError):
-                raise
+                found = arrays["identity"].item()
+                state = cls(arrays["term_sums"], arrays["totals"].tolist(), arrays["nulls"].tolist())
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ConfigurationError(f"{path} is not the state of an estimate: {error}") from None
+        if found != identity:
+            raise ConfigurationError(f"{path} is of another estimate: remove it, or name another file")
+        return state
 
 
 @torch.no_grad()
@@ -347,13 +349,14 @@ def _check_data(x_0: torch.Tensor, sample_shape: tuple[int, ...], start: int, di
             )
 
 
-def _identity(pipeline: DDPMMLPPipeline, *options: int) -> str:
-    """What makes two estimates the same."""
-    weights = hashlib.sha256()
-    for name, value in pipeline.unet.state_dict().items():
-        weights.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+def _identity(pipeline: DDPMMLPPipeline, dataset: Dataset, number: int, *options: int) -> str:
+    """What makes two estimates the same. (Of the data, the first and the last sample stand for all.)"""
+    ends = dataset.__getitems__([0, number - 1])
+    sha = hashlib.sha256()
+    for name, value in (*pipeline.unet.state_dict().items(), ("data", ends)):
+        sha.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
-    return json.dumps([weights.hexdigest(), scheduler, options], default=list)
+    return json.dumps([sha.hexdigest(), scheduler, number, options], default=list)
 
 
 def _at(values: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     """The Fréchet distance between Gaussians of the features' means and covariances (Heusel et al. 2017, eq. 6, which
     takes an Inception network's), as torchmetrics computes it.
 
-    It is biased upwards by the numbers of samples: compare distances of as many samples.
+    It is the squared distance, as is usual, and biased upwards by the numbers of samples: compare equal numbers.
 
     Args:
         x, y: `[number of images, num_features]`; the numbers of images may differ.
@@ -119,15 +119,20 @@ def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     num_features = x.shape[1]
-    if min(len(x), len(y)) <= num_features:
-        raise DatasetError(
-            f"a Fréchet distance on {num_features} features needs more than {num_features} images on both sides, got "
-            f"{len(x)} and {len(y)}"
-        )
+    check_numbers_of_images(num_features, len(x), len(y))
     distance = FrechetInceptionDistance(_features_as_they_are(num_features))
     distance.update(x, real=False)
     distance.update(y, real=True)
     return float(distance.compute())
+
+
+def check_numbers_of_images(num_features: int, *numbers: int) -> None:
+    """Raise a `DatasetError` unless there are enough images on both sides for a covariance of full rank."""
+    if min(numbers) <= num_features:
+        raise DatasetError(
+            f"a Fréchet distance on {num_features} features needs more than {num_features} images on both sides, got "
+            f"{' and '.join(map(str, numbers))}"
+        )
 
 
 def kernel_distance(x: torch.Tensor, y: torch.Tensor, seed: int = 0) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plots.animate_process([("reverse", plots.reverse_process(pipeline, number, args.seed))], args.output)
     elif args.kind in ("forward", "drift"):
         if args.dataset is None:
-            raise ConfigurationError("the forward process starts from data: name them with --dataset")
+            raise ConfigurationError(f"{args.kind} starts from data: name them with --dataset")
         if args.kind == "drift" and pipeline.sample_shape != (2,):
             raise ConfigurationError("the drift is drawn of points of two coordinates")
         dataset = load_normalized(pipeline, args.dataset, number, noise=args.dataset_noise)

@@ -194,7 +194,7 @@ def plot_bound(estimate: BoundEstimate) -> Figure:
 @torch.no_grad()
 def plot_drift(pipeline: DDPMMLPPipeline, x_0: torch.Tensor, seed: int = 0) -> Figure:
     """Forward process, reverse process, and what drives the latter, the drift μ_θ(x_t, t) − x_t: at the data, halfway,
-    and at the noise (as in Sohl-Dickstein et al. 2015, figure 1).
+    and at the noise (as in Sohl-Dickstein et al. 2015, figure 1). The drift is that of x_0 before it is clipped.
 
     Args:
         pipeline: for points of two coordinates, with a stock `DDPMScheduler`.

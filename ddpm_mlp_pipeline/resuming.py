@@ -90,7 +90,7 @@ class Checkpoints:
             remove_partial(self.output_dir)
         folder = self._latest() if name == "latest" else self._named(name)
         losses = [] if folder is None else self._load(folder)
-        later = [path for path in self._folders() if _step(path) > len(losses)]
+        later = [path for path in find_states(self.output_dir) if _step(path) > len(losses)]
         if later:
             raise CheckpointError(
                 f"{later[-1]} is of an earlier run, which this one would muddle: go on with "
@@ -102,21 +102,16 @@ class Checkpoints:
     @property
     def last_good(self) -> str:
         """The newest state, in the words of an error message."""
-        folders = self._folders()
+        folders = find_states(self.output_dir)
         return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint to go back to"
-
-    def _folders(self) -> list[Path]:
-        """Oldest first."""
-        folders = self.output_dir.glob("checkpoint-*")
-        return sorted((path for path in folders if path.name.partition("-")[2].isdigit()), key=_step)
 
     def _remove_old(self) -> None:
         if self.accelerator.is_main_process and self.limit is not None:
-            for old in self._folders()[: -self.limit]:
+            for old in find_states(self.output_dir)[: -self.limit]:
                 shutil.rmtree(old)
 
     def _latest(self) -> Path | None:
-        folders, broken = self._folders(), []
+        folders, broken = find_states(self.output_dir), []
         if not folders:
             self.accelerator.print(f"{self.output_dir} holds no checkpoint-<step> yet: beginning at step 0")
             return None
@@ -202,6 +197,12 @@ def deferred_signals(accelerator: Accelerator) -> Iterator[list[int]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def find_states(folder: Path) -> list[Path]:
+    """A run's folders `checkpoint-<step>`, oldest first."""
+    states = folder.glob("checkpoint-*")
+    return sorted((path for path in states if path.name.partition("-")[2].isdigit()), key=_step)
 
 
 def _step(folder: Path) -> int:

@@ -29,12 +29,12 @@ from .likelihood import VariationalBound
 from .pipeline import DDPMMLPPipeline
 from .resuming import Checkpoints, deferred_signals, explain_writing
 
-# diffusers' schedules that need nothing but the numbers of steps
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "linear_log_snr"]
-MAX_LOG_SNR, MIN_LOG_SNR = 13.3, -5.0
+# diffusers' schedules that need nothing but the numbers of steps
 LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
+MAX_LOG_SNR, MIN_LOG_SNR = 13.3, -5.0  # of linear_log_snr
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:

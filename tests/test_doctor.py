@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from helpers import MNIST, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, pretrained, train
@@ -126,6 +126,17 @@ def test_the_command_on_a_checkpoint(run, heart, tmp_path):
     assert_one_line_error(run("ddpm-doctor", "harts", "--dataset", "heart"), "no preset 'harts'")
 
 
+def test_a_checkpoint_of_another_scheduler_with_a_broken_state_beside_it(run, heart, tmp_path):
+    heart.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0)
+    heart.save_pretrained(tmp_path / "heart")
+    (tmp_path / "heart" / "checkpoint-20.broken").mkdir()
+    (tmp_path / "heart" / "checkpoint-20.broken" / "model.safetensors").touch()
+    result = run("ddpm-doctor", tmp_path / "heart", "--dataset", "heart", "--num_samples", 2000)
+    assert result.returncode == 0, result.stdout + result.stderr
+    too_few = run("ddpm-doctor", tmp_path / "heart", "--dataset", "heart", "--num_samples", 50)
+    assert_one_line_error(too_few, "at least 100 samples, got 50")
+
+
 def test_the_command_on_a_preset(run, tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("ddpm_num_steps: 20\nddpm_beta_schedule: linear\nmax_train_steps: 100\nema_max_decay: 0.9999\n")
@@ -140,6 +151,15 @@ def test_the_command_on_a_preset(run, tmp_path):
 def test_the_command_on_images(run):
     result = run("ddpm-doctor", pretrained("mnist"), "--dataset", MNIST, "--num_samples", 200)
     assert result.returncode == 0, result.stdout + result.stderr
-    result = run("ddpm-doctor", pretrained("mnist"), "--dataset", MNIST.parent / "cifar10", "--num_samples", 100)
+    result = run(
+        "ddpm-doctor",
+        pretrained("mnist"),
+        "--dataset",
+        MNIST.parent / "cifar10",
+        "--num_samples",
+        100,
+        "--split",
+        "train[:1%]",
+    )
     assert result.returncode == 1
     assert "32×32 of 3 channels" in result.stdout

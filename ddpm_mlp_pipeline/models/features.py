@@ -35,6 +35,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.channels = (in_channels,)  # that it takes
+        self.num_features = num_features
         blocks: list[nn.Module] = []
         for width, previous in zip(block_out_channels, (in_channels, *block_out_channels), strict=False):
             blocks += [nn.Conv2d(previous, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]

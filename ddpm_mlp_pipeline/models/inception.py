@@ -16,6 +16,7 @@ class InceptionNetwork(FeatureExtractorInceptionV3):
     """
 
     channels = (1, 3)  # that it takes
+    num_features = 2048
 
     def __init__(self, weights: str | os.PathLike):
         super().__init__("inception-v3-compat", ["2048"], os.fspath(weights))
