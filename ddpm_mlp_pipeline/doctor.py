@@ -49,11 +49,13 @@ class Finding:
         check: what was looked at.
         message: what was seen.
         remedy: what helps; `None` if all is well.
+        is_open: whether there was nothing to check it on.
     """
 
     check: str
     message: str
     remedy: str | None = None
+    is_open: bool = False
 
 
 @dataclasses.dataclass
@@ -121,7 +123,11 @@ def check_data(patient: Patient) -> Iterator[Finding]:
     outside = (x_0.abs() > 1.01 * config.clip_sample_range).float().mean().item() if config.clip_sample else 0
     if outside > 1e-3:
         message = f"{outside:.1%} of the values are beyond ±{config.clip_sample_range:.3g}, where sampling clips them"
-        yield Finding("data", message, f"set the scheduler's clip_sample_range to {x_0.abs().max():.3g}")
+        remedy = (
+            "give the data, and --dataset_noise, that it was trained on; if these are, set the scheduler's "
+            f"clip_sample_range to {x_0.abs().max():.3g}"
+        )
+        yield Finding("data", message, remedy)
         return
     yield Finding("data", f"from {x_0.min():.2f} to {x_0.max():.2f} as the network sees them")
 
@@ -226,7 +232,7 @@ def check_fit(patient: Patient) -> Finding:
 def check_generalisation(patient: Patient) -> Finding:
     """Whether the loss on data that it was not trained on is larger, at some timesteps."""
     if patient.held_out is None:
-        return Finding("overfitting", "not checked: there are no held-out data")
+        return Finding("overfitting", "there are no held-out data to check it on", is_open=True)
     means, errors = [], []
     for x_0 in (patient.x_0, patient.held_out):
         bins = losses(patient.pipeline.unet, patient.scheduler, x_0).tensor_split(NUM_BINS)
@@ -246,7 +252,7 @@ def check_ema(patient: Patient) -> Finding:
     if patient.options is not None:
         return _check_planned_ema(patient.options, patient.dataset_size)
     if patient.raw is None:
-        return Finding("EMA", "not checked: the folder holds no checkpoint-<step> with raw weights")
+        return Finding("EMA", "the folder holds no checkpoint-<step> with raw weights to compare", is_open=True)
     averaged, raw = (loss_share(unet, patient.scheduler, patient.x_0) for unet in (patient.pipeline.unet, patient.raw))
     message = f"the averaged weights' loss is {averaged / raw:.2f} times that of the raw ones"
     if averaged > 1.05 * raw:
@@ -350,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for finding in findings:
         print(_show(finding))
     wrong = sum(finding.remedy is not None for finding in findings)
-    print("all is well" if wrong == 0 else f"{wrong} finding{'s' if wrong > 1 else ''}")
+    print("nothing is wrong" if wrong == 0 else f"{wrong} finding{'s' if wrong > 1 else ''}")
     if wrong:
         raise SystemExit(1)
 
@@ -396,8 +402,9 @@ def _preset_as_patient(args: Namespace, is_points: bool, number: int) -> Patient
 
 
 def _show(finding: Finding) -> str:
-    mark = "ok" if finding.remedy is None else "!!"
-    lines = textwrap.wrap(f"{finding.check}: {finding.message}", 100, subsequent_indent="      ")
+    mark = "--" if finding.is_open else "ok" if finding.remedy is None else "!!"
+    text = f"{finding.check}: {finding.message}"
+    lines = textwrap.wrap(text, 100, subsequent_indent="      ", break_on_hyphens=False)
     if finding.remedy is not None:
         lines += textwrap.wrap(f"→ {finding.remedy}", 100, initial_indent="      ", subsequent_indent="        ")
     return f"{mark:4}" + "\n".join(lines)

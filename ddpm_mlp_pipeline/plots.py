@@ -14,7 +14,7 @@ from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from .errors import ConfigurationError, DivergenceError
 from .export.step_table import TERMS, StepTable
@@ -188,6 +188,7 @@ def plot_bound(estimate: BoundEstimate) -> Figure:
     sums = (f"{name} = {value:.3g}" for name, value in zip(names, (first, rest, last), strict=True))
     axes.set_title(",   ".join(sums), size="medium")
     axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 

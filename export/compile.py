@@ -22,7 +22,10 @@ from .step_table import EPS, X_0, StepTable, X, Z
 NUM_PROBES = 128  # equations for each step's unknowns, of which there are 4 · MAX_HISTORY at most
 MAX_HISTORY = 16  # network calls: multistep solvers remember up to four outputs; PNDM's first of these are four apart
 # What diffusers raises where an option's value makes no sense
-WRONG_OPTION = (ValueError, TypeError, IndexError, AttributeError, ArithmeticError, NotImplementedError)
+WRONG_OPTION = (
+    *(ValueError, TypeError, IndexError, AttributeError, ArithmeticError, NotImplementedError),
+    AssertionError,
+)
 # What rounding may leave of a step, and of a whole trajectory, relative to its outcome: in float64; and in float32, in
 # which some schedulers compute whatever they are given.
 TOLERANCES = ((1e-9, 1e-6), (1e-6, 1e-4))
@@ -116,7 +119,8 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     except UnsupportedSchedulerError:
         raise
     except WRONG_OPTION as error:
-        raise ConfigurationError(f"{name} can't take {num_inference_steps} such steps: {error}") from None
+        reason = str(error) or "it breaks its own assertions"
+        raise ConfigurationError(f"{name} can't take {num_inference_steps} such steps: {reason}") from None
     fits = ((_to_next(steps, probes.x_0, fit), replay) for fit, replay in TOLERANCES)
     to_next, replay_tolerance = next(((found, replay) for found, replay in fits if found is not None), (None, None))
     if to_next is None:

@@ -113,7 +113,7 @@ def test_a_network_that_knows_its_data_by_heart(tmp_path):
 def test_the_command_on_a_checkpoint(run, heart, tmp_path):
     result = run("ddpm-doctor", pretrained("swiss_roll"), "--dataset", "swiss_roll", "--num_samples", 4000)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1] == "all is well"
+    assert result.stdout.splitlines()[-1] == "nothing is wrong"
 
     heart.save_pretrained(tmp_path / "sick")
     path = tmp_path / "sick" / "scheduler" / "scheduler_config.json"

@@ -184,6 +184,10 @@ def test_a_full_disk_leaves_no_half_written_bundle(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
 
 
+# Some of whose steps round to the same timestep, with a cosine schedule
+KARRAS = ("--scheduler", "unipc", "--num_inference_steps", 20, "--scheduler_options", "use_karras_sigmas=true")
+
+
 def test_wrong_exports_end_in_one_line(run, tmp_path):
     damaged = shutil.copytree(pretrained("heart"), tmp_path / "damaged")
     (damaged / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -194,6 +198,7 @@ def test_wrong_exports_end_in_one_line(run, tmp_path):
         ((pretrained("heart"), bundle, "--num_inference_steps", 1001), ["from 1 to 1000"]),
         ((pretrained("heart"), bundle, "--num_inference_steps", 0), ["at least 1"]),
         ((pretrained("heart"), bundle, "--scheduler", "magic"), ["magic", "ddpm"]),
+        ((pretrained("heart"), bundle, *KARRAS), ["UniPC", "can't take 20 such steps"]),
         ((pretrained("heart"), damaged), ["left alone"]),
         ((pretrained("heart"), "/proc/bundle"), ["/proc/bundle"]),
     ]:
