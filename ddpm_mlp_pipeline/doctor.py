@@ -173,9 +173,8 @@ def check_timesteps(scheduler: DDPMScheduler) -> Finding:
 @torch.no_grad()
 def check_precision(patient: Patient) -> Finding:
     """Whether the network's numbers fit into 16 bits."""
-    unet, x_0 = patient.pipeline.unet, patient.x_0[:64]
-    t = _timesteps(patient.scheduler, len(x_0))
-    x_t = patient.scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)), t)
+    unet = patient.pipeline.unet
+    x_t, _, t = _noised(patient.scheduler, patient.x_0[:64])
     exact = unet(x_t, t).sample
     if not exact.isfinite().all():
         remedy = "go back to an earlier state, and lower the learning rate"
@@ -273,12 +272,9 @@ def _check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding
 
 
 @torch.no_grad()
-def losses(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def losses(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor) -> torch.Tensor:
     """The simple loss of each sample, `[number]`, at timesteps that rise evenly from 0 to T − 1."""
-    generator = torch.Generator().manual_seed(seed)
-    t = _timesteps(scheduler, len(x_0))
-    eps = torch.randn(x_0.shape, generator=generator)
-    x_t = scheduler.add_noise(x_0, eps, t)
+    x_t, eps, t = _noised(scheduler, x_0)
     batches = zip(x_t.split(BATCH_SIZE), t.split(BATCH_SIZE), strict=True)
     predicted = torch.cat([unet(*batch).sample[:, : x_0.shape[1]] for batch in batches])
     return simple_loss(scheduler, predicted, x_0, eps, x_t, t)
@@ -296,6 +292,13 @@ def loss_share(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tenso
         "v_prediction": variance / of_x_t,
     }[scheduler.config.prediction_type]
     return (losses(unet, scheduler, x_0).mean() / gaussian.mean()).item()
+
+
+def _noised(scheduler: DDPMScheduler, x_0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_t, ε and t: always the same for the same data, so that losses can be compared."""
+    t = _timesteps(scheduler, len(x_0))
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    return scheduler.add_noise(x_0, eps, t), eps, t
 
 
 def _timesteps(scheduler: DDPMScheduler, number: int) -> torch.Tensor:
