@@ -14,9 +14,9 @@ export HF_HUB_OFFLINE := 1
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
 	@mkdir -p $(DEMO)
-	$(LAUNCH) train_scripts/train_points.py --config heart --output_dir $(DEMO)/heart
-	$(BIN)/ddpm-export $(DEMO)/heart $(DEMO)/heart-onnx --scheduler ddim --num_inference_steps 50
-	$(BIN)/ddpm-sample $(DEMO)/heart-onnx --num_samples 2000 --seed 0 --output $(DEMO)/heart.png
+	$(LAUNCH) train_scripts/train_points.py --config heart --output_dir $(DEMO)/heart --overwrite_output_dir
+	$(BIN)/ddpm-export $(DEMO)/heart $(DEMO)/heart-onnx --scheduler ddim --num_inference_steps 50 --overwrite
+	$(BIN)/ddpm-sample $(DEMO)/heart-onnx --num_samples 2000 --seed 0 --output $(DEMO)/heart.png --overwrite
 	@echo
 	@echo "Made here, on this machine:"
 	@echo "  $(DEMO)/heart/               the diffusers checkpoint: DDPMMLPPipeline.from_pretrained(\"$(DEMO)/heart\")"
@@ -39,7 +39,7 @@ pretrained results-% features pictures schedulers: HF_HUB_OFFLINE := 0
 # The command that trains a preset, and the options that name its data to the commands that measure.
 images = $(if $(filter cifar10%,$1),$(CIFAR10),$(MNIST))
 train = $(LAUNCH) train_scripts/$(if $(filter mnist% cifar10%,$1),train_images.py --dataset_name $(images),train_points.py) \
-	--config $1 --output_dir runs/$1
+	--config $1 --output_dir runs/$1 --overwrite_output_dir
 data = --dataset $(if $(filter mnist% cifar10%,$1),$(images),$(firstword $(filter $1,heart) swiss_roll))
 data += $(if $(filter swiss_roll_2015,$1),--dataset_noise 0.001) $(if $(filter mnist_32,$1),--fit pad)
 
@@ -58,36 +58,38 @@ pretrained: $(SHIPPED:%=runs/%/model_index.json)
 
 # One row of docs/results.md: train the preset, unless runs/ holds it, and measure what came out.
 results-%: runs/%/model_index.json
-	$(BIN)/ddpm-export runs/$* runs/$*-onnx $(if $(filter mnist_mlp,$*),--scheduler ddpm)
+	$(BIN)/ddpm-export runs/$* runs/$*-onnx --overwrite $(if $(filter mnist_mlp,$*),--scheduler ddpm)
 	$(if $(filter cifar10%,$*),,$(BIN)/ddpm-evaluate runs/$*-onnx $(call data,$*) \
-		$(if $(filter mnist_32,$*),--resolution 32) --output runs/$*-distances.json)
+		$(if $(filter mnist_32,$*),--resolution 32) --output runs/$*-distances.json --overwrite)
 	$(BIN)/ddpm-bound runs/$* $(call data,$*) --variance_type $(if $(filter %2015,$*),learned_range,fixed_large) \
 		$(if $(filter %2015,$*),,--timestep_stride 10) $(if $(filter mnist% cifar10%,$*),--num_samples 1000) \
-		--output runs/$*-bound.json --figure runs/$*-bound.png
+		--output runs/$*-bound.json --figure runs/$*-bound.png --overwrite
 
 # Train the network on whose features the package takes Fréchet distances.
 features: .venv/installed
-	$(BIN)/python train_scripts/train_features.py --dataset_name $(MNIST) --output_dir runs/mnist_features
+	$(BIN)/python train_scripts/train_features.py --dataset_name $(MNIST) --output_dir runs/mnist_features \
+		--overwrite_output_dir
 	install -m 644 -t ddpm_mlp_pipeline/checkpoints/mnist_features runs/mnist_features/*
 
 # The pictures that the README shows.
 pictures: .venv/installed
-	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/heart runs/heart-onnx
-	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/heart.png
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/heart runs/heart-onnx --overwrite
+	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/heart.png --overwrite
 	cp runs/heart/process.gif docs/heart.gif
-	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx
-	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/mnist.png
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx --overwrite
+	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/mnist.png --overwrite
 	$(BIN)/ddpm-plot drift ddpm_mlp_pipeline/checkpoints/swiss_roll_2015 --dataset swiss_roll --dataset_noise 0.001 \
-		--output docs/swiss_roll_2015.png
-	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/mnist_reverse.png
-	$(BIN)/ddpm-plot forward ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) --output docs/mnist_forward.png
+		--output docs/swiss_roll_2015.png --overwrite
+	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/mnist_reverse.png --overwrite
+	$(BIN)/ddpm-plot forward ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) \
+		--output docs/mnist_forward.png --overwrite
 	PAGE_PICTURE=docs/page.png $(BIN)/python -m pytest -q tests/export/test_page.py -k picture
 	SCHEDULERS_TABLE=docs/schedulers.txt $(BIN)/python -m pytest -q tests/export/test_compile.py
 
 # How good each sampler is on MNIST's weights, and how fast: half an hour on two cores, resumed where it was.
 schedulers: .venv/installed
 	$(BIN)/ddpm-compare ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) --output runs/schedulers.json \
-		--figure docs/schedulers.png
+		--figure docs/schedulers.png --overwrite
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

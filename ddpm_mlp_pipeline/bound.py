@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .commands import CommandParser, command, noise_seed, one_line_errors, positive_int
+from .commands import CommandParser, add_overwrite, command, noise_seed, one_line_errors, positive_int
 from .errors import ConfigurationError, explain_missing_extra
-from .files import whole_file
+from .files import check_file, whole_file
 
 with one_line_errors(), explain_missing_extra("ddpm-bound"):
     from diffusers import DDPMScheduler
@@ -52,9 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", type=Path, help="a .json file; if it is stopped, the same command goes on where it was"
     )
     parser.add_argument("--figure", type=Path, help="a .png file for the terms by timestep")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.figure is not None and args.figure.suffix != ".png":
         raise ConfigurationError(f"{args.figure} must end in .png")
+    outputs = (args.output, args.figure)
+    for path in outputs:
+        if path is not None:
+            check_file(path, args.overwrite)
     pipeline = load_checkpoint(args.checkpoint)
     if args.variance_type is not None:
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with contextlib.ExitStack() as stack:
         output, figure = (
-            None if path is None else stack.enter_context(whole_file(path)) for path in (args.output, args.figure)
+            None if path is None else stack.enter_context(whole_file(path, args.overwrite)) for path in outputs
         )
         state_path = None if args.output is None else args.output.with_suffix(".partial.npz")
         estimate = variational_bound(

@@ -59,6 +59,11 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message} (see --help)")
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add the flag without which no command replaces an output that exists: see `files`."""
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist (default: refuse)")
+
+
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     value = _int(text)

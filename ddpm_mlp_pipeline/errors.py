@@ -47,6 +47,10 @@ class BundleError(DDPMPipelineError, ValueError):
     """A bundle folder lacks a file, or holds one that can't be read or doesn't fit the others."""
 
 
+class OutputExistsError(DDPMPipelineError, FileExistsError):
+    """An output is there already, and isn't to be overwritten, or holds what its command did not write."""
+
+
 class UnsupportedSchedulerError(DDPMPipelineError, ValueError):
     """A scheduler takes steps that a step table can't express."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoints import FEATURES
-from .commands import CommandParser, command, positive_int
+from .commands import CommandParser, add_overwrite, command, positive_int
 from .errors import ConfigurationError, DatasetError, explain_missing_extra
 from .export.schedulers import SCHEDULERS
 from .files import whole_file
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)",
     )
     parser.add_argument("--output", type=Path, help="a .json file for the numbers, and how they came about")
+    add_overwrite(parser)
     images = parser.add_argument_group("images")
     images.add_argument("--split", default="test", help="the split to compare with, all of it (default: test)")
     images.add_argument("--train_split", default="train", help="the split that the floor's come from (default: train)")
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
-        output = None if args.output is None else stack.enter_context(whole_file(args.output))
+        output = None if args.output is None else stack.enter_context(whole_file(args.output, args.overwrite))
         source = open_source(args.samples, args.scheduler, args.num_inference_steps)
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")
         with explain_missing_extra("ddpm-evaluate", extra):

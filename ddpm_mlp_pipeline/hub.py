@@ -41,11 +41,15 @@ With the plugin installed, `DDPMMLPPipeline.from_pretrained` does the same and r
 ```yaml
 {options}```
 """
-LOCAL = ["output_dir", "logging_dir", "resume_from_checkpoint", "report_to"]  # of no interest to others
+CARD_NAME = "README.md"
+# Of no interest to others:
+LOCAL = ["output_dir", "overwrite_output_dir", "logging_dir", "resume_from_checkpoint", "report_to"]
 
 
 def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_steps: int, dataset: str) -> None:
     """Write `README.md` into a run's folder, with its samples, its options and how to load it.
+
+    One that is there already is replaced: `check_output_dir` has allowed it.
 
     Args:
         args: the run's options.
@@ -69,7 +73,7 @@ def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_ste
         steps=num_steps,
         options=yaml.safe_dump({name: value for name, value in options.items() if name not in LOCAL}),
     )
-    with whole_file(folder / "README.md") as path:
+    with whole_file(folder / CARD_NAME, overwrite=True) as path:
         ModelCard(text).save(path)
 
 

@@ -269,7 +269,8 @@ def variational_bound(
         raise ConfigurationError(f"batch_size must be at least timestep_stride, {timestep_stride}; got {batch_size}")
     batch_size -= batch_size % timestep_stride
     identity = _identity(pipeline, dataset, number, batch_size, timestep_stride, seed)
-    state = _State.load(state_path, identity) if state_path is not None and state_path.exists() else _State()
+    is_begun = state_path is not None and state_path.exists()
+    state = _State.load(state_path, identity) if is_begun else _State()
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
     with tqdm(total=number, initial=done, desc="bound", leave=False) as progress_bar:
         for start in range(done, number, batch_size):
@@ -280,7 +281,8 @@ def variational_bound(
             progress_bar.update(len(x_0))
             is_last = start + len(x_0) == number
             if state_path is not None and (is_last or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES):
-                state.save(state_path, identity)
+                state.save(state_path, identity, overwrite=is_begun)
+                is_begun = True
                 last_save = time.monotonic()
     totals, nulls = np.array(state.totals), np.array(state.nulls)
     return BoundEstimate(state.term_sums / len(totals), totals, nulls, math.prod(pipeline.sample_shape))
@@ -298,8 +300,8 @@ class _State:
         self.totals += terms.sum(axis=1).tolist()
         self.nulls += nulls.tolist()
 
-    def save(self, path: Path, identity: str) -> None:
-        with whole_file(path) as temporary, temporary.open("wb") as file:
+    def save(self, path: Path, identity: str, overwrite: bool) -> None:
+        with whole_file(path, overwrite) as temporary, temporary.open("wb") as file:
             np.savez(file, identity=identity, term_sums=self.term_sums, totals=self.totals, nulls=self.nulls)
 
     @classmethod

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import CommandParser, command, noise_seed, one_line_errors, positive_int
+from .commands import CommandParser, add_overwrite, command, noise_seed, one_line_errors, positive_int
 from .errors import ConfigurationError, explain_missing_extra
 from .export.step_table import StepTable
+from .files import check_file
 
 with one_line_errors(), explain_missing_extra("ddpm-plot"):
     from . import plots
@@ -28,12 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
     parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     suffixes = (".gif", ".mp4") if args.kind == "animation" else (".png",)
     if args.output.suffix not in suffixes:
         raise ConfigurationError(f"{args.output} must end in {' or '.join(suffixes)}")
+    check_file(args.output, args.overwrite)
     if args.kind == "table":
-        plots.save(plots.plot_table(StepTable.load(args.checkpoint / "step_table.json")), args.output)
+        table = StepTable.load(args.checkpoint / "step_table.json")
+        plots.save(plots.plot_table(table), args.output, args.overwrite)
         print(args.output)
         return
     pipeline = load_checkpoint(args.checkpoint)
@@ -42,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     number = args.num_samples or (plots.NUM_POINTS if pipeline.is_points else 16)
 
     if args.kind == "animation":
-        plots.animate_process([("reverse", plots.reverse_process(pipeline, number, args.seed))], args.output)
+        frames = plots.reverse_process(pipeline, number, args.seed)
+        plots.animate_process([("reverse", frames)], args.output, args.overwrite)
     elif args.kind in ("forward", "drift"):
         if args.dataset is None:
             raise ConfigurationError(f"{args.kind} starts from data: name them with --dataset")
@@ -55,14 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             frames = plots.some_frames(plots.forward_process(pipeline, x_0, args.seed))
             figure = plots.plot_process(frames, plots.DATA_COLOR)
-        plots.save(figure, args.output)
+        plots.save(figure, args.output, args.overwrite)
     else:
         T = pipeline.scheduler.config.num_train_timesteps
         several = args.timesteps or [T - 1, T * 3 // 4 - 1, T // 2 - 1, 0]
         timesteps = [0] if args.kind == "samples" else several
         if not all(0 <= t <= T for t in timesteps):
             raise ConfigurationError(f"--timesteps must be from 0 to {T}")
-        plots.save(plots.plot_process(plots.reverse_process(pipeline, number, args.seed, timesteps)), args.output)
+        figure = plots.plot_process(plots.reverse_process(pipeline, number, args.seed, timesteps))
+        plots.save(figure, args.output, args.overwrite)
     print(args.output)
 
 

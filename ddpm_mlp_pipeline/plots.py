@@ -30,6 +30,9 @@ DATA_COLOR, SAMPLE_COLOR = "tab:blue", "tab:orange"
 Frames = dict[int, np.ndarray]
 
 
+FIGURES = ("loss.png", "forward_process.png", "samples.png", "process.gif")  # of a training run
+
+
 def draw_training_run(
     pipeline: DDPMMLPPipeline, x_0: torch.Tensor, losses: Sequence[float], folder: Path, seed: int = 0
 ) -> list[str]:
@@ -39,7 +42,7 @@ def draw_training_run(
         pipeline: the trained pipeline.
         x_0: some of the data as the network sees them, `[number, *pipeline.sample_shape]`.
         losses: the loss of every optimizer step.
-        folder: where `loss.png`, `forward_process.png`, `samples.png` and `process.gif` go.
+        folder: where `FIGURES` go. Those that are there already are replaced: `check_output_dir` has allowed it.
         seed: of the noise.
 
     Returns:
@@ -56,9 +59,9 @@ def draw_training_run(
         figures["samples.png"] = plot_samples(forward[0], reverse[0])
         frames = [("forward", forward), ("reverse", reverse)]
     for name, figure in figures.items():
-        save(figure, folder / name)
+        save(figure, folder / name, overwrite=True)
     if frames:
-        animate_process(frames, folder / "process.gif")
+        animate_process(frames, folder / "process.gif", overwrite=True)
     return [*figures, *(["process.gif"] if frames else [])]
 
 
@@ -259,14 +262,16 @@ def plot_samples(data: np.ndarray, samples: np.ndarray, titles: tuple[str, str] 
     return figure
 
 
-def animate_process(processes: Sequence[tuple[str, Frames]], path: Path) -> None:
+def animate_process(processes: Sequence[tuple[str, Frames]], path: Path, overwrite: bool = False) -> None:
     """Write an animation, as GIF or, with ffmpeg, MP4.
 
     Args:
         processes: one after the other, `"forward"` or `"reverse"` and its frames.
         path: a `.gif` or `.mp4` file.
+        overwrite: whether a file that is there already is replaced.
 
     Raises:
+        OutputExistsError: if there is one, and it isn't to be replaced.
         ConfigurationError: for a `.mp4` where there is no ffmpeg.
     """
     if path.suffix == ".mp4" and shutil.which("ffmpeg") is None:
@@ -283,7 +288,7 @@ def animate_process(processes: Sequence[tuple[str, Frames]], path: Path) -> None
         _panel(axes, x_t, limits, DATA_COLOR if name == "forward" else SAMPLE_COLOR, f"{name} process, t = {t}")
 
     writer = FFMpegWriter(fps=15) if path.suffix == ".mp4" else PillowWriter(fps=15)
-    with whole_file(path) as temporary:
+    with whole_file(path, overwrite) as temporary:
         FuncAnimation(figure, draw, shots).save(temporary, writer, dpi=80)
 
 
@@ -299,9 +304,13 @@ def tile(images: np.ndarray) -> np.ndarray:
     return grid[:-1, :-1]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
-    with whole_file(path) as temporary:
+def save(figure: Figure, path: Path, overwrite: bool = False) -> None:
+    """Write a figure, whole or not at all.
+
+    Raises:
+        OutputExistsError: if `path` exists, and isn't to be overwritten.
+    """
+    with whole_file(path, overwrite) as temporary:
         figure.savefig(temporary, dpi=100)
 
 

@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
-from .files import PARTIAL, remove_partial, rename_durably
+from .files import PARTIAL, find_foreign, remove_partial, rename_durably
 from .pipeline import DDPMMLPPipeline
 
 MANIFEST = "manifest.json"  # the SHA-256 of every other file
@@ -87,7 +87,8 @@ class Checkpoints:
                 processes'; or if there are later ones, of which this run would make a muddle.
         """
         if self.accelerator.is_main_process:
-            remove_partial(self.output_dir)
+            for folder in (self.output_dir, self.output_dir / "samples"):
+                remove_partial(folder)
         folder = self._latest() if name == "latest" else self._named(name)
         losses = [] if folder is None else self._load(folder)
         later = [path for path in find_states(self.output_dir) if _step(path) > len(losses)]
@@ -108,7 +109,10 @@ class Checkpoints:
     def _remove_old(self) -> None:
         if self.accelerator.is_main_process and self.limit is not None:
             for old in find_states(self.output_dir)[: -self.limit]:
-                shutil.rmtree(old)
+                if _is_own(old):
+                    partial = old.with_name(PARTIAL + old.name)
+                    old.rename(partial)  # a state that is there is there whole
+                    shutil.rmtree(partial)
 
     def _latest(self) -> Path | None:
         folders, broken = find_states(self.output_dir), []
@@ -203,6 +207,25 @@ def find_states(folder: Path) -> list[Path]:
     """A run's folders `checkpoint-<step>`, oldest first."""
     states = folder.glob("checkpoint-*")
     return sorted((path for path in states if path.name.partition("-")[2].isdigit()), key=_step)
+
+
+def resumes_in(output_dir: Path, name: str | None) -> bool:
+    """Whether a run goes on from a folder in `output_dir`, where `name` is what `Checkpoints.begin` takes, which says
+    whether that is a state."""
+    if name is None or name == "latest":
+        return name is not None and bool(find_states(output_dir))
+    folders = [folder for folder in (Path(name), output_dir / name) if folder.is_dir()]
+    return any(folder.resolve().parent == output_dir.resolve() for folder in folders)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a state's folder holds nothing but what was saved there."""
+    try:
+        files = [MANIFEST, *json.loads((folder / MANIFEST).read_text())]
+        own = {*files, *(f"{parent.as_posix()}/" for file in files for parent in Path(file).parents)}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+    return find_foreign(folder, own.__contains__) is None
 
 
 def _step(folder: Path) -> int:

@@ -24,16 +24,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .errors import ConfigurationError, DivergenceError, StoppedBySignal
-from .files import PARTIAL, move_into
+from .files import PARTIAL, check_names, move_into
 from .likelihood import VariationalBound
 from .pipeline import DDPMMLPPipeline
-from .resuming import Checkpoints, deferred_signals, explain_writing
+from .resuming import Checkpoints, deferred_signals, explain_writing, resumes_in
 
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "linear_log_snr"]
 # diffusers' schedules that need nothing but the numbers of steps
 LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
+CHECKPOINT = ("model_index.json", "pipeline.py", "unet", "scheduler")  # what a run writes to output_dir
 MAX_LOG_SNR, MIN_LOG_SNR = 13.3, -5.0  # of linear_log_snr
 
 
@@ -51,6 +52,7 @@ class TrainingArguments:
     """
 
     output_dir: str = option(help="folder for the checkpoint, the figures and the logs")
+    overwrite_output_dir: bool = option(False, "replace an earlier run's checkpoint and figures in output_dir")
     ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
     ddpm_beta_schedule: str = option("squaredcos_cap_v2", "the forward process's β", choices=BETA_SCHEDULES)
     prediction_type: str = option("epsilon", "what the network predicts", choices=PREDICTION_TYPES)
@@ -143,6 +145,26 @@ def linear_log_snr(num_timesteps: int) -> list[float]:
     return (1 - alphas_cumprod / previous).tolist()
 
 
+def check_output_dir(args: TrainingArguments, *others: str) -> None:
+    """Refuse to replace what another run has left in `args.output_dir`, unless this run goes on from a state there.
+
+    Args:
+        args: the run's options.
+        others: names that the run writes there beside the checkpoint's.
+
+    Raises:
+        OutputExistsError: if there is such an entry, and `args.overwrite_output_dir` isn't set.
+        ConfigurationError: if `args.output_dir` is a file.
+    """
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigurationError(f"output_dir must be a folder, but {output_dir} is a file")
+    overwrite = args.overwrite_output_dir or resumes_in(output_dir, args.resume_from_checkpoint)
+    check_names(output_dir, (*CHECKPOINT, *others), overwrite)
+    if args.save_samples_epochs is not None:  # a run that was killed before its first state may have left some
+        check_names(output_dir, ["samples"], overwrite or args.resume_from_checkpoint == "latest")
+
+
 def train(
     pipeline: DDPMMLPPipeline,
     dataset: Dataset,
@@ -168,14 +190,14 @@ def train(
         The loss of every optimizer step.
 
     Raises:
+        OutputExistsError: if `args.output_dir` holds another run's checkpoint: see `check_output_dir`.
         ConfigurationError: if the batch size exceeds the number of samples.
         CheckpointError: if the state to resume from doesn't exist, is broken, or is another model's.
         DivergenceError: if the loss or its gradient is no finite number any more. The step is not taken.
         StoppedBySignal: after Ctrl-C or SIGTERM, once the step under way is done and its state is saved.
     """
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigurationError(f"output_dir must be a folder, but {output_dir} is a file")
+    check_output_dir(args)
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
         accelerator = Accelerator(
@@ -320,7 +342,7 @@ def train(
             pipeline.save_pretrained(folder)
             for file in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
                 shutil.copymode(Path(folder) / pipeline.config_name, file)
-            move_into(Path(folder), output_dir)
+            move_into(Path(folder), output_dir, last=pipeline.config_name)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return losses

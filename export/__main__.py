@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
+from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.files import check_folder
 
-from .page import write_page
+from .page import PAGE_ENTRIES, write_page
 from .schedulers import SCHEDULERS, scheduler_option
 from .step_table import StepTable
 
@@ -58,9 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="the unpacked npm package, for --web without a network (default: downloaded once from the npm registry)",
     )
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.onnxruntime_web is not None and args.web is None:
         raise ConfigurationError("--onnxruntime_web is for --web DIR, which is missing")
+    if args.web is not None:  # before the work; export_bundle looks after the bundle
+        check_folder(args.web, PAGE_ENTRIES.__contains__, args.overwrite)
     with explain_missing_extra("ddpm-export", "export"):
         from .exporter import export_bundle
     report = export_bundle(
@@ -71,12 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampler=args.sampler,
         precision=args.precision,
         scheduler_options=dict(args.scheduler_options),
+        overwrite=args.overwrite,
     )
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())
     print(f"{args.bundle}: {StepTable.load(args.bundle / 'step_table.json').summary}, {size / 1024:.0f} KiB")
     if args.web is not None:
-        write_page(args.bundle, args.web, args.onnxruntime_web)
+        write_page(args.bundle, args.web, args.onnxruntime_web, args.overwrite)
         print(f"{args.web}: a page for browsers; python -m http.server --directory {args.web}")
 
 

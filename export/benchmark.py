@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch_process = [sys.executable, "-c", TORCH_PROCESS.format(package=__package__)]
         torch_process += [str(args.checkpoint), str(number), str(picture)]
         bundle_process = [sys.executable, "-m", f"{__package__}.sample", str(bundle), "--num_samples", str(number)]
-        bundle_process += ["--output", str(picture)]
+        bundle_process += ["--output", str(picture), "--overwrite"]
         torch_run, bundle_run = _alternate(
             [lambda: _process(torch_process), lambda: _process(bundle_process)], args.repeats
         )

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
-from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
+from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command, positive_int
 from ddpm_mlp_pipeline.errors import (
     ConfigurationError,
     DivergenceError,
     UnsupportedSchedulerError,
     explain_missing_extra,
 )
-from ddpm_mlp_pipeline.files import whole_file
+from ddpm_mlp_pipeline.files import check_file, whole_file
 
 from .runtime import OnnxSampler
 from .schedulers import scheduler_option
@@ -40,6 +40,7 @@ SAMPLERS = (
     "euler_ancestral",
     "sasolver",
 )
+OF_EVERY_ROW = {"scheduler", "num_inference_steps", "num_samples", "frechet_distance"}
 BATCH_SIZES = (1, 64)
 REPEATS = 5
 
@@ -70,10 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--features", type=Path, default=FEATURES, help="a feature network's folder (default: MNIST's)"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="a .json file; what it holds already isn't repeated"
+        "--output", type=Path, required=True, help="a .json file; what this command wrote there isn't measured again"
     )
     parser.add_argument("--figure", type=Path, help="a .png file")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    if args.figure is not None:
+        check_file(args.figure, args.overwrite)
     with explain_missing_extra("ddpm-compare", "export"):
         from .exporter import export_bundle
     with explain_missing_extra("ddpm-compare", "train"):
@@ -134,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _write(known, args.output)
     print(_table(rows))
     if args.figure is not None:
-        _draw(rows, args.figure)
+        _draw(rows, args.figure, args.overwrite)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -143,13 +147,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not all(row.keys() >= OF_EVERY_ROW for row in rows):
+            raise ValueError
         return [row for row in rows if row["frechet_distance"] >= 0]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise ConfigurationError(f"{path} does not hold what ddpm-compare writes") from None
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    with whole_file(path) as temporary:
+    with whole_file(path, overwrite=True) as temporary:  # as _read has recognised it
         temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
@@ -187,7 +193,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+def _draw(rows: list[dict[str, Any]], path: Path, overwrite: bool) -> None:
     from matplotlib.figure import Figure
 
     from ddpm_mlp_pipeline.plots import save
@@ -208,7 +214,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_title("Numbers: calls of the network", size="small")
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize="small")
-    save(figure, path)
+    save(figure, path, overwrite)
 
 
 if __name__ == "__main__":

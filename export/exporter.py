@@ -18,8 +18,8 @@ import torch
 from onnxscript import opset20 as op
 
 import ddpm_mlp_pipeline
-from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, DivergenceError, ParityError
-from ddpm_mlp_pipeline.files import whole_folder
+from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError, ParityError
+from ddpm_mlp_pipeline.files import check_folder, whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 
@@ -79,12 +79,13 @@ def export_bundle(
     sampler: str | None = None,
     precision: str = "fp32",
     scheduler_options: dict[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> ExportReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
 
     Args:
         checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
-        bundle: the folder to write; a bundle that is there already is replaced.
+        bundle: the folder to write.
         scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
             so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
             https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps.
@@ -99,6 +100,7 @@ def export_bundle(
             comparison.
         scheduler_options: of the stock scheduler's own, where they are to differ from those of training, or of its
             steps, such as `eta`.
+        overwrite: whether a bundle that is there already is replaced; a folder of anything else never is.
 
     Returns:
         What the comparison found.
@@ -106,7 +108,7 @@ def export_bundle(
     Raises:
         CheckpointError: if the checkpoint can't be loaded.
         ConfigurationError, UnsupportedSchedulerError: if the scheduler can't be compiled.
-        BundleError: if `bundle` is a folder of something else.
+        OutputExistsError: if `bundle` exists, and isn't to be overwritten or holds something else.
         ParityError: if bundle and pipeline differ by more than the tolerance; none is written then.
         DivergenceError: if the sampler blows up: more than one sample in a hundred is far outside of the data's range.
     """
@@ -114,8 +116,7 @@ def export_bundle(
         raise ConfigurationError(f"precision must be fp32, fp16 or int8, got {precision!r}")
     scheduler_options = scheduler_options or {}
     bundle = Path(bundle)
-    if bundle.is_dir() and not {file.name for file in bundle.iterdir()} <= FILES:
-        raise BundleError(f"{bundle} holds something other than a bundle: it is left alone")
+    check_folder(bundle, FILES.__contains__, overwrite)
     pipeline = load_checkpoint(checkpoint)
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     default_steps = DEFAULT_STEPS
@@ -129,7 +130,7 @@ def export_bundle(
     table = compile_scheduler(pipeline.scheduler, num_inference_steps, **step_options)
     pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, **step_options)
 
-    with whole_folder(bundle) as folder:
+    with whole_folder(bundle, FILES.__contains__, overwrite) as folder:
         export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
         table.save(folder / "step_table.json")
         info = _describe(pipeline, Path(checkpoint), num_inference_steps, precision)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from ddpm_mlp_pipeline import pretrained
-from ddpm_mlp_pipeline.commands import CommandParser, command
-from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
-from ddpm_mlp_pipeline.files import whole_folder
+from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command
+from ddpm_mlp_pipeline.errors import explain_missing_extra
+from ddpm_mlp_pipeline.files import check_folder, whole_folder
 
 from .noise import normal
 from .runtime import OnnxSampler
@@ -96,14 +96,17 @@ def read() -> Iterator[tuple[str, dict[str, Any]]]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="python -m export.golden", description=__doc__.partition("\n")[0])
-    parser.add_argument("output_dir", type=Path, help="the folder to write; one that is there already is replaced")
+    parser.add_argument("output_dir", type=Path, help="the folder to write")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    names = {f"{scheduler}_{steps}.json" for scheduler, steps, _ in RUNS}
-    if args.output_dir.is_dir() and not {file.name for file in args.output_dir.iterdir()} <= names:
-        raise ConfigurationError(f"{args.output_dir} holds something other than golden vectors: it is left alone")
+    own = {f"{scheduler}_{steps}.json" for scheduler, steps, _ in RUNS}.__contains__
+    check_folder(args.output_dir, own, args.overwrite)
     with explain_missing_extra("making golden vectors", "export"):
         from .exporter import export_bundle
-    with whole_folder(args.output_dir) as folder, tempfile.TemporaryDirectory() as temporary:
+    with (
+        whole_folder(args.output_dir, own, args.overwrite) as folder,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
         for scheduler, num_inference_steps, seed in RUNS:
             name = f"{scheduler}_{num_inference_steps}"
             bundle = Path(temporary) / name

@@ -18,8 +18,8 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError
-from ddpm_mlp_pipeline.files import whole_folder
+from ddpm_mlp_pipeline.errors import ConfigurationError
+from ddpm_mlp_pipeline.files import check_folder, whole_folder
 
 from .runtime import OnnxSampler
 
@@ -34,30 +34,40 @@ SCRIPT, WASM = "dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm
 NEEDED = ("package.json", SCRIPT, WASM)  # package.json says whose it is, which version, and under which licence
 MAX_SIZE = 200 * 2**20  # of the package: a registry that sends more sends something else
 TIMEOUT = 60  # seconds without an answer
+# Servers know .js to be JavaScript, .mjs not all of them; and few compress, which makes 4 MB of 14.
+PAGE_SCRIPT, PAGE_WASM = Path(SCRIPT).with_suffix(".js").name, f"{Path(WASM).name}.gz"
+PAGE_ENTRIES = {
+    *PAGE_FILES,
+    *("bundle/", *(f"bundle/{name}" for name in BUNDLE_FILES)),
+    *("onnxruntime/", *(f"onnxruntime/{name}" for name in ("package.json", PAGE_SCRIPT, PAGE_WASM))),
+}
 
 
 def write_page(
-    bundle: str | os.PathLike, folder: str | os.PathLike, onnxruntime_web: str | os.PathLike | None = None
+    bundle: str | os.PathLike,
+    folder: str | os.PathLike,
+    onnxruntime_web: str | os.PathLike | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a static page that draws a bundle's samples in the browser.
 
     Args:
         bundle: a folder that `export_bundle` wrote.
-        folder: the folder to write; a page that is there already is replaced.
+        folder: the folder to write.
         onnxruntime_web: the unpacked npm package. By default it is downloaded from the npm registry, and kept in the
             user's cache folder for the next time.
+        overwrite: whether a page that is there already is replaced; a folder of anything else never is.
 
     Raises:
-        BundleError: if the bundle can't be read, or `folder` holds something other than a page.
+        BundleError: if the bundle can't be read.
+        OutputExistsError: if `folder` exists, and isn't to be overwritten or holds something other than a page.
         ConfigurationError: if `onnxruntime_web` is no such package, or it can't be downloaded.
     """
     bundle, folder = Path(bundle), Path(folder)
+    check_folder(folder, PAGE_ENTRIES.__contains__, overwrite)
     OnnxSampler(bundle, num_threads=1)  # a damaged bundle is told apart here, not by the page's visitors
-    entries = {*PAGE_FILES, "bundle", "onnxruntime"}
-    if folder.is_dir() and not {file.name for file in folder.iterdir()} <= entries:
-        raise BundleError(f"{folder} holds something other than a page: it is left alone")
     package = _check_package(Path(onnxruntime_web)) if onnxruntime_web is not None else _cached_package()
-    with whole_folder(folder) as page:
+    with whole_folder(folder, PAGE_ENTRIES.__contains__, overwrite) as page:
         for name in PAGE_FILES:
             shutil.copyfile(WEB / name, page / name)
         (page / "bundle").mkdir()
@@ -65,10 +75,9 @@ def write_page(
             shutil.copyfile(bundle / name, page / "bundle" / name)
         (page / "onnxruntime").mkdir()
         shutil.copyfile(package / "package.json", page / "onnxruntime" / "package.json")
-        # Servers know .js to be JavaScript, .mjs not all of them; and few compress, which makes 4 MB of 14.
-        shutil.copyfile(package / SCRIPT, page / "onnxruntime" / Path(SCRIPT).with_suffix(".js").name)
+        shutil.copyfile(package / SCRIPT, page / "onnxruntime" / PAGE_SCRIPT)
         wasm = gzip.compress((package / WASM).read_bytes(), mtime=0)
-        (page / "onnxruntime" / f"{Path(WASM).name}.gz").write_bytes(wasm)
+        (page / "onnxruntime" / PAGE_WASM).write_bytes(wasm)
 
 
 def _check_package(package: Path) -> Path:
@@ -91,7 +100,7 @@ def _cached_package() -> Path:
     package = cache / f"{PACKAGE}-{VERSION}"
     if all((package / name).is_file() for name in NEEDED):
         return package
-    with whole_folder(package) as folder:
+    with whole_folder(package, {*NEEDED, "dist/"}.__contains__, overwrite=True) as folder:
         with open(folder / "package.tgz", "w+b") as archive:
             _download(archive)
             _extract(archive, folder)

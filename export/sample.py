@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_mlp_pipeline.commands import CommandParser, command, noise_seed, positive_int
+from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command, noise_seed, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
-from ddpm_mlp_pipeline.files import whole_file, whole_folder
+from ddpm_mlp_pipeline.files import check_file, check_folder, whole_file, whole_folder
 
 from .runtime import OnnxSampler
 from .schedulers import SCHEDULERS
 
 MAX_POINTS, MAX_GRID = 10**6, 2**28  # of one picture: points; numbers, that is bytes
+is_picture = re.compile(r"[0-9]+\.png").fullmatch  # of a folder that this command writes
 PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
@@ -38,20 +40,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--num_inference_steps", type=positive_int, metavar="N", help="for a checkpoint (default: all timesteps)"
     )
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.output.suffix not in (".png", ".npy", ".csv", ""):
         raise ConfigurationError(f"{args.output} must end in .png, .npy or .csv, or be a folder's name")
+    if args.output.suffix:
+        check_file(args.output, args.overwrite)
+        whole = whole_file
+    else:
+        check_folder(args.output, is_picture, args.overwrite)
+        whole = functools.partial(whole_folder, own=is_picture)
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
     write = find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
-    if int(os.environ.get("RANK", 0)) > 0:  # of several processes, the first writes, and the others draw their part
+    if not _is_first(sampler):  # the others draw their part
         for _ in sampler.batches(args.num_samples, args.seed, args.batch_size):
             pass
         return
 
-    whole = whole_file if args.output.suffix else whole_folder
     with (
-        whole(args.output) as path,
+        whole(args.output, overwrite=args.overwrite) as path,
         tqdm(total=args.num_samples * len(sampler), desc="sampling", bar_format=PROGRESS_BAR) as progress,
         closing(sampler.batches(args.num_samples, args.seed, args.batch_size, progress.update)) as batches,
     ):
@@ -73,6 +81,15 @@ def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps
     if scheduler is not None or num_inference_steps is not None:
         raise ConfigurationError("a bundle's scheduler and steps are its step table's: export it again to change them")
     return OnnxSampler(source)
+
+
+def _is_first(sampler: OnnxSampler) -> bool:
+    """Whether this process writes the samples: of several that draw from a checkpoint together, the first does."""
+    if isinstance(sampler, OnnxSampler):
+        return True
+    from ddpm_mlp_pipeline.processes import this_process  # which needs torch, as the sampler has by now
+
+    return this_process().is_main_process
 
 
 def find_writer(sample_shape: tuple[int, ...], suffix: str, number: int):

@@ -34,7 +34,7 @@ def evaluate(run, tmp_path):
     """Run the command, and give its report and the table's rows, as lists of words."""
 
     def evaluate(*argv, command=("ddpm-evaluate",)):
-        result = run(*command, *argv, "--output", tmp_path / "report.json")
+        result = run(*command, *argv, "--output", tmp_path / "report.json", "--overwrite")
         assert result.returncode == 0, result.stderr
         _, _, columns, *rows = result.stdout.splitlines()
         assert columns.split() == ["samples", "floor", "ratio"]

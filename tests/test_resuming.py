@@ -90,7 +90,7 @@ def test_what_can_not_be_resumed_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="there is no folder checkpoint-5"):
         train_small(tmp_path, resume_from_checkpoint="checkpoint-5")
     train_small(tmp_path, checkpointing_steps=5)
-    for changes in ({}, {"resume_from_checkpoint": "checkpoint-5"}):
+    for changes in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "checkpoint-5"}):
         with pytest.raises(CheckpointError, match="checkpoint-10 is of an earlier run"):
             train_small(tmp_path, **changes)
     with pytest.raises(CheckpointError, match="saved with --use_ema"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.commands import CommandParser, command, one_line_errors, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.files import check_names, whole_file
 
 with one_line_errors(), explain_missing_extra("training"):
     import numpy as np
@@ -29,10 +30,11 @@ with one_line_errors(), explain_missing_extra("training"):
     from ddpm_mlp_pipeline.metrics import frechet_distance, image_features, to_uint8
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
     from ddpm_mlp_pipeline.train_scripts.train_images import ImageTrainingArguments, make_pipeline
-    from ddpm_mlp_pipeline.training import train
+    from ddpm_mlp_pipeline.training import check_output_dir, train
 
 SHORT, LONG = 10, 40  # steps of the two runs whose difference in time is what steps cost
 SAMPLING_BATCH_SIZE = 250
+REPORT = "benchmark.json"
 
 load_images_once = functools.cache(load_images)  # every timing trains on the same images
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="test", help="what the samples are compared with (default: test)")
     parser.add_argument("--features", type=Path, default=FEATURES, help="feature network (default: MNIST's, shipped)")
     parser.add_argument("--output_dir", type=Path, help="keep the checkpoints and a report there")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace those of an earlier run there")
     args, shared = parser.parse_known_args(argv)
     if not args.minutes > 0:
         raise ConfigurationError(f"--minutes must be more than 0, got {args.minutes}")
@@ -73,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs[variant] = parse_options(ImageTrainingArguments, words, __doc__, presets)
         if len({run.mixed_precision for run in runs.values()}) > 1:
             raise ConfigurationError("the variants must share one --mixed_precision")
+        check_names(folder, [REPORT], args.overwrite_output_dir)
+        for run in runs.values():
+            run.overwrite_output_dir = args.overwrite_output_dir
+            check_output_dir(run)
+            run.overwrite_output_dir = True  # each of its trainings replaces the one before
         _compare(args, runs, folder)
 
 
@@ -102,7 +110,8 @@ def _compare(args: argparse.Namespace, runs: dict[str, ImageTrainingArguments], 
             f"{row['minutes']:.1f} min, Fréchet distance {row['frechet_distance']:.2f}",
             flush=True,
         )
-    (folder / "benchmark.json").write_text(json.dumps(rows, indent=2))
+    with whole_file(folder / REPORT, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2))
 
 
 def _timed_training(run: ImageTrainingArguments, steps: int) -> tuple[DDPMMLPPipeline, float]:

@@ -4,7 +4,9 @@ python train_scripts/train_features.py --dataset_name NAME --output_dir FOLDER""
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from ddpm_mlp_pipeline.commands import command, one_line_errors
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, explain_missing_extra
@@ -13,11 +15,13 @@ with one_line_errors(), explain_missing_extra("training"):
     import torch
     import torch.nn.functional as F
     from accelerate.utils import set_seed
+    from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
     from torch.utils.data import DataLoader, TensorDataset
     from tqdm.auto import tqdm
 
     from ddpm_mlp_pipeline.arguments import parse_options
     from ddpm_mlp_pipeline.data.images import load_images, load_labels
+    from ddpm_mlp_pipeline.files import PARTIAL, check_names, move_into
     from ddpm_mlp_pipeline.models.features import FeatureNetwork
     from ddpm_mlp_pipeline.training import option
 
@@ -28,6 +32,7 @@ class FeatureTrainingArguments:
 
     dataset_name: str = option(help="a data set with images and labels, and the splits train and test")
     output_dir: str = option(help="folder for the network")
+    overwrite_output_dir: bool = option(False, "replace a network that is there")
     train_batch_size: int = option(128, "batch size")
     num_epochs: int = option(8, "passes over the data set")
     learning_rate: float = option(3e-3, "peak learning rate of Adam, which rises and falls in one cycle")
@@ -43,6 +48,8 @@ class FeatureTrainingArguments:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(FeatureTrainingArguments, argv, __doc__)
+    output_dir = Path(args.output_dir)
+    check_names(output_dir, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], args.overwrite_output_dir)
     set_seed(args.seed)
     splits = {
         split: TensorDataset(load_images(args.dataset_name, split), load_labels(args.dataset_name, split))
@@ -53,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DatasetError(f"the images of {args.dataset_name} must be square, but are {tuple(images.shape[2:])}")
     network = FeatureNetwork(images.shape[2], images.shape[1], num_classes=int(labels.max()) + 1)
 
+    output_dir.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate)
@@ -76,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         right = sum(
             (network.logits(batch.to(device)).argmax(1).cpu() == targets).sum() for batch, targets in test_loader
         )
-    network.save_pretrained(args.output_dir)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
+        network.save_pretrained(folder)
+        move_into(Path(folder), output_dir, last=CONFIG_NAME)
     print(f"{args.output_dir}: {int(right)} of {len(splits['test'])} test images classified rightly")
 
 

@@ -22,7 +22,7 @@ with one_line_errors(), explain_missing_extra("training"):
     from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
     from ddpm_mlp_pipeline.processes import this_process
-    from ddpm_mlp_pipeline.training import TrainingArguments, option, train
+    from ddpm_mlp_pipeline.training import TrainingArguments, check_output_dir, option, train
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -116,12 +116,13 @@ def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: E
         titles = (f"epoch {epoch}, raw weights", "EMA, still young: it will catch up" if young else "EMA")
     folder = Path(args.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
-    plots.save(plots.plot_samples(raw, averaged, titles), folder / f"epoch-{epoch:04}.png")
+    plots.save(plots.plot_samples(raw, averaged, titles), folder / f"epoch-{epoch:04}.png", overwrite=True)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(ImageTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
+    check_output_dir(args, *plots.FIGURES, hub.CARD_NAME)
     set_seed(args.seed)
     repo_id = hub.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
     with this_process().local_main_process_first():

@@ -20,7 +20,7 @@ with one_line_errors(), explain_missing_extra("training"):
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
     from ddpm_mlp_pipeline.processes import this_process
-    from ddpm_mlp_pipeline.training import TrainingArguments, option, train
+    from ddpm_mlp_pipeline.training import TrainingArguments, check_output_dir, option, train
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,6 +81,7 @@ def default_batch_size(dataset_size: int) -> int:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(PointTrainingArguments, argv, __doc__, presets=Path(__file__).parent / "configs")
+    check_output_dir(args, *plots.FIGURES, hub.CARD_NAME)
     set_seed(args.seed)
     repo_id = hub.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
     pipeline, x_0 = make_pipeline(args)

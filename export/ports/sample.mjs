@@ -3,12 +3,13 @@
  * Draws samples from a bundle with Node and onnxruntime-node, by the page's own sampler:
  *
  *     npm install onnxruntime-node
- *     node sample.mjs BUNDLE --num_samples 1000 --seed 0 [--batch_size 512] [--output heart.csv]
+ *     node sample.mjs BUNDLE --num_samples 1000 --seed 0 [--batch_size 512] [--output heart.csv [--overwrite]]
  *
  * Points become CSV; `--output` with the ending .json, or images, become JSON: one array for each sample, of images
  * [height][width][channels], in the units of Python's `OnnxSampler.sample`.
  */
 
+import { existsSync } from "node:fs";
 import { readFile, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -39,10 +40,14 @@ async function main() {
       seed: { type: "string", default: "0" },
       batch_size: { type: "string", default: "512" },
       output: { type: "string" },
+      overwrite: { type: "boolean", default: false },
     },
   });
   if (positionals.length !== 1) {
-    throw new Error("usage: sample.mjs BUNDLE [--num_samples N] [--seed S] [--batch_size N] [--output FILE]");
+    throw new Error("usage: sample.mjs BUNDLE [--num_samples N] [--seed S] [--batch_size N] [--output FILE [--overwrite]]");
+  }
+  if (values.output && !values.overwrite && existsSync(values.output)) {
+    throw new Error(`${values.output} exists: pass --overwrite to replace it`);
   }
   const numSamples = parseCount(values.num_samples), seed = parseSeed(values.seed);
   const batchSize = parseCount(values.batch_size);
@@ -66,7 +71,7 @@ async function main() {
   const text = isCsv
     ? toCsv(samples, sampler.info.data_columns)
     : `[\n${nest(samples, [numSamples, ...shape]).map((sample) => JSON.stringify(sample)).join(",\n")}\n]\n`;
-  if (values.output) await writeFile(values.output, text);
+  if (values.output) await writeFile(values.output, text, { flag: values.overwrite ? "w" : "wx" });
   else process.stdout.write(text);
 }
 

@@ -96,7 +96,7 @@ def test_export_from_a_checkout_and_sample(run, tmp_path):
     assert "largest difference between pipeline and bundle" in result.stdout
     assert result.stdout.splitlines()[-1].startswith(f"{bundle}: DDPMScheduler, 10 network calls")
     assert result.stderr == ""
-    installed = run("ddpm-export", *argv)
+    installed = run("ddpm-export", *argv, "--overwrite")
     assert installed.stdout == result.stdout
     assert run("ddpm-sample", bundle, "--output", tmp_path / "one.npy").returncode == 0
     assert np.load(tmp_path / "one.npy").shape == (1, 2)
@@ -171,7 +171,7 @@ def limit_file_size(size):
 def test_a_full_disk_leaves_no_half_written_samples(run, ddim_bundle, tmp_path, suffix):
     output = tmp_path / f"heart{suffix}"
     output.write_text("old")
-    argv = ("--num_samples", 3000, "--output", output)
+    argv = ("--num_samples", 3000, "--output", output, "--overwrite")
     result = run("ddpm-sample", ddim_bundle, *argv, preexec_fn=limit_file_size(4096))
     assert_one_line_error(result, f"{output}: can't be written")
     assert output.read_text() == "old"
@@ -212,10 +212,17 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 1)
     peaks = []
     for number in (1_000, 10_000):
-        argv = (SCRIPTS / "ddpm-sample", tmp_path / "bundle", "--num_samples", number, "--output", tmp_path / "a.npy")
+        argv = (
+            SCRIPTS / "ddpm-sample",
+            tmp_path / "bundle",
+            "--num_samples",
+            number,
+            "--output",
+            tmp_path / f"{number}.npy",
+        )
         process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
         peaks.append(usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2))
-    assert (tmp_path / "a.npy").stat().st_size > 117 * 2**20
+    assert (tmp_path / "10000.npy").stat().st_size > 117 * 2**20
     assert peaks[1] - peaks[0] < 20

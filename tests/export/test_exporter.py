@@ -12,7 +12,13 @@ from helpers import random_weights
 from safetensors.torch import load_file, save_file
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, SmallUNet2DModel, export_bundle, pretrained
-from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, ConfigurationError, DivergenceError, ParityError
+from ddpm_mlp_pipeline.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DivergenceError,
+    OutputExistsError,
+    ParityError,
+)
 from ddpm_mlp_pipeline.export.parity import compare
 
 
@@ -139,13 +145,16 @@ def test_one_step(tmp_path, precision):
 def test_a_bundle_is_replaced_and_anything_else_is_left_alone(ddim_bundle, tmp_path):
     bundle = tmp_path / "bundle"
     for steps in (5, 6):
-        export_bundle(pretrained("heart"), bundle, "ddim", steps)
+        export_bundle(pretrained("heart"), bundle, "ddim", steps, overwrite=steps == 6)
         assert len(OnnxSampler(bundle).table) == steps
+    with pytest.raises(OutputExistsError, match="bundle exists and isn't empty"):
+        export_bundle(pretrained("heart"), bundle, "ddim", 7)
+    assert len(OnnxSampler(bundle).table) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").touch()
-    with pytest.raises(BundleError, match="left alone"):
-        export_bundle(pretrained("heart"), tmp_path / "precious")
+    with pytest.raises(OutputExistsError, match="left alone"):
+        export_bundle(pretrained("heart"), tmp_path / "precious", overwrite=True)
     assert (tmp_path / "precious" / "thesis.tex").exists()
 
 
@@ -153,8 +162,8 @@ def test_a_users_file_in_the_bundle_is_not_lost(tmp_path):
     bundle = tmp_path / "bundle"
     export_bundle(pretrained("heart"), bundle, "ddim", 5)
     (bundle / "heart.png").touch()
-    with pytest.raises(BundleError, match="left alone"):
-        export_bundle(pretrained("heart"), bundle, "ddim", 5)
+    with pytest.raises(OutputExistsError, match="left alone"):
+        export_bundle(pretrained("heart"), bundle, "ddim", 5, overwrite=True)
 
 
 def test_weights_that_lack_a_tensor_are_refused(heart, tmp_path):

@@ -108,9 +108,10 @@ def test_the_command_writes_the_shipped_files(run, tmp_path):
     assert result.stdout == f"{tmp_path / 'golden'}: 4 runs of 3 samples\n"
     for name, expected in read():
         assert_agree(json.loads((tmp_path / "golden" / f"{name}.json").read_text()), expected)
+    again = (sys.executable, "-m", "export.golden", tmp_path / "golden")
+    assert_one_line_error(run(*again, cwd=ROOT), "golden exists and isn't empty: pass --overwrite")
     (tmp_path / "golden" / "thesis.tex").touch()
-    result = run(sys.executable, "-m", "export.golden", tmp_path / "golden", cwd=ROOT)
-    assert_one_line_error(result, "left alone")
+    assert_one_line_error(run(*again, "--overwrite", cwd=ROOT), "thesis.tex", "left alone")
 
 
 def test_a_golden_bundle_is_a_bundle(golden_run, golden_bundle):

@@ -21,7 +21,7 @@ from helpers import assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
-from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError
+from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, OutputExistsError
 from ddpm_mlp_pipeline.export import page as page_module
 from ddpm_mlp_pipeline.export.page import PAGE_FILES, SCRIPT, VERSION, WASM, write_page
 from ddpm_mlp_pipeline.export.pictures import image_grid
@@ -456,8 +456,10 @@ def package(tmp_path):
 
 def test_a_page_is_written_whole_and_replaced(ddim_bundle, package, tmp_path):
     folder = tmp_path / "page"
-    for _ in range(2):
+    write_page(ddim_bundle, folder, package)
+    with pytest.raises(OutputExistsError, match="page exists and isn't empty"):
         write_page(ddim_bundle, folder, package)
+    write_page(ddim_bundle, folder, package, overwrite=True)
     assert {path.name for path in folder.iterdir()} == {*PAGE_FILES, "bundle", "onnxruntime"}
     for name in ("unet.onnx", "step_table.json", "bundle.json"):
         assert (folder / "bundle" / name).read_bytes() == (ddim_bundle / name).read_bytes()
@@ -472,10 +474,13 @@ def test_a_page_is_written_whole_and_replaced(ddim_bundle, package, tmp_path):
 def test_other_folders_are_left_alone(ddim_bundle, package, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").touch()
-    for folder in (tmp_path / "precious", ddim_bundle):
-        with pytest.raises(BundleError, match="left alone"):
-            write_page(ddim_bundle, folder, package)
+    write_page(ddim_bundle, tmp_path / "page", package)
+    (tmp_path / "page" / "bundle" / "thesis.tex").touch()
+    for folder in (tmp_path / "precious", tmp_path / "page", ddim_bundle):
+        with pytest.raises(OutputExistsError, match="left alone"):
+            write_page(ddim_bundle, folder, package, overwrite=True)
     assert (tmp_path / "precious" / "thesis.tex").exists()
+    assert (tmp_path / "page" / "bundle" / "thesis.tex").exists()
 
 
 def test_a_damaged_bundle_gets_no_page(ddim_bundle, package, tmp_path):

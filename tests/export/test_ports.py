@@ -226,6 +226,7 @@ def test_wrong_samplings_end_in_one_line(run, node, node_folder, ddim_bundle, tm
         ((lacking,), ["step_table.json can't be read"]),
         ((broken,), ["unet.onnx can't be loaded"]),
         ((ddim_bundle, "--output", tmp_path / "none" / "a.csv"), ["ENOENT"]),
+        ((ddim_bundle, "--output", lacking / "bundle.json"), ["bundle.json exists: pass --overwrite to replace it"]),
     ]:
         assert_one_line_error(run(node, SAMPLE, *argv, cwd=node_folder), *fragments)
     assert_one_line_error(run(node, SAMPLE, ddim_bundle, cwd=tmp_path), "npm install onnxruntime-node")
