@@ -24,6 +24,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # What model_index.json says of the plugin's own models: the module in unet/ that a checkpoint carries, and its class.
 CARRIED_MODELS = [["mlp", "MLPModel"], ["unet", "SmallUNet2DModel"]]
+_COMPONENTS = {"unet": ModelMixin, "scheduler": SchedulerMixin}
+_IS_CARRIED = __name__ != "ddpm_mlp_pipeline.pipeline"  # this is a checkpoint's copy: there may be no plugin
 
 
 @dataclass
@@ -68,6 +70,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
         data_columns: list[str] | None = None,
     ):
         super().__init__()
+        if data_columns and isinstance(data_columns[0], list):  # as save_config writes them
+            (data_columns,) = data_columns
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(data_mean=data_mean, data_std=data_std, data_columns=data_columns)
 
@@ -191,6 +195,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
         index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
         index.pop("_name_or_path", None)  # a path of the machine that saved it
         index["_class_name"] = _carry_code(type(self), folder)
+        if self.config.data_columns:  # diffusers' download takes a list that begins with a string for a component
+            index["data_columns"] = [self.config.data_columns]
         for name, component in self.components.items():
             component = getattr(component, "_orig_mod", component)  # what torch.compile wraps
             if not type(component).__module__.startswith("diffusers."):
@@ -198,22 +204,30 @@ class DDPMMLPPipeline(DiffusionPipeline):
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Like `DiffusionPipeline.load_config`, but with the installed classes in place of those that a folder
+        carries."""
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not _IS_CARRIED:
+            index.update({name: _installed(index.get(name), kind) for name, kind in _COMPONENTS.items()})
+        return loaded
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
         # Both load_config (for folders) and download (for the hub) read model_index.json here. What it names is
         # imported: so nothing may be named but models and schedulers of diffusers' and of the installed plugin's.
-        index = super()._dict_from_json_file(json_file)
-        if __name__ != "ddpm_mlp_pipeline.pipeline":
-            return index  # this is itself a carried copy: there may be no plugin
+        index = super()._dict_from_json_file(json_file, **kwargs)
+        if _IS_CARRIED:
+            return index
         if index.get("_class_name") == ["pipeline", cls.__name__]:
             index["_class_name"] = cls.__name__
-        for name, kind in (("unet", ModelMixin), ("scheduler", SchedulerMixin)):
-            installed = _installed(index.get(name), kind)
-            if installed is None:
+        for name, kind in _COMPONENTS.items():
+            if _installed(index.get(name), kind) is None:
                 raise ValueError(
                     f"{json_file} has {index.get(name)} as its {name}, which is no {kind.__name__} of diffusers or of "
                     "this plugin. If you trust its code: DiffusionPipeline.from_pretrained(…, trust_remote_code=True)"
                 )
-            index[name] = installed
         if any(Path(json_file).parent.glob("unet/*.index.json")):  # which may name pickles
             raise ValueError(f"{json_file}: weights in several files are not supported")
         return index

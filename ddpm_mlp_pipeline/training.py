@@ -275,8 +275,11 @@ def train(
     with progress_bar, deferred_signals(accelerator) as signals:
         while step < max_train_steps:
             epoch, steps_done = divmod(step, steps_per_epoch)
-            dataloader.set_epoch(epoch)
             batches = accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps)
+            # Accelerate begins at the first order again if only one of them knows the epoch: of the first with several
+            # processes, of the second before 1.15.
+            for loader in (dataloader, batches):
+                loader.set_epoch(epoch)
             for x_0 in batches:
                 with accelerator.accumulate(unet):
                     if augment is not None:

@@ -75,8 +75,8 @@ class CheckpointSampler:
                     on_step(number)
                 return {}
 
-            with process.split_between_processes(together) as own:
-                drawn = [self._draw(batch, seed, step_done) for batch in own]
+            own = together[process.process_index :][:1]
+            drawn = [self._draw(batch, seed, step_done) for batch in own]
             yield from gather_object(drawn)
 
     def _draw(self, batch: range, seed: int, step_done: Callable[..., dict]) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import SCRIPTS
+from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks of pytest's)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may wait for a network; before diffusers is imported
 

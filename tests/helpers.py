@@ -4,11 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
 MNIST = ROOT.parent / "shared" / "data" / "mnist"  # where it is, tests use the real one
+needs_mnist = pytest.mark.skipif(
+    not MNIST.is_dir(), reason=f"needs MNIST (the hub's ylecun/mnist, as a folder that load_dataset takes) in {MNIST}"
+)
 LAUNCH = (
     SCRIPTS / "accelerate",
     "launch",

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from helpers import MNIST, assert_one_line_error
+from helpers import MNIST, assert_one_line_error, needs_mnist
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, pretrained, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches, load_normalized
@@ -147,7 +147,7 @@ def test_the_command_on_a_preset(run, tmp_path):
     assert run("ddpm-doctor", "heart", "--dataset", "heart").returncode == 0
 
 
-@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
+@needs_mnist
 def test_the_command_on_images(run):
     result = run("ddpm-doctor", pretrained("mnist"), "--dataset", MNIST, "--num_samples", 200)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import MNIST, assert_one_line_error
+from helpers import MNIST, assert_one_line_error, needs_mnist
 from scipy import linalg
 
 from ddpm_mlp_pipeline import export_bundle, load_images, pretrained
@@ -147,7 +147,7 @@ def frechet(x, y):
     return ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
 
 
-@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
+@needs_mnist
 def test_images_measured_by_hand(evaluate, tmp_path):
     """Noisy digits are far from the data by another computation, too, and so is the floor."""
     network = load_features(FEATURES)
@@ -188,7 +188,7 @@ def test_shipped_checkpoints_are_within_twice_the_floor(evaluate, tmp_path, name
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
+@needs_mnist
 def test_shipped_digits_hold_their_distance(run, evaluate, tmp_path):
     """The bundle that ddpm-export makes of them by itself: ddpm-compare measured 10.0."""
     result = run("ddpm-export", pretrained("mnist"), tmp_path / "bundle")

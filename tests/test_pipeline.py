@@ -119,7 +119,8 @@ def test_a_checkpoint_keeps_everything(heart, tmp_path):
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "DDPMMLPPipeline"]
     assert index["unet"] == ["mlp", "MLPModel"]
-    assert index["data_columns"] == ["x", "y"]
+    assert index["data_columns"] == [["x", "y"]]
+    assert again.data_columns == ["x", "y"]
     assert str(tmp_path) not in json.dumps(index)
     assert {path.name for path in tmp_path.rglob("*.*")} == {
         *("model_index.json", "pipeline.py", "mlp.py", "config.json", "scheduler_config.json"),

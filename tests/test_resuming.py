@@ -130,7 +130,7 @@ def test_a_strangers_state_runs_no_code(tmp_path, name):
     assert (tmp_path / "ran").exists()  # what it would have done
 
 
-@pytest.mark.skipif(NO_MOUNTS, reason="needs the right to mount a file system")
+@pytest.mark.skipif(NO_MOUNTS, reason="needs the right to mount a file system: `unshare -rm true` must succeed")
 def test_a_full_disk_leaves_the_state_before_usable(tmp_path, run):
     argv = ("--checkpointing_steps", 5, *kill_training.points(tmp_path), "--checkpoints_total_limit", 100)
     script = """

@@ -1,5 +1,6 @@
 """The training loop: against a closed form, and as users launch it."""
 
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -69,6 +70,36 @@ def test_the_checkpoint_holds_the_averaged_weights(tmp_path):
 def test_epochs_are_passes_over_the_data(tmp_path):
     _, losses = train_small(tmp_path, num_epochs=3, max_train_steps=None)
     assert len(losses) == 3 * (150 // 32)
+
+
+class Recorded(TensorBatches):
+    """Notes which samples each batch is of."""
+
+    def __init__(self, number):
+        super().__init__(torch.randn(number, 2))
+        self.batches = []
+
+    def __getitems__(self, indices):
+        self.batches.append(indices)
+        return super().__getitems__(indices)
+
+
+def test_every_epoch_has_its_own_order_and_no_sample_is_left_out_for_good(tmp_path):
+    def batches(folder, **changes):
+        dataset = Recorded(150)  # four batches of 32 an epoch, and 22 samples that are not in it
+        train(small_pipeline(), dataset, training_options(folder, max_train_steps=40, **changes))
+        return dataset.batches
+
+    found = batches(tmp_path, checkpointing_steps=6)
+    epochs = {tuple(np.concatenate(found[i : i + 4]).tolist()) for i in range(0, 40, 4)}
+    assert len(epochs) == 10
+    assert [len(set(epoch)) for epoch in epochs] == [128] * 10
+    assert set().union(*epochs) == set(range(150))
+
+    for state in ("checkpoint-36", "checkpoint-30", "checkpoint-6"):  # at the end of an epoch, and within two
+        shutil.copytree(tmp_path / state, tmp_path / f"from-{state}" / state)
+        resumed = batches(tmp_path / f"from-{state}", resume_from_checkpoint=state)
+        assert resumed == found[int(state.partition("-")[2]) :]
 
 
 def test_the_seed_decides(tmp_path):

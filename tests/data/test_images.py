@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import MNIST
+from helpers import MNIST, needs_mnist
 from PIL import Image
 
 from ddpm_mlp_pipeline import load_images
@@ -133,7 +133,7 @@ def test_wrong_arguments_are_refused(folder, arguments, message):
         load_images(folder, **arguments)
 
 
-@pytest.mark.skipif(not MNIST.is_dir(), reason="needs MNIST in ../shared/data")
+@needs_mnist
 def test_the_real_mnist():
     images = load_images(MNIST, "test")
     assert images.shape == (10_000, 1, 28, 28)

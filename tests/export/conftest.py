@@ -1,6 +1,6 @@
 """What the tests of page and ports share: golden vectors as bundles, Node, and ONNX Runtime's npm packages.
 
-What a machine lacks is a reason to skip, with a line that says what. Packages are kept in pytest's cache.
+What a machine lacks is a reason to skip, with a line that says how to get it. Packages are kept in pytest's cache.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def golden_bundle(golden_run: dict[str, Any], ddim_bundle: Path, tmp_path: Path)
 
 @pytest.fixture(scope="session")
 def node() -> str:
-    return shutil.which("node") or pytest.skip("node is not installed")
+    return shutil.which("node") or pytest.skip("needs Node: apt-get install nodejs")
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def node_folder(node: str, pytestconfig: pytest.Config) -> Path:
     package = f"onnxruntime-node@{page.VERSION}"
     folder = pytestconfig.cache.mkdir("npm") / package
     if not folder.exists():
-        npm = shutil.which("npm") or pytest.skip("npm is not installed")
+        npm = shutil.which("npm") or pytest.skip("needs npm: apt-get install npm")
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             prefix = Path(temporary) / "prefix"
             prefix.mkdir()

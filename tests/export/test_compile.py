@@ -200,14 +200,17 @@ def report():
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [pytest.param(name, options, id=f"{name}-{options}") for name, cases in CASES.items() for options in cases],
+    ("name", "options", "prediction_type"),
+    [
+        pytest.param(name, options, prediction_type, id=f"{prediction_type}-{name}-{options}")
+        for prediction_type in ("epsilon", "v_prediction", "sample")
+        for name, cases in CASES.items()
+        for options in cases
+        if name != "ipndm" or prediction_type == "epsilon"  # IPNDM has no prediction type
+    ],
 )
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_table_gives_the_samples_of_the_stock_pipeline(name, options, prediction_type, report, networks):
     """The whole way: a float32 network through the stock scheduler, and through ONNX Runtime with the table."""
-    if name == "ipndm" and prediction_type != "epsilon":
-        pytest.skip("IPNDM knows no prediction type")
     if name != "ipndm":
         options = {"prediction_type": prediction_type} | options
     pipeline, bundle = networks[options.get("prediction_type", "epsilon")]

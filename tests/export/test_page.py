@@ -59,9 +59,11 @@ def serve():
 
 @pytest.fixture(scope="module")
 def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None) or pytest.skip("no Chromium is installed")
+    path = next(filter(None, map(shutil.which, names)), None) or pytest.skip(
+        "needs Chromium: apt-get install chromium"
+    )
     with playwright.sync_playwright() as context:
         browser = context.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import MNIST, ROOT
+from helpers import MNIST, ROOT, needs_mnist
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.data.images import load_images, load_labels
@@ -23,7 +23,7 @@ def test_images_of_any_size_have_features():
     assert network(images).shape == (2, 64)
 
 
-@pytest.mark.skipif(not MNIST.exists(), reason="needs MNIST")
+@needs_mnist
 def test_the_shipped_network_knows_digits_and_tells_data_from_noise():
     features = load_features(FEATURES)
     assert sum(file.stat().st_size for file in FEATURES.iterdir()) < 1e6
@@ -69,7 +69,9 @@ def test_inception_without_its_extra_says_what_to_install(tmp_path, monkeypatch)
 
 def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
     """With random weights, for want of the real ones; grey images are seen as colour images without colour."""
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    module = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3", reason="needs torch-fidelity: pip install -e '.[inception]'"
+    )
     theirs = module.FeatureExtractorInceptionV3
     with monkeypatch.context() as patch:  # it would get its weights from the network
         patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
