@@ -237,15 +237,29 @@ def test_a_preset_sets_options_and_the_command_line_wins(launch, tmp_path):
 def test_a_users_table_of_three_columns(launch, run, tmp_path):
     rng = np.random.default_rng(0)
     table = rng.standard_normal((600, 3)) * [10, 0.1, 1] + [170, 2, 0]
-    np.savetxt(tmp_path / "people.csv", table, delimiter=",", header="height,weight,age", comments="")
-    argv = ("--dataset", tmp_path / "people.csv", "--output_dir", tmp_path / "run", "--max_train_steps", 20)
+    rows = ['name,"height, cm",weight,eyes,age', *("A,{},{},,{}".format(*row) for row in table)]
+    (tmp_path / "people.csv").write_text("\n".join(rows))
+    argv = ("--dataset", tmp_path / "people.csv", "--output_dir", tmp_path / "run", *SHORT[:4], "--ddpm_num_steps", 50)
     result = launch(*argv)
+    assert_one_line_error(result, "'A' in row 1, column 'name'", "row 1, column 'eyes'", "--exclude name eyes")
+    result = launch(*argv, "--exclude", "name", "eyes")
     assert result.returncode == 0, result.stderr
+    # What judges the checkpoint takes the columns that it knows.
+    data = ("--dataset", tmp_path / "people.csv")
+    assert run("ddpm-bound", tmp_path / "run", *data, "--num_samples", 10).returncode == 0
+    assert run("ddpm-plot", "forward", tmp_path / "run", *data, "--output", "forward.png").returncode == 0
+    assert "Traceback" not in run("ddpm-doctor", tmp_path / "run", *data).stderr
+    assert run("ddpm-evaluate", tmp_path / "run", *data, "--num_samples", 50, "--repeats", 1).returncode == 0
     assert run("ddpm-export", tmp_path / "run", tmp_path / "bundle").returncode == 0
     assert (
-        run("ddpm-sample", tmp_path / "bundle", "--num_samples", 5, "--output", tmp_path / "new.csv").returncode == 0
+        run("ddpm-sample", tmp_path / "bundle", "--num_samples", 300, "--output", tmp_path / "new.csv").returncode == 0
     )
-    assert (tmp_path / "new.csv").read_text().startswith("height,weight,age\n")
+    assert (tmp_path / "new.csv").read_text().startswith('"height, cm",weight,age\n')
+    argv = ("ddpm-evaluate", tmp_path / "new.csv", *data, "--num_samples", 300, "--repeats", 1)
+    assert run(*argv).returncode == 0  # by the names that the samples have kept
+    (tmp_path / "lacking.csv").write_text("height,weight,age\n" + "1,2,3\n" * 20)
+    result = run("ddpm-bound", tmp_path / "run", "--dataset", tmp_path / "lacking.csv")
+    assert_one_line_error(result, "no column 'height, cm', only 'height', 'weight', 'age'")
 
 
 def test_wrong_trainings_end_in_one_line(run, tmp_path):
