@@ -1,5 +1,6 @@
 """The training loop: against a closed form, and as users launch it."""
 
+import contextlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 from small_training import small_pipeline, train_small, training_options
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, bound, doctor, evaluate, plot, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, _will_be_skipped, training_target
@@ -234,7 +235,7 @@ def test_a_preset_sets_options_and_the_command_line_wins(launch, tmp_path):
     assert not (tmp_path / "run" / "logs").exists()
 
 
-def test_a_users_table_of_three_columns(launch, run, tmp_path):
+def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     table = rng.standard_normal((600, 3)) * [10, 0.1, 1] + [170, 2, 0]
     rows = ['name,"height, cm",weight,eyes,age', *("A,{},{},,{}".format(*row) for row in table)]
@@ -246,20 +247,26 @@ def test_a_users_table_of_three_columns(launch, run, tmp_path):
     assert result.returncode == 0, result.stderr
     # What judges the checkpoint takes the columns that it knows.
     data = ("--dataset", tmp_path / "people.csv")
-    assert run("ddpm-bound", tmp_path / "run", *data, "--num_samples", 10).returncode == 0
-    assert run("ddpm-plot", "forward", tmp_path / "run", *data, "--output", "forward.png").returncode == 0
-    assert "Traceback" not in run("ddpm-doctor", tmp_path / "run", *data).stderr
-    assert run("ddpm-evaluate", tmp_path / "run", *data, "--num_samples", 50, "--repeats", 1).returncode == 0
+    for main, *argv in [
+        (bound.main, tmp_path / "run", *data, "--num_samples", 10),
+        (plot.main, "forward", tmp_path / "run", *data, "--output", tmp_path / "forward.png"),
+        (evaluate.main, tmp_path / "run", *data, "--num_samples", 50, "--repeats", 1),
+    ]:
+        main([str(word) for word in argv])
+    with contextlib.suppress(SystemExit):
+        doctor.main([str(tmp_path / "run"), *map(str, data)])
+    assert "data: " in capsys.readouterr().out
     assert run("ddpm-export", tmp_path / "run", tmp_path / "bundle").returncode == 0
     assert (
         run("ddpm-sample", tmp_path / "bundle", "--num_samples", 300, "--output", tmp_path / "new.csv").returncode == 0
     )
     assert (tmp_path / "new.csv").read_text().startswith('"height, cm",weight,age\n')
-    argv = ("ddpm-evaluate", tmp_path / "new.csv", *data, "--num_samples", 300, "--repeats", 1)
-    assert run(*argv).returncode == 0  # by the names that the samples have kept
+    argv = (tmp_path / "new.csv", *data, "--num_samples", 300, "--repeats", 1)
+    evaluate.main([str(word) for word in argv])  # by the names that the samples have kept
     (tmp_path / "lacking.csv").write_text("height,weight,age\n" + "1,2,3\n" * 20)
-    result = run("ddpm-bound", tmp_path / "run", "--dataset", tmp_path / "lacking.csv")
-    assert_one_line_error(result, "no column 'height, cm', only 'height', 'weight', 'age'")
+    with pytest.raises(SystemExit):
+        bound.main([str(tmp_path / "run"), "--dataset", str(tmp_path / "lacking.csv")])
+    assert "no column 'height, cm', only 'height', 'weight', 'age'" in capsys.readouterr().err
 
 
 def test_wrong_trainings_end_in_one_line(run, tmp_path):
