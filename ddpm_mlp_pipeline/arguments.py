@@ -50,7 +50,8 @@ def parse_options(
     config.add_argument("--config")
     preset = config.parse_known_args(argv)[0].config
     if preset is not None:
-        argv = _read_preset(preset, presets, {field.name for field in fields}) + argv
+        lists = {field.name for field in fields if "nargs" in _argument(field, types_of[field.name])}
+        argv = _read_preset(preset, presets, {field.name for field in fields}, lists) + argv
 
     values = vars(parser.parse_args(argv))
     del values["config"]
@@ -77,10 +78,12 @@ def _argument(field: dataclasses.Field, type_: Any) -> dict[str, Any]:
         return argument | {"action": argparse.BooleanOptionalAction}
     if isinstance(type_, types.UnionType):  # such as int | None, where None is the absence of the flag
         (type_,) = (member for member in type_.__args__ if member is not types.NoneType)
+    if typing.get_origin(type_) is Sequence:
+        return argument | {"type": typing.get_args(type_)[0], "nargs": "+", "metavar": "NAME"}
     return argument | {"type": type_, "choices": field.metadata.get("choices")}
 
 
-def _read_preset(preset: str, presets: Path | None, known: set[str]) -> list[str]:
+def _read_preset(preset: str, presets: Path | None, known: set[str], lists: set[str]) -> list[str]:
     path = Path(preset)
     if not path.is_file() and presets is not None:
         path = presets / f"{preset}.yaml"
@@ -99,9 +102,11 @@ def _read_preset(preset: str, presets: Path | None, known: set[str]) -> list[str
 
     argv = []
     for key, value in options.items():
-        if isinstance(value, dict | list):
+        if key in lists and isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+            argv += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict | list):
             raise ConfigurationError(f"{path} must set {key} to one value")
-        if isinstance(value, bool):
+        elif isinstance(value, bool):
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif value is not None:
             argv.append(f"--{key}={value}")

@@ -103,9 +103,12 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
     n, seeds = args.num_samples or NUM_POINTS, range(args.repeats or POINT_REPEATS)
     data_seeds = [DATA_SEED + seed for seed in seeds]
     if args.dataset in POINT_SETS:
-        data = [to_array(load_points(args.dataset, 2 * n, args.dataset_noise, seed)) for seed in data_seeds]
+        data = [
+            to_array(load_points(args.dataset, 2 * n, args.dataset_noise, seed, columns=source.columns))
+            for seed in data_seeds
+        ]
     else:  # a file: the two sides share no point
-        points = to_array(load_points(args.dataset))
+        points = to_array(load_points(args.dataset, columns=source.columns))
         if len(points) < 2 * n:
             raise DatasetError(
                 f"{args.dataset} holds {len(points)} points, too few for two sets of {n}: lower --num_samples"

@@ -55,13 +55,13 @@ def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_ste
         args: the run's options.
         pipeline: what was trained.
         num_steps: optimizer steps taken.
-        dataset: the data set's name; it becomes part of the card's metadata unless it is a folder or a file here.
+        dataset: the data set's name; of images, it becomes part of the card's metadata unless it is a folder here.
     """
     folder = Path(args.output_dir)
     data = ModelCardData(
         library_name="diffusers",
-        tags=["ddpm", "unconditional-image-generation", "ddpm-mlp-pipeline"],
-        datasets=None if Path(dataset).exists() else [dataset],
+        tags=["ddpm", "points" if pipeline.is_points else "unconditional-image-generation", "ddpm-mlp-pipeline"],
+        datasets=None if pipeline.is_points or Path(dataset).exists() else [dataset],  # names on the hub
     )
     options = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
     text = CARD.format(

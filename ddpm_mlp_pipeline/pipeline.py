@@ -101,7 +101,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         output_type: str = "pil",
@@ -114,8 +114,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
         Draw samples.
 
         Args:
-            batch_size (`int`, defaults to 1):
-                The number of samples.
+            batch_size (`int`, *optional*):
+                The number of samples; by default as many as there are `latents`, or 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 What makes the samples reproducible: one for the batch, or one for each sample.
             num_inference_steps (`int`, *optional*):
@@ -134,6 +134,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
             `ImagePipelineOutput`, `PointPipelineOutput` or `tuple`: the samples. Arrays and tensors of images are in
             [0, 1], `[batch, height, width, channels]` and `[batch, channels, height, width]`.
         """
+        if batch_size is None:
+            batch_size = 1 if latents is None else len(latents)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if output_type not in ("pil", "np", "pt"):

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -61,7 +62,8 @@ class Checkpoints:
             with explain_writing(folder):
                 self.accelerator.save_state(partial)
                 ema = None if self.ema is None else self.ema.state_dict()
-                torch.save({"losses": losses, "ema": ema}, partial / PROGRESS.format(self.accelerator.process_index))
+                progress = {"losses": losses, "ema": ema, "data": self._data}
+                torch.save(progress, partial / PROGRESS.format(self.accelerator.process_index))
                 self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
                     self.pipeline.unet.save_config(partial / "unet")
@@ -83,8 +85,8 @@ class Checkpoints:
             The loss of every step so far.
 
         Raises:
-            CheckpointError: if there is no such state, or it is broken, another model's or another number of
-                processes'; or if there are later ones, of which this run would make a muddle.
+            CheckpointError: if there is no such state, or it is broken, another model's, of other data or of another
+                number of processes; or if there are later ones, of which this run would make a muddle.
         """
         if self.accelerator.is_main_process:
             for folder in (self.output_dir, self.output_dir / "samples"):
@@ -105,6 +107,11 @@ class Checkpoints:
         """The newest state, in the words of an error message."""
         folders = find_states(self.output_dir)
         return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint to go back to"
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        """What tells data of points from others, as far as the pipeline knows them."""
+        return {name: value for name, value in self.pipeline.config.items() if name.startswith("data_")}
 
     def _remove_old(self) -> None:
         if self.accelerator.is_main_process and self.limit is not None:
@@ -138,7 +145,7 @@ class Checkpoints:
     def _named(self, name: str | None) -> Path | None:
         if name is None:
             return None
-        for folder in (Path(name), self.output_dir / name):
+        for folder in (self.output_dir / name, Path(name)):
             if folder.is_dir():
                 fault = _fault(folder)
                 if fault is not None:
@@ -148,12 +155,14 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> list[float]:
         try:
-            self._check_configs(folder)
             saved_by = len(list(folder.glob(PROGRESS.format("*"))))
             if saved_by != self.accelerator.num_processes:
                 raise ValueError(f"it was saved by {saved_by} processes, not {self.accelerator.num_processes}")
             file = folder / PROGRESS.format(self.accelerator.process_index)
             progress = torch.load(file, map_location="cpu", weights_only=True)
+            if progress.get("data", self._data) != self._data:
+                raise ValueError("it is of other data, or of another --dataset_size, --dataset_noise or --seed")
+            self._check_configs(folder)
             if (progress["ema"] is None) != (self.ema is None):
                 raise ValueError(f"it was saved with{'out' if self.ema else ''} --use_ema")
             self.accelerator.load_state(folder, load_kwargs={"weights_only": True})

@@ -25,11 +25,13 @@ class Source:
         draw: `draw(number, seed)` draws so many, or chooses them from a file, `[number, *shape]`: points are floats in
             the data's units, images uint8.
         info: what else is to be known to draw them again.
+        columns: names of the points' coordinates, if they are known.
     """
 
     shape: tuple[int, ...]
     draw: Callable[[int, int], np.ndarray]
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    columns: list[str] | None = None
 
     @property
     def is_points(self) -> bool:
@@ -67,7 +69,8 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
         raise ConfigurationError(f"{path} is no file of samples: give a .npy, .csv or .parquet")
     with explain_missing_extra("reading points", "evaluate"):
         from .data.points import load_points, to_array
-    return _choose_from(to_array(load_points(path)), path)
+    points = load_points(path)
+    return dataclasses.replace(_choose_from(to_array(points), path), columns=points.column_names)
 
 
 def _open_sampler(path: Path, is_checkpoint: bool, scheduler: str | None, num_inference_steps: int | None) -> Source:
@@ -82,7 +85,8 @@ def _open_sampler(path: Path, is_checkpoint: bool, scheduler: str | None, num_in
         return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])
 
     name = type(sampler.pipeline.scheduler).__name__ if is_checkpoint else sampler.table.scheduler
-    return Source(sampler.sample_shape, draw, {"scheduler": name, "sampling_steps": len(sampler)})
+    columns = sampler.data_columns if sampler.is_points else None
+    return Source(sampler.sample_shape, draw, {"scheduler": name, "sampling_steps": len(sampler)}, columns)
 
 
 def _open_npy(path: Path) -> np.ndarray:

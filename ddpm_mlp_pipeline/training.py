@@ -254,7 +254,9 @@ def train(
         ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
         ema.to(accelerator.device)
     if args.report_to != "none":
-        accelerator.init_trackers("train", {k: v for k, v in vars(args).items() if v is not None})
+        options = {name: value for name, value in vars(args).items() if value is not None}
+        plain = {name: value if isinstance(value, int | float) else str(value) for name, value in options.items()}
+        accelerator.init_trackers("train", plain)
 
     checkpoints = Checkpoints(accelerator, pipeline, ema, output_dir, args.checkpoints_total_limit)
     losses = checkpoints.begin(args.resume_from_checkpoint)

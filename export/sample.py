@@ -21,6 +21,7 @@ from .schedulers import SCHEDULERS
 
 MAX_POINTS, MAX_GRID = 10**6, 2**28  # of one picture: points; numbers, that is bytes
 is_picture = re.compile(r"[0-9]+\.png").fullmatch  # of a folder that this command writes
+PLAIN_NAME = re.compile(r'(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*', re.IGNORECASE | re.ASCII)
 PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
@@ -131,10 +132,19 @@ def _write_npy(path: Path, batches: Iterable[np.ndarray], number: int, sampler: 
 
 
 def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(",".join(sampler.data_columns) + "\n")
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(csv_header(sampler.data_columns) + "\n")
         for batch in batches:
             np.savetxt(file, batch, fmt="%.9g", delimiter=",")
+
+
+def csv_header(names: Iterable[str]) -> str:
+    """Return the first line of a CSV file, as `toCsv` of `web/ddpm.js` has it.
+
+    Quotes surround a name that would be read as several, as another or as a number: all but those that begin with a
+    letter or underscore and hold neither quotes, commas nor line breaks.
+    """
+    return ",".join(name if PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"' for name in names)
 
 
 def _write_scatter(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:

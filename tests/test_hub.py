@@ -81,6 +81,8 @@ def test_a_run_is_pushed_with_its_card(run, hub, tmp_path, monkeypatch):
     }
     card = ModelCard(hub["files"]["README.md"].decode())
     assert card.data.library_name == "diffusers"
+    assert card.data.datasets is None  # two_moons is none of the hub's
+    assert card.data.tags == ["ddpm", "points", "ddpm-mlp-pipeline"]
     assert "![Samples, beside the data](samples.png)" in card.text
     assert "max_train_steps: 4" in card.text
     assert str(tmp_path) not in card.text

@@ -86,6 +86,15 @@ def test_latents_take_the_place_of_the_first_draw(heart):
     )
 
 
+def test_the_latents_set_the_batch_size(heart):
+    latents = torch.randn(5, 2)
+    assert heart(num_inference_steps=3, latents=latents).points.shape == (5, 2)
+    assert heart(num_inference_steps=3).points.shape == (1, 2)
+    for options in ({"batch_size": 3, "latents": latents}, {"latents": latents[0]}, {"latents": latents[:0]}):
+        with pytest.raises(ValueError, match=r"batch_size must be at least 1|latents must have the shape"):
+            heart(num_inference_steps=3, **options)
+
+
 def test_the_callback_sees_and_changes_the_sample(heart):
     seen = []
 

@@ -98,11 +98,25 @@ def test_what_can_not_be_resumed_is_refused(tmp_path):
     args = training_options(tmp_path, resume_from_checkpoint="latest")
     with pytest.raises(CheckpointError, match="its unet has hidden_dim 8, not 16"):
         train(small_pipeline(hidden_dim=16), TensorBatches(torch.randn(150, 2)), args)
+    pipeline = small_pipeline()
+    pipeline.register_to_config(data_mean=[0.0, 1.0], data_std=[1.0, 1.0], data_columns=["x", "y"])
+    with pytest.raises(CheckpointError, match="it is of other data, or"):
+        train(pipeline, TensorBatches(torch.randn(150, 2)), args)
     for name in ("model.safetensors", "optimizer.bin", "progress_0.bin", "unet/config.json", "manifest.json"):
         broken = shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "copy", dirs_exist_ok=True)
         (broken / name).write_bytes((broken / name).read_bytes()[:20])
         with pytest.raises(CheckpointError, match=f"can't resume from .*copy: {name} is"):
             train_small(tmp_path, resume_from_checkpoint="copy")
+
+
+def test_a_states_bare_name_is_of_the_output_folder_first(tmp_path, monkeypatch):
+    result = train_small(tmp_path / "run", checkpointing_steps=10)
+    shutil.copytree(tmp_path / "run" / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "manifest.json").unlink()  # which would be found out
+    monkeypatch.chdir(tmp_path)
+    assert train_small(tmp_path / "run", resume_from_checkpoint="checkpoint-10") == result
+    (tmp_path / "run" / "checkpoint-10").rename(tmp_path / "checkpoint-10.whole")
+    assert train_small(tmp_path / "run", resume_from_checkpoint="checkpoint-10.whole") == result
 
 
 class Malicious:

@@ -1,5 +1,6 @@
 """The training loop: against a closed form, and as users launch it."""
 
+import contextlib
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 from small_training import small_pipeline, train_small, training_options
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, bound, doctor, evaluate, plot, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, _will_be_skipped, training_target
@@ -265,18 +266,38 @@ def test_a_preset_sets_options_and_the_command_line_wins(launch, tmp_path):
     assert not (tmp_path / "run" / "logs").exists()
 
 
-def test_a_users_table_of_three_columns(launch, run, tmp_path):
+def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     table = rng.standard_normal((600, 3)) * [10, 0.1, 1] + [170, 2, 0]
-    np.savetxt(tmp_path / "people.csv", table, delimiter=",", header="height,weight,age", comments="")
-    argv = ("--dataset", tmp_path / "people.csv", "--output_dir", tmp_path / "run", "--max_train_steps", 20)
+    rows = ['name,"height, cm",weight,eyes,age', *("A,{},{},,{}".format(*row) for row in table)]
+    (tmp_path / "people.csv").write_text("\n".join(rows))
+    argv = ("--dataset", tmp_path / "people.csv", "--output_dir", tmp_path / "run", *SHORT[:4], "--ddpm_num_steps", 50)
     result = launch(*argv)
+    assert_one_line_error(result, "'A' in row 1, column 'name'", "row 1, column 'eyes'", "--exclude name eyes")
+    result = launch(*argv, "--exclude", "name", "eyes")
     assert result.returncode == 0, result.stderr
+    # What judges the checkpoint takes the columns that it knows.
+    data = ("--dataset", tmp_path / "people.csv")
+    for main, *argv in [
+        (bound.main, tmp_path / "run", *data, "--num_samples", 10),
+        (plot.main, "forward", tmp_path / "run", *data, "--output", tmp_path / "forward.png"),
+        (evaluate.main, tmp_path / "run", *data, "--num_samples", 50, "--repeats", 1),
+    ]:
+        main([str(word) for word in argv])
+    with contextlib.suppress(SystemExit):
+        doctor.main([str(tmp_path / "run"), *map(str, data)])
+    assert "data: " in capsys.readouterr().out
     assert run("ddpm-export", tmp_path / "run", tmp_path / "bundle").returncode == 0
     assert (
-        run("ddpm-sample", tmp_path / "bundle", "--num_samples", 5, "--output", tmp_path / "new.csv").returncode == 0
+        run("ddpm-sample", tmp_path / "bundle", "--num_samples", 300, "--output", tmp_path / "new.csv").returncode == 0
     )
-    assert (tmp_path / "new.csv").read_text().startswith("height,weight,age\n")
+    assert (tmp_path / "new.csv").read_text().startswith('"height, cm",weight,age\n')
+    argv = (tmp_path / "new.csv", *data, "--num_samples", 300, "--repeats", 1)
+    evaluate.main([str(word) for word in argv])  # by the names that the samples have kept
+    (tmp_path / "lacking.csv").write_text("height,weight,age\n" + "1,2,3\n" * 20)
+    with pytest.raises(SystemExit):
+        bound.main([str(tmp_path / "run"), "--dataset", str(tmp_path / "lacking.csv")])
+    assert "no column 'height, cm', only 'height', 'weight', 'age'" in capsys.readouterr().err
 
 
 def test_wrong_trainings_end_in_one_line(run, tmp_path):

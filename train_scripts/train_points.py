@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class PointTrainingArguments(TrainingArguments):
     dataset: str = option("heart", "a point set's name, or a .csv, .parquet or .npy file of numeric columns")
     dataset_size: int | None = option(None, "points to draw (100,000 by default), or to choose from a file (all)")
     dataset_noise: float | None = option(None, "standard deviation of the data's noise; by default each set's own")
+    exclude: Sequence[str] | None = option(None, "names of columns to leave out")
     embedding_dim: int = option(32, "size of the embedding of the timestep and of each coordinate")
     hidden_dim: int = option(64, "width of the network")
     num_hidden_layers: int = option(4, "number of residual blocks")
@@ -53,12 +55,13 @@ class PointTrainingArguments(TrainingArguments):
 def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
     """The untrained pipeline, and the points, normalised, that it is to learn."""
     size = 100_000 if args.dataset_size is None and args.dataset in POINT_SETS else args.dataset_size
-    dataset = load_points(args.dataset, size, args.dataset_noise, args.seed)
+    dataset = load_points(args.dataset, size, args.dataset_noise, args.seed, exclude=args.exclude or ())
     points = to_array(dataset)
     mean, std = points.mean(axis=0), points.std(axis=0)
-    for column, spread in zip(dataset.column_names, std, strict=True):
-        if spread == 0:
-            raise DatasetError(f"column {column!r} of {args.dataset} is constant: leave it out")
+    constant = [column for column, spread in zip(dataset.column_names, std, strict=True) if spread == 0]
+    if constant:
+        names = ", ".join(map(repr, constant))
+        raise DatasetError(f"constant in {args.dataset}: {names}; leave out with --exclude {shlex.join(constant)}")
     x_0 = torch.from_numpy((points - mean) / std).float()
 
     try:

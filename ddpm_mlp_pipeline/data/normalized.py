@@ -37,7 +37,7 @@ def load_normalized(
     """Load a data set for a pipeline that was trained on it, or on its like.
 
     Args:
-        pipeline: whose samples' shape and, for points, whose mean and standard deviation the data get.
+        pipeline: whose samples' shape and, for points, whose columns, mean and standard deviation the data get.
         name: a point set's name, a file of points, or an image data set: as `load_points` or `load_images` take it.
         number: how many points to draw, or at most to choose, at random, from a file or an image data set.
         split, fit: of an image data set, as `load_images` takes them.
@@ -48,7 +48,7 @@ def load_normalized(
         What `train` and `variational_bound` take: its `__getitems__(indices)` is a batch.
 
     Raises:
-        DatasetError: if the data set can't be loaded, or is of another shape.
+        DatasetError: if the data set can't be loaded, is of another shape, or lacks one of the pipeline's columns.
     """
     shape = pipeline.sample_shape
     if not pipeline.is_points:
@@ -58,7 +58,8 @@ def load_normalized(
         if images.shape[1:] != shape:
             raise DatasetError(f"images of {name} are {tuple(images.shape[1:])}, but the network takes {shape}")
         return ImageBatches(images)
-    points = torch.tensor(to_array(load_points(name, number if name in POINT_SETS else None, noise, seed)))
+    drawn = number if name in POINT_SETS else None
+    points = torch.tensor(to_array(load_points(name, drawn, noise, seed, columns=pipeline.config.data_columns)))
     if points.shape[1:] != shape:
         raise DatasetError(f"{name} has {points.shape[1]} coordinates, but the network takes {shape[0]}")
     if number is not None and len(points) > number:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,13 @@ POINT_SETS: dict[str, tuple[Callable[[int, np.random.Generator], np.ndarray], fl
 
 
 def load_points(
-    name: str | os.PathLike, num_samples: int | None = None, noise: float | None = None, seed: int = 0
+    name: str | os.PathLike,
+    num_samples: int | None = None,
+    noise: float | None = None,
+    seed: int = 0,
+    *,
+    exclude: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
 ) -> Dataset:
     """Draw one of the 2-D point sets, or read a file of points.
 
@@ -85,13 +92,17 @@ def load_points(
         noise: standard deviation, in the data's units, of the Gaussian noise that is added to every coordinate; by
             default each set's own, and none for a file.
         seed: two calls with the same arguments give the same points.
+        exclude: names of columns to leave out. They may hold anything.
+        columns: names of the columns to take, in this order, and to leave out all others. Where the data or these
+            names are only numbered (`x`, `y`; `x0`, `x1`, …), the columns are taken as they stand instead.
 
     Returns:
         A data set of float64 columns: `x` and `y` for the named sets, the file's own columns otherwise.
 
     Raises:
-        DatasetError: if the name is unknown, or the file is missing, too small, or holds anything that is not a
-            finite number (the message names row and column).
+        DatasetError: if the name is unknown; the file is missing, too small, or lacks a column; or a column that is
+            not left out holds anything that is not a finite number (the message names every such column and its first
+            such row).
     """
     if num_samples is not None and num_samples < 1:
         raise DatasetError(f"the number of points must be at least 1, got {num_samples}")
@@ -104,17 +115,19 @@ def load_points(
     if name in POINT_SETS:
         distribution, default_noise = POINT_SETS[name]
         points = distribution(10_000 if num_samples is None else num_samples, rng)
-        columns = ["x", "y"]
+        table = _choose_columns(pd.DataFrame(points, columns=["x", "y"]), name, exclude, columns)
+        points = table.to_numpy()
         noise = default_noise if noise is None else noise
     else:
-        points, columns = _read_file(Path(name))
+        table = _choose_columns(_read_file(Path(name)), name, exclude, columns)
+        points = _finite_numbers(table, name)
         if num_samples is not None:
             if num_samples > len(points):
                 raise DatasetError(f"{name} holds {len(points)} points, fewer than the {num_samples} asked for")
             points = points[rng.choice(len(points), num_samples, replace=False)]
     if noise:
         points = points + noise * rng.standard_normal(points.shape)
-    return Dataset.from_dict(dict(zip(columns, points.T, strict=True)))
+    return Dataset.from_dict(dict(zip(table.columns, points.T, strict=True)))
 
 
 def to_array(dataset: Dataset) -> np.ndarray:
@@ -122,7 +135,8 @@ def to_array(dataset: Dataset) -> np.ndarray:
     return dataset.with_format("pandas")[:].to_numpy(dtype=np.float64)
 
 
-def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
+def _read_file(path: Path) -> pd.DataFrame:
+    """The file's columns, whatever they hold, each with a name of its own."""
     if path.suffix not in (".csv", ".parquet", ".npy"):
         known = ", ".join(POINT_SETS)
         raise DatasetError(f"unknown data set {str(path)!r}: give one of {known}, or a .csv, .parquet or .npy file")
@@ -130,11 +144,7 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
         raise DatasetError(f"there is no file {path}")
     try:
         if path.suffix == ".csv":
-            first_line = pd.read_csv(path, skipinitialspace=True, header=None, nrows=1)
-            has_header = not all(pd.api.types.is_numeric_dtype(dtype) for dtype in first_line.dtypes)
-            table = pd.read_csv(path, skipinitialspace=True, header=0 if has_header else None)
-            if not table.index.equals(pd.RangeIndex(len(table))):  # pandas has made one of the fields the index
-                raise ValueError("its lines have more fields than its header")
+            table = _read_csv(path)
         elif path.suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
@@ -150,17 +160,92 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
     if len(table) < 2 or table.shape[1] < 1:
         raise DatasetError(f"{path} holds {len(table)} points: at least 2 are needed")
     if all(isinstance(column, int) for column in table.columns):
-        table.columns = ["x", "y"] if table.shape[1] == 2 else [f"x{i}" for i in range(table.shape[1])]
-    numbers = table.apply(_to_numbers).to_numpy(dtype=np.float64)
-    bad = np.argwhere(~np.isfinite(numbers))
-    if len(bad):
-        row, column = bad[0]
-        value = table.iat[row, column]
-        value = "nan, or an empty cell," if pd.isna(value) else repr(value)
-        raise DatasetError(
-            f"{path}: {value} in row {row + 1}, column {str(table.columns[column])!r} is not a finite number"
+        table.columns = _numbered(table.shape[1])
+    table.columns = [str(column) or f"Unnamed: {i}" for i, column in enumerate(table.columns)]
+    if not table.columns.is_unique:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise DatasetError(f"{path} has two columns named {twice!r}: rename one")
+    return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """A CSV file's columns, with the names in its first line, if that line holds names."""
+    with path.open(encoding="utf-8-sig") as file:
+        first_line, line = next(((i, line) for i, line in enumerate(file) if line.strip()), (0, ""))
+        next_line = next(file, "")
+    first = pd.read_csv(path, skipinitialspace=True, header=None, nrows=1)
+    has_header = not all(pd.api.types.is_numeric_dtype(dtype) for dtype in first.dtypes)
+    # Numbers can be names, too ("2019", "2020"): then they are in quotes, which those in the line below are not.
+    has_header |= '"' in line and '"' not in next_line
+    if not has_header:
+        return pd.read_csv(path, skipinitialspace=True, header=None)
+
+    first = pd.read_csv(path, skipinitialspace=True, header=None, nrows=1, dtype=str, keep_default_na=False)
+    names = first.iloc[0].tolist()
+    try:
+        # (If pandas read the header, too, it would make an index of what a line has more of than the header.)
+        table = pd.read_csv(path, skipinitialspace=True, header=None, skiprows=first_line + 1)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame(columns=names)
+    if table.shape[1] != len(names):
+        raise ValueError(
+            f"its first line names {len(names)} columns, but the lines below have {table.shape[1]} fields (a name "
+            "that has a comma in it must stand in quotes)"
         )
-    return numbers, [str(column) for column in table.columns]
+    table.columns = names
+    return table
+
+
+def _numbered(number: int) -> list[str]:
+    """Names of columns that have none of their own."""
+    return ["x", "y"] if number == 2 else [f"x{i}" for i in range(number)]
+
+
+def _is_numbered(names: Iterable[str]) -> bool:
+    names = list(names)
+    return names == ["x", "y"] or names == [f"x{i}" for i in range(len(names))]
+
+
+def _choose_columns(
+    table: pd.DataFrame, name: str | os.PathLike, exclude: Sequence[str], columns: Sequence[str] | None
+) -> pd.DataFrame:
+    missing = [column for column in exclude if column not in table.columns]
+    if missing:
+        raise DatasetError(f"{name} has no column {missing[0]!r} to exclude, only {_quoted(table.columns)}")
+    table = table.drop(columns=list(exclude))
+    if table.shape[1] == 0:
+        raise DatasetError(f"no column of {name} is left: exclude fewer")
+    if columns is None:
+        return table
+    missing = [column for column in columns if column not in table.columns]
+    if not missing:
+        return table[list(columns)]
+    if _is_numbered(columns) or _is_numbered(table.columns):
+        return table
+    raise DatasetError(f"{name} has no column {_quoted(missing)}, only {_quoted(table.columns)}")
+
+
+def _finite_numbers(table: pd.DataFrame, name: str | os.PathLike) -> np.ndarray:
+    numbers = table.apply(_to_numbers).to_numpy(dtype=np.float64)
+    is_bad = ~np.isfinite(numbers)
+    faults = []
+    for column in np.flatnonzero(is_bad.any(axis=0)):
+        row = is_bad[:, column].argmax()
+        value = table.iat[row, column]
+        value = "nan, or an empty cell," if pd.isna(value) else repr(value) if isinstance(value, str) else value
+        faults.append(f"{value} in row {row + 1}, column {table.columns[column]!r}")
+    if faults:
+        is_one, names = len(faults) == 1, shlex.join(table.columns[is_bad.any(axis=0)])
+        raise DatasetError(
+            f"{name}: {'; '.join(faults)} {'is not a finite number' if is_one else 'are not finite numbers'}: mend "
+            f"{'it' if is_one else 'them'}, or leave {'the column' if is_one else 'the columns'} out (train_points.py "
+            f"--exclude {names})"
+        )
+    return numbers
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _to_numbers(column: pd.Series) -> pd.Series:

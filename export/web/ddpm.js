@@ -328,13 +328,16 @@ export class Sampler {
   }
 }
 
+// A column's name that needs no quotes: it could not be read as several, as another or as a number.
+const PLAIN_NAME = /^(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*$/i;
+
 /**
  * Points as a CSV file's text, with nine significant digits: enough for every float32 to be read back as it was.
  * @param {Float32Array} points `[numPoints, columns.length]`
  * @param {string[]} columns
  */
 export function toCsv(points, columns) {
-  const rows = [columns.map((name) => (/[",\r\n]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name)).join()];
+  const rows = [columns.map((name) => (PLAIN_NAME.test(name) ? name : `"${name.replaceAll('"', '""')}"`)).join()];
   for (let i = 0; i < points.length; i += columns.length) {
     rows.push(Array.from(points.subarray(i, i + columns.length), (value) => Number(value.toPrecision(9))).join());
   }

@@ -1,13 +1,19 @@
 """The point sets lie where their formulas say; files are read, or refused with row and column."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 
 from ddpm_mlp_pipeline import load_points
 from ddpm_mlp_pipeline.data.points import POINT_SETS, to_array
 from ddpm_mlp_pipeline.errors import DatasetError
+from ddpm_mlp_pipeline.export.sample import csv_header
 
 
 def points(*args, **kwargs):
@@ -99,7 +105,11 @@ def test_some_points_of_a_file(tmp_path):
         ("a,b\n1,2\n,4\n", ["row 2", "'a'", "nan"]),
         ("a,b\n1,inf\n3,4\n", ["row 1", "'b'", "inf"]),
         ("a,b\n1,2,3,4\n1,2\n5,6,7,8,9,9\n", ["can't read"]),
-        ("a,b\n1,2,3\n4,5,6\n", ["can't read", "more fields"]),
+        ("a,b\n1,2,3\n4,5,6\n", ["can't read", "names 2 columns", "3 fields", "quotes"]),
+        ("price, EUR,count\n1.5,3\n2.5,4\n", ["can't read", "names 3 columns", "2 fields", "quotes"]),
+        ("a\n0,5\n1,6\n", ["can't read", "names 1 columns", "2 fields"]),  # numbered rows, as R writes them
+        ("a,b,a\n1,2,3\n4,5,6\n", ["two columns named 'a'"]),
+        ("a,b,c d,e\n1,x,,3\n,y,z,4\n", ["row 2, column 'a'", "'x' in row 1, column 'b'", "--exclude a b 'c d'"]),
         ("", ["can't read"]),
         ("a,b\n", ["0 points"]),
     ],
@@ -153,3 +163,42 @@ def test_what_only_looks_like_numbers_is_refused(tmp_path, values):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(DatasetError, match=message):
         load_points(*arguments)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "label"], ["label", "b", "a"]])
+def test_columns_are_left_out_or_chosen_by_name(tmp_path, names):
+    values = {"a": [1.0, 2.0], "b": [3.0, 4.0], "label": ["no", None]}
+    path = tmp_path / "data.csv"
+    pd.DataFrame({name: values[name] for name in names}).to_csv(path, index=False)
+    assert load_points(path, exclude=["label"]).column_names == [name for name in names if name != "label"]
+    np.testing.assert_array_equal(points(path, columns=["b", "a"]), [[3, 1], [4, 2]])
+    with pytest.raises(DatasetError, match="no column 'c', only 'a', 'b'" if names[0] == "a" else "no column 'c'"):
+        load_points(path, columns=["a", "c"])
+    with pytest.raises(DatasetError, match="no column 'c' to exclude, only"):
+        load_points(path, exclude=["c"])
+    with pytest.raises(DatasetError, match=r"no column of .* is left"):
+        load_points(path, exclude=names)
+
+
+def test_numbered_columns_have_no_names_to_choose_by(tmp_path):
+    np.save(tmp_path / "data.npy", TABLE.to_numpy())
+    np.testing.assert_array_equal(points(tmp_path / "data.npy", columns=list(TABLE)), TABLE.to_numpy())
+    write(tmp_path / "data.csv")
+    np.testing.assert_array_equal(points(tmp_path / "data.csv", columns=["x0", "x1", "x2"]), TABLE.to_numpy())
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\r\t")), min_size=1))
+@example(["price, EUR", "count"])
+@example(["2019", "2020"])
+@example([" a", "b ", 'say "x"', "a\nb", "c\r\nd", "nan", "-1"])
+def test_the_names_in_a_csv_come_back(names):
+    names = [name or "empty" for name in dict.fromkeys(names)]
+    assume(len(set(names)) == len(names))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data.csv"
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(csv_header(names) + "\n")
+            np.savetxt(file, np.arange(2 * len(names)).reshape(2, -1), delimiter=",")
+        dataset = load_points(path)
+    assert dataset.column_names == names
+    np.testing.assert_array_equal(to_array(dataset), np.arange(2 * len(names)).reshape(2, -1))

@@ -9,6 +9,7 @@ from helpers import PHILOX_ANSWERS, ROOT, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
 from ddpm_mlp_pipeline.export.noise import normal
+from ddpm_mlp_pipeline.export.sample import csv_header
 
 DDPM_JS = ROOT / "export" / "web" / "ddpm.js"
 SAMPLE, SAMPLER = (ROOT / "export" / "ports" / name for name in ("sample.mjs", "sampler.mjs"))
@@ -179,6 +180,12 @@ def test_csv_is_quoted_and_whole(javascript):
     assert head == '"a,b","say ""x"""'
     numbers = np.array([row.split(",") for row in rows], dtype=np.float32)
     np.testing.assert_array_equal(numbers, np.array([[0.1, -1e-7], [16777217, 3]], dtype=np.float32))
+
+
+def test_csv_names_are_quoted_as_in_python(javascript):
+    names = ["x", "_y 2", "a,b", 'say "x"', " a", "b ", "a\nb", "c\r", "", "2019", "-1", "1e3", "nan", "INF", "größe"]
+    script = "print(d.toCsv(new Float32Array(input.length), input))"
+    assert javascript(script, names).startswith(csv_header(names) + "\n0,")
 
 
 # With onnxruntime-node
