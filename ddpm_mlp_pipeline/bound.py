@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .commands import CommandParser, add_overwrite, command, noise_seed, one_line_errors, positive_int
+from .commands import (
+    CommandParser,
+    add_image_options,
+    add_overwrite,
+    command,
+    leaving_out,
+    noise_seed,
+    one_line_errors,
+    positive_int,
+)
 from .errors import ConfigurationError, explain_missing_extra
 from .files import check_file, whole_file
 
@@ -18,6 +27,7 @@ with one_line_errors(), explain_missing_extra("ddpm-bound"):
     from diffusers import DDPMScheduler
 
     from . import plots
+    from .data.images import HELD_OUT_SPLITS, choose_split
     from .data.normalized import load_normalized
     from .likelihood import VARIANCE_TYPES, BoundEstimate, variational_bound
     from .loading import load_checkpoint
@@ -34,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num_samples", type=positive_int, metavar="N", help=f"(default: {NUM_POINTS} points, all images)"
     )
     parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
-    parser.add_argument("--split", default="test", help="of an image data set (default: test)")
-    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
+    parser.add_argument("--split", help="of an image data set (default: test, or train where there is none)")
+    add_image_options(parser)
     parser.add_argument(
         "--variance_type", choices=VARIANCE_TYPES, help="of the reverse steps (default: the checkpoint's)"
     )
@@ -63,15 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = load_checkpoint(args.checkpoint)
     if args.variance_type is not None:
         pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
-    dataset = load_normalized(
-        pipeline,
-        args.dataset,
-        args.num_samples or (NUM_POINTS if pipeline.is_points else None),
-        split=args.split,
-        fit=args.fit,
-        noise=args.dataset_noise,
-        seed=args.seed,
-    )
+    if args.split is None and not pipeline.is_points:
+        args.split = choose_split(args.dataset, HELD_OUT_SPLITS)
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        dataset = load_normalized(
+            pipeline,
+            args.dataset,
+            args.num_samples or (NUM_POINTS if pipeline.is_points else None),
+            split=args.split,
+            fit=args.fit,
+            noise=args.dataset_noise,
+            seed=args.seed,
+            on_corrupt=on_corrupt,
+        )
     with contextlib.ExitStack() as stack:
         output, figure = (
             None if path is None else stack.enter_context(whole_file(path, args.overwrite)) for path in outputs
@@ -92,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if state_path is not None:
         state_path.unlink()
     variance_type = pipeline.scheduler.config.variance_type
-    print(f"{args.checkpoint} on {len(dataset):,} samples of {args.dataset}, variance {variance_type}")
+    split = "" if args.split is None else f" (split {args.split!r})"
+    print(f"{args.checkpoint} on {len(dataset):,} samples of {args.dataset}{split}, variance {variance_type}")
     print(_table(estimate))
 
 

@@ -49,6 +49,29 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
     return run
 
 
+def add_image_options(parser: argparse._ActionsContainer) -> None:
+    """Add how a data set's images are read, where they are brought to the form of a network's samples."""
+    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
+
+
+@contextlib.contextmanager
+def leaving_out(skip_corrupt: bool, silent: bool = False) -> Iterator[Callable[[str], None] | None]:
+    """Yield what `load_images` takes as `on_corrupt`, and print at the end, to stderr, how many images were left out,
+    and each one's message, once.
+
+    Args:
+        skip_corrupt: whether to leave any out; if not, `None` is yielded.
+        silent: whether to print nothing, because another process does.
+    """
+    messages: list[str] = []
+    yield messages.append if skip_corrupt else None
+    if messages and not silent:
+        messages = list(dict.fromkeys(messages))
+        print(f"left out {len(messages)} image{'s' if len(messages) > 1 else ''}:", file=sys.stderr)
+        print(*messages, sep="\n", file=sys.stderr)
+
+
 class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, without the usage: that is what --help is for."""
 

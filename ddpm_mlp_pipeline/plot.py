@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import CommandParser, add_overwrite, command, noise_seed, one_line_errors, positive_int
+from .commands import (
+    CommandParser,
+    add_image_options,
+    add_overwrite,
+    command,
+    leaving_out,
+    noise_seed,
+    one_line_errors,
+    positive_int,
+)
 from .errors import ConfigurationError, explain_missing_extra
 from .export.step_table import StepTable
 from .files import check_file
@@ -26,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
     parser.add_argument("--dataset", help="for forward, drift: the point set or image set whose data turn into noise")
     parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
+    parser.add_argument("--split", default="train", help="of an image data set (default: train)")
+    add_image_options(parser)
     parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
     parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
@@ -53,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigurationError(f"{args.kind} starts from data: name them with --dataset")
         if args.kind == "drift" and pipeline.sample_shape != (2,):
             raise ConfigurationError("the drift is drawn of points of two coordinates")
-        dataset = load_normalized(pipeline, args.dataset, number, noise=args.dataset_noise)
+        options = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise}
+        with leaving_out(args.skip_corrupt) as on_corrupt:
+            dataset = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
         x_0 = dataset.__getitems__(list(range(len(dataset))))
         if args.kind == "drift":
             figure = plots.plot_drift(pipeline, x_0, args.seed)

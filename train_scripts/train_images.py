@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import command, one_line_errors
+from ddpm_mlp_pipeline.commands import command, leaving_out, one_line_errors
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 
 with one_line_errors(), explain_missing_extra("training"):
@@ -35,7 +35,8 @@ class ImageTrainingArguments(TrainingArguments):
         None, "height and width to bring the images to; by default they are left as they are"
     )
     fit: str = option("resize", "how: scale the images, or centre them on black", choices=["resize", "pad"])
-    channels: int | None = option(None, "1 (grey) or 3 (RGB); by default what the first image has")
+    channels: int | None = option(None, "1 (grey), 3 (RGB) or 4 (RGBA); by default what the first image has")
+    skip_corrupt: bool = option(False, "leave out images that can't be read, and list them")
     random_flip: bool = option(False, "mirror half of the images, left to right")
     model: str = option("unet", "the network; stock is diffusers' UNet2DModel", choices=["unet", "mlp", "stock"])
     block_out_channels: str = option("32,64,128", "unet, stock: width at each resolution, separated by commas")
@@ -125,8 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output_dir(args, *plots.FIGURES, hub.CARD_NAME)
     set_seed(args.seed)
     repo_id = hub.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
-    with this_process().local_main_process_first():
-        images = load_images(args.dataset_name, args.split, args.resolution, args.fit, args.channels)
+    process = this_process()
+    with process.local_main_process_first(), leaving_out(args.skip_corrupt, not process.is_main_process) as on_corrupt:
+        form = args.resolution, args.fit, args.channels
+        images = load_images(args.dataset_name, args.split, *form, on_corrupt=on_corrupt)
     pipeline = make_pipeline(args, tuple(images.shape[1:]))
     pipeline.set_progress_bar_config(disable=True)
     augment = mirror_half if args.random_flip else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.data import Dataset
 
@@ -33,6 +35,7 @@ def load_normalized(
     fit: str = "resize",
     noise: float | None = None,
     seed: int = 0,
+    on_corrupt: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Load a data set for a pipeline that was trained on it, or on its like.
 
@@ -40,7 +43,7 @@ def load_normalized(
         pipeline: whose samples' shape and, for points, whose columns, mean and standard deviation the data get.
         name: a point set's name, a file of points, or an image data set: as `load_points` or `load_images` take it.
         number: how many points to draw, or at most to choose, at random, from a file or an image data set.
-        split, fit: of an image data set, as `load_images` takes them.
+        split, fit, on_corrupt: of an image data set, as `load_images` takes them.
         noise: of a point set, as `load_points` takes it.
         seed: of the points, or of the choice.
 
@@ -52,12 +55,8 @@ def load_normalized(
     """
     shape = pipeline.sample_shape
     if not pipeline.is_points:
-        channels, height, width = shape
-        resolution = height if height == width else None
-        images = load_images(name, split, resolution, fit, channels, number, seed)
-        if images.shape[1:] != shape:
-            raise DatasetError(f"images of {name} are {tuple(images.shape[1:])}, but the network takes {shape}")
-        return ImageBatches(images)
+        channels, *size = shape
+        return ImageBatches(load_images(name, split, tuple(size), fit, channels, number, seed, on_corrupt=on_corrupt))
     drawn = number if name in POINT_SETS else None
     points = torch.tensor(to_array(load_points(name, drawn, noise, seed, columns=pipeline.config.data_columns)))
     if points.shape[1:] != shape:
