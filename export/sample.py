@@ -10,11 +10,11 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ddpm_mlp_pipeline.commands import CommandParser, command, noise_seed, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 from ddpm_mlp_pipeline.files import whole_file, whole_folder
+from ddpm_mlp_pipeline.progress import progress_bar
 
 from .runtime import OnnxSampler
 from .schedulers import SCHEDULERS
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     whole = whole_file if args.output.suffix else whole_folder
     with (
         whole(args.output) as path,
-        tqdm(total=args.num_samples * len(sampler), desc="sampling", bar_format=PROGRESS_BAR) as progress,
+        progress_bar(total=args.num_samples * len(sampler), desc="sampling", bar_format=PROGRESS_BAR) as progress,
         closing(sampler.batches(args.num_samples, args.seed, args.batch_size, progress.update)) as batches,
     ):
         write(path, batches, args.num_samples, sampler)

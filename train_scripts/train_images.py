@@ -45,7 +45,7 @@ class ImageTrainingArguments(TrainingArguments):
     embedding_dim: int = option(100, "mlp: size of the timestep's embedding")
     hidden_dim: int = option(2048, "mlp: width")
     num_hidden_layers: int = option(5, "mlp: number of residual blocks")
-    ddpm_num_inference_steps: int | None = option(None, "sampling steps of the sample figures; by default 100, or T")
+    ddpm_num_inference_steps: int | None = option(None, "sampling steps of the figures; by default 50, or T")
 
     learning_rate: float = option(1e-3, "peak learning rate of Adam")
     lr_warmup_steps: int = option(200, "steps of linear warm-up of the learning rate")
@@ -56,7 +56,7 @@ class ImageTrainingArguments(TrainingArguments):
             self.num_epochs = 20
         super().__post_init__()
         if self.ddpm_num_inference_steps is None:
-            self.ddpm_num_inference_steps = min(100, self.ddpm_num_steps)
+            self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:
             raise ConfigurationError(f"ddpm_num_inference_steps must be from 1 to {self.ddpm_num_steps}")
 
@@ -131,10 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     augment = mirror_half if args.random_flip else None
     losses = train(pipeline, ImageBatches(images), args, lambda *state: draw_samples(args, *state), augment)
     if this_process().is_main_process:
-        x_0 = to_network_units(images[: plots.NUM_IMAGES])
-        figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
+        written = ["the checkpoint", "README.md"]
+        if args.figures:
+            x_0, steps = to_network_units(images[: plots.NUM_IMAGES]), args.ddpm_num_inference_steps
+            written += plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed, steps)
         hub.write_model_card(args, pipeline, len(losses), args.dataset_name)
-        print(f"{args.output_dir}: the checkpoint, README.md, {', '.join(figures)}")
+        print(f"{args.output_dir}: {', '.join(written)}")
         if repo_id is not None:
             print(hub.push(repo_id, args))
 

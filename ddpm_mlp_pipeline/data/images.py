@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from ..errors import DatasetError
+from ..progress import progress_bar
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for each number of channels
 
@@ -61,7 +61,7 @@ def load_images(
         rows = rows.shuffle(seed=seed).select(range(number))
 
     images: np.ndarray | None = None
-    for i in tqdm(range(len(rows)), desc="decoding", leave=False):
+    for i in progress_bar(iterable=range(len(rows)), desc="decoding", leave=False):
         try:
             image = rows[i][column]
             image.load()
