@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .commands import CommandParser, command, noise_seed, one_line_errors, positive_int
-from .errors import ConfigurationError, explain_missing_extra
+from .commands import CommandParser, command, command_imports, noise_seed, positive_int
+from .errors import ConfigurationError
 from .files import whole_file
 
-with one_line_errors(), explain_missing_extra("ddpm-bound"):
+with command_imports("ddpm-bound", __name__):
     from diffusers import DDPMScheduler
 
     from . import plots

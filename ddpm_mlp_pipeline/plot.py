@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import CommandParser, command, noise_seed, one_line_errors, positive_int
-from .errors import ConfigurationError, explain_missing_extra
+from .commands import CommandParser, command, command_imports, noise_seed, positive_int
+from .errors import ConfigurationError
 from .export.step_table import StepTable
 
-with one_line_errors(), explain_missing_extra("ddpm-plot"):
+with command_imports("ddpm-plot", __name__):
     from . import plots
     from .data.normalized import load_normalized
     from .loading import load_checkpoint

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import command, one_line_errors
-from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.commands import command, command_imports
+from ddpm_mlp_pipeline.errors import ConfigurationError
 
-with one_line_errors(), explain_missing_extra("training"):
+with command_imports("training", __name__):
     import torch
     from accelerate.utils import set_seed
     from diffusers import UNet2DModel
