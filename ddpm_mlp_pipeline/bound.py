@@ -15,15 +15,15 @@ from .commands import (
     add_image_options,
     add_overwrite,
     command,
+    command_imports,
     leaving_out,
     noise_seed,
-    one_line_errors,
     positive_int,
 )
-from .errors import ConfigurationError, explain_missing_extra
+from .errors import ConfigurationError
 from .files import check_file, whole_file
 
-with one_line_errors(), explain_missing_extra("ddpm-bound"):
+with command_imports("ddpm-bound", __name__):
     from diffusers import DDPMScheduler
 
     from . import plots

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from .errors import ConfigurationError, DDPMPipelineError, ParityError
+from .errors import ConfigurationError, DDPMPipelineError, ParityError, explain_missing_extra
 
 
 @contextlib.contextmanager
@@ -70,6 +71,41 @@ def leaving_out(skip_corrupt: bool, silent: bool = False) -> Iterator[Callable[[
         messages = list(dict.fromkeys(messages))
         print(f"left out {len(messages)} image{'s' if len(messages) > 1 else ''}:", file=sys.stderr)
         print(*messages, sep="\n", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def command_imports(name: str, module: str) -> Iterator[None]:
+    """Explain a missing extra at the top of a command's module.
+
+    Where the module runs as a program, one line ends it. Where it is imported, `MissingExtraError` is raised.
+
+    Args:
+        name: of the command, to begin the line with.
+        module: `__name__`.
+    """
+    with one_line_errors() if module == "__main__" else contextlib.nullcontext(), explain_missing_extra(name):
+        yield
+
+
+def _console_command(module: str) -> Callable[[Sequence[str] | None], None]:
+    """Return a console command that imports its module when it runs, so that it can say what is missing."""
+
+    @command
+    def main(argv: Sequence[str] | None = None) -> None:
+        importlib.import_module(f"{__package__}.{module}").main(argv)
+
+    return main
+
+
+# What setup.cfg installs as ddpm-export, and so on.
+export = _console_command("export.__main__")
+sample = _console_command("export.sample")
+benchmark = _console_command("export.benchmark")
+compare = _console_command("export.compare")
+plot = _console_command("plot")
+bound = _console_command("bound")
+doctor = _console_command("doctor")
+evaluate = _console_command("evaluate")
 
 
 class CommandParser(argparse.ArgumentParser):

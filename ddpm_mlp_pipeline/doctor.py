@@ -10,10 +10,10 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .commands import CommandParser, command, one_line_errors, positive_int
-from .errors import CheckpointError, DatasetError, explain_missing_extra
+from .commands import CommandParser, command, command_imports, positive_int
+from .errors import CheckpointError, DatasetError
 
-with one_line_errors(), explain_missing_extra("ddpm-doctor"):
+with command_imports("ddpm-doctor", __name__):
     import torch
     from diffusers import DDPMScheduler, ModelMixin
     from safetensors import SafetensorError

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from .errors import ConfigurationError, DatasetError, DivergenceError
 from .files import whole_file
 from .pipeline import DDPMMLPPipeline
+from .progress import progress_bar
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 SECONDS_BETWEEN_SAVES = 10
@@ -272,13 +272,13 @@ def variational_bound(
     is_begun = state_path is not None and state_path.exists()
     state = _State.load(state_path, identity) if is_begun else _State()
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
-    with tqdm(total=number, initial=done, desc="bound", leave=False) as progress_bar:
+    with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
         for start in range(done, number, batch_size):
             x_0 = dataset.__getitems__(list(range(start, min(start + batch_size, number))))
             _check_data(x_0, pipeline.sample_shape, start, discretized=not pipeline.is_points)
             noise_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0]
             state.add(*_groups(bound, pipeline, x_0, timestep_stride, torch.Generator().manual_seed(int(noise_seed))))
-            progress_bar.update(len(x_0))
+            progress.update(len(x_0))
             is_last = start + len(x_0) == number
             if state_path is not None and (is_last or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES):
                 state.save(state_path, identity, overwrite=is_begun)

@@ -10,16 +10,16 @@ from .commands import (
     add_image_options,
     add_overwrite,
     command,
+    command_imports,
     leaving_out,
     noise_seed,
-    one_line_errors,
     positive_int,
 )
-from .errors import ConfigurationError, explain_missing_extra
+from .errors import ConfigurationError
 from .export.step_table import StepTable
 from .files import check_file
 
-with one_line_errors(), explain_missing_extra("ddpm-plot"):
+with command_imports("ddpm-plot", __name__):
     from . import plots
     from .data.normalized import load_normalized
     from .loading import load_checkpoint

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from .export.step_table import TERMS, StepTable
 from .files import whole_file
 from .likelihood import BoundEstimate, VariationalBound
 from .pipeline import DDPMMLPPipeline
+from .progress import progress_bar
 
 # Enough to show a density of points or a variety of images; few enough to see single ones
-NUM_POINTS, NUM_IMAGES = 3000, 64
+NUM_POINTS, NUM_IMAGES = 3000, 25
 DATA_COLOR, SAMPLE_COLOR = "tab:blue", "tab:orange"
 
 # x_t by t, as it is shown: points [n, 2] in the data's units, or images [n, height, width, channels] in [0, 1]
@@ -34,7 +36,12 @@ FIGURES = ("loss.png", "forward_process.png", "samples.png", "process.gif")  # o
 
 
 def draw_training_run(
-    pipeline: DDPMMLPPipeline, x_0: torch.Tensor, losses: Sequence[float], folder: Path, seed: int = 0
+    pipeline: DDPMMLPPipeline,
+    x_0: torch.Tensor,
+    losses: Sequence[float],
+    folder: Path,
+    seed: int = 0,
+    num_inference_steps: int = 100,
 ) -> list[str]:
     """Draw all that a training run leaves behind.
 
@@ -44,6 +51,7 @@ def draw_training_run(
         losses: the loss of every optimizer step.
         folder: where `FIGURES` go. Those that are there already are replaced: `check_output_dir` has allowed it.
         seed: of the noise.
+        num_inference_steps: sampling steps of the reverse process, or T if that is less.
 
     Returns:
         The files' names. (Of points in one dimension, only the loss is drawn; of those in more than two, the
@@ -54,7 +62,9 @@ def draw_training_run(
     if not pipeline.is_points or pipeline.sample_shape[0] >= 2:
         number = NUM_POINTS if pipeline.is_points else NUM_IMAGES
         forward = forward_process(pipeline, x_0[:number], seed)
-        reverse = reverse_process(pipeline, number, seed)
+        steps = min(num_inference_steps, pipeline.scheduler.config.num_train_timesteps)
+        with progress_bar(total=steps, desc="drawing samples") as progress:
+            reverse = reverse_process(pipeline, number, seed, num_inference_steps=steps, on_step=progress.update)
         figures["forward_process.png"] = plot_process(some_frames(forward), DATA_COLOR)
         figures["samples.png"] = plot_samples(forward[0], reverse[0])
         frames = [("forward", forward), ("reverse", reverse)]
@@ -89,15 +99,22 @@ def forward_process(
 
 
 def reverse_process(
-    pipeline: DDPMMLPPipeline, number: int, seed: int = 0, timesteps: Iterable[int] | None = None
+    pipeline: DDPMMLPPipeline,
+    number: int,
+    seed: int = 0,
+    timesteps: Iterable[int] | None = None,
+    num_inference_steps: int | None = None,
+    on_step: Callable[[], Any] | None = None,
 ) -> Frames:
-    """x_t at several t, drawn by the pipeline with its own scheduler and all of its steps.
+    """x_t at several t, drawn by the pipeline with its own scheduler.
 
     Args:
         pipeline: what draws.
         number: of samples.
         seed: of the noise.
-        timesteps: which t; by default about forty of them.
+        timesteps: which t, or rather the nearest that the sampling steps lead to; by default about forty of them.
+        num_inference_steps: of sampling; by default T.
+        on_step: called after each of them.
 
     Returns:
         x_t by t, from T, the noise, to t = 0, the samples.
@@ -105,17 +122,23 @@ def reverse_process(
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn((number, *pipeline.sample_shape), generator=generator)
     T = pipeline.scheduler.config.num_train_timesteps
-    wanted = set(_timesteps_to_show(T) if timesteps is None else timesteps)
+    pipeline.scheduler.set_timesteps(num_inference_steps or T)
+    # A step leads to the next one's t, or to 0. (The scheduler counts from 0: its t is the papers' t - 1.)
+    after_step = [int(t) + 1 for t in pipeline.scheduler.timesteps[1:]] + [0]
+    shown = _timesteps_to_show(T) if timesteps is None else timesteps
+    wanted = {min([T, *after_step], key=lambda t: abs(t - t_shown)) for t_shown in shown}
     frames = {T: _to_show(pipeline, latents)} if T in wanted else {}
 
     def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict:
         if not state["latents"].isfinite().all():
             raise DivergenceError.at_step(step, float(t))
-        if int(t) in wanted:  # the step at the scheduler's t gives the papers' x_t
-            frames[int(t)] = _to_show(pipeline, state["latents"].float().cpu())
+        if on_step is not None:
+            on_step()
+        if after_step[step] in wanted:
+            frames[after_step[step]] = _to_show(pipeline, state["latents"].float().cpu())
         return {}
 
-    pipeline(number, generator, latents=latents, callback_on_step_end=keep)
+    pipeline(number, generator, num_inference_steps, latents=latents, callback_on_step_end=keep)
     return frames
 
 
@@ -151,8 +174,12 @@ def plot_losses(losses: Sequence[float]) -> Figure:
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     axes.plot(steps[window - 1 :], smooth, color=DATA_COLOR, label=f"mean of {window}")
     finite = [loss for loss in losses if math.isfinite(loss)]  # those of steps that fp16 skipped may not be
-    low, high = np.percentile(finite, [1, 99])
-    axes.set_ylim(min(0, low - 0.25 * (high - low)), high + 0.25 * (high - low))
+    low, high, usual = min(finite), max(finite), 4 * np.median(np.abs(finite))
+    if high > 10 * usual > 0:
+        # The bound's first losses are thousands of times its last, which may be negative: what is beyond the usual is
+        # on a logarithmic scale.
+        axes.set_yscale("symlog", linthresh=usual, linscale=3)
+    axes.set_ylim(1.05 * min(0, low), 1.05 * max(0, high))
     axes.legend()
     return figure
 
@@ -288,8 +315,10 @@ def animate_process(processes: Sequence[tuple[str, Frames]], path: Path, overwri
         _panel(axes, x_t, limits, DATA_COLOR if name == "forward" else SAMPLE_COLOR, f"{name} process, t = {t}")
 
     writer = FFMpegWriter(fps=15) if path.suffix == ".mp4" else PillowWriter(fps=15)
-    with whole_file(path, overwrite) as temporary:
-        FuncAnimation(figure, draw, shots).save(temporary, writer, dpi=80)
+    with whole_file(path, overwrite) as temporary, progress_bar(total=len(shots), desc="drawing the film") as progress:
+        FuncAnimation(figure, draw, shots).save(
+            temporary, writer, dpi=80, progress_callback=lambda *_: progress.update()
+        )
 
 
 def tile(images: np.ndarray) -> np.ndarray:

@@ -21,12 +21,12 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from .errors import ConfigurationError, DivergenceError, StoppedBySignal
 from .files import PARTIAL, check_names, move_into
 from .likelihood import VariationalBound
 from .pipeline import DDPMMLPPipeline
+from .progress import progress_bar
 from .resuming import Checkpoints, deferred_signals, explain_writing, resumes_in
 
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
@@ -81,6 +81,7 @@ class TrainingArguments:
     checkpointing_steps: int | None = option(None, "save the state of the training every so many steps")
     checkpoints_total_limit: int | None = option(None, "keep at most so many of these states")
     resume_from_checkpoint: str | None = option(None, "'latest', or a folder checkpoint-<step>, to go on from")
+    figures: bool = option(True, "draw the loss, the data and samples at the end")
     report_to: str = option("tensorboard", "tracker for loss and learning rate", choices=TRACKERS)
     logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
     push_to_hub: bool = option(False, "push the checkpoint, its figures and its model card to the hub")
@@ -263,7 +264,7 @@ def train(
     step = len(losses)
     if step > 0:
         accelerator.print(f"resuming at step {step}")
-    progress_bar = tqdm(
+    progress = progress_bar(
         total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
 
@@ -274,7 +275,7 @@ def train(
     rows = slice(first, first + args.train_batch_size)
 
     batch_losses: list[torch.Tensor] = []
-    with progress_bar, deferred_signals(accelerator) as signals:
+    with progress, deferred_signals(accelerator) as signals:
         while step < max_train_steps:
             epoch, steps_done = divmod(step, steps_per_epoch)
             batches = accelerator.skip_first_batches(dataloader, steps_done * args.gradient_accumulation_steps)
@@ -319,8 +320,8 @@ def train(
                 losses.append(mean_loss)
                 if ema is not None:
                     ema.step(unet.parameters())
-                progress_bar.set_postfix({"loss": mean_loss, "lr": lr}, refresh=False)
-                progress_bar.update()
+                progress.set_postfix({"loss": mean_loss, "lr": lr}, refresh=False)
+                progress.update()
                 accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
                 if draw_samples is not None and args.save_samples_epochs is not None and accelerator.is_main_process:
                     is_due = step % (steps_per_epoch * args.save_samples_epochs) == 0 or step == max_train_steps

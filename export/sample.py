@@ -10,11 +10,11 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command, noise_seed, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
 from ddpm_mlp_pipeline.files import check_file, check_folder, whole_file, whole_folder
+from ddpm_mlp_pipeline.progress import progress_bar
 
 from .runtime import OnnxSampler
 from .schedulers import SCHEDULERS
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with (
         whole(args.output, overwrite=args.overwrite) as path,
-        tqdm(total=args.num_samples * len(sampler), desc="sampling", bar_format=PROGRESS_BAR) as progress,
+        progress_bar(total=args.num_samples * len(sampler), desc="sampling", bar_format=PROGRESS_BAR) as progress,
         closing(sampler.batches(args.num_samples, args.seed, args.batch_size, progress.update)) as batches,
     ):
         write(path, batches, args.num_samples, sampler)

@@ -5,11 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from diffusers import UNet2DModel
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
 from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline
+from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
+from ddpm_mlp_pipeline.plots import draw_training_run, reverse_process
+from ddpm_mlp_pipeline.train_scripts.train_images import ImageTrainingArguments
 
 SCRIPT = ROOT / "train_scripts" / "train_images.py"
 SMALL = ("--block_out_channels", "16,32", "--train_batch_size", 16, "--ddpm_num_steps", 20, "--lr_warmup_steps", 2)
@@ -49,6 +52,32 @@ def test_training_leaves_checkpoint_figures_and_samples(trained):
     pipeline = DDPMMLPPipeline.from_pretrained(trained)
     assert pipeline.sample_shape == (1, 9, 11)
     assert pipeline(2, num_inference_steps=3).images[0].size == (11, 9)
+
+
+def test_the_figures_take_few_calls_of_the_network(tmp_path):
+    """After a training of three steps they may not take minutes: 64 images and all 1,000 steps were 64,000 calls."""
+    unet = SmallUNet2DModel(sample_size=8, block_out_channels=(8, 8), attention=False)
+    args = ImageTrainingArguments(output_dir=str(tmp_path), dataset_name="")
+    pipeline, calls = DDPMMLPPipeline(unet, DDPMScheduler()), []
+    pipeline.set_progress_bar_config(disable=True)
+    unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    draw_training_run(pipeline, torch.rand(64, 1, 8, 8), [1.0], tmp_path, 0, args.ddpm_num_inference_steps)
+    assert 1_000 < sum(calls) <= 1_500
+    with Image.open(tmp_path / "process.gif") as film:
+        assert film.n_frames > 60
+
+
+def test_frames_are_of_the_nearest_steps():
+    pipeline = DDPMMLPPipeline(SmallUNet2DModel(8, block_out_channels=(8, 8), attention=False), DDPMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    assert list(reverse_process(pipeline, 1, timesteps=[0, 52, 800, 1000], num_inference_steps=10)) == [
+        1000,
+        801,
+        101,
+        0,
+    ]
+    every = list(reverse_process(pipeline, 1, timesteps=range(1001)))
+    assert every == list(range(1000, -1, -1))
 
 
 def test_export_and_every_output(trained, run, tmp_path):

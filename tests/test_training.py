@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from small_training import small_pipeline, train_small, training_options
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, bound, doctor, evaluate, plot, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
+from ddpm_mlp_pipeline.plots import plot_losses
 from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, _will_be_skipped, training_target
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
@@ -254,6 +256,32 @@ def test_launched_it_leaves_checkpoint_figures_and_logs(launch, tmp_path):
     assert len(modes) == 1  # the weights can be read by whom the rest can
     pipeline = DDPMMLPPipeline.from_pretrained(tmp_path / "run")
     assert pipeline(10, num_inference_steps=5).points.shape == (10, 2)
+
+
+def test_a_log_gets_few_lines_and_figures_can_be_left_out(run, tmp_path):
+    start = time.monotonic()
+    argv = ("--output_dir", tmp_path / "run", "--no-figures", *SHORT, "--max_train_steps", 500, "--report_to", "none")
+    result = run(sys.executable, ROOT / "train_scripts" / "train_points.py", *argv, text=False)
+    assert result.returncode == 0, result.stderr
+    assert b"\r" not in result.stderr
+    lines = [line for line in result.stderr.decode().splitlines() if line.startswith("training:")]
+    assert 2 <= len(lines) <= 2 + (time.monotonic() - start) / 10
+    assert "500/500" in lines[-1]
+    assert result.stdout.decode() == f"{tmp_path / 'run'}: the checkpoint, README.md\n"
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"model_index.json", "pipeline.py", "unet", "scheduler", "README.md"}
+
+
+@pytest.mark.parametrize(
+    "losses", [[5000.0, 900.0, *[3.0, -2.0, 4.0] * 200], [5000.0], [1.2, 1.1, *[0.4, 0.35] * 200], [-3.0, -2.0]]
+)
+def test_the_losses_figure_shows_the_first_steps_and_the_last(losses):
+    axes = plot_losses(losses).axes[0]
+    height = axes.transAxes.inverted().transform(axes.transData.transform([(1, loss) for loss in losses]))[:, 1]
+    assert height.min() >= 0
+    assert height.max() <= 1
+    if len(losses) > 100:
+        assert height[-100:].max() - height[-100:].min() > 0.03
 
 
 def test_a_preset_sets_options_and_the_command_line_wins(launch, tmp_path):

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
-from ddpm_mlp_pipeline.commands import CommandParser, command, one_line_errors, positive_int
-from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.commands import CommandParser, command, command_imports, positive_int
+from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.files import check_names, whole_file
 
-with one_line_errors(), explain_missing_extra("training"):
+with command_imports("training", __name__):
     import numpy as np
     import torch
     from accelerate.utils import set_seed

@@ -8,21 +8,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import command, one_line_errors
-from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, explain_missing_extra
+from ddpm_mlp_pipeline.commands import command, command_imports
+from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
 
-with one_line_errors(), explain_missing_extra("training"):
+with command_imports("training", __name__):
     import torch
     import torch.nn.functional as F
     from accelerate.utils import set_seed
     from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
     from torch.utils.data import DataLoader, TensorDataset
-    from tqdm.auto import tqdm
 
     from ddpm_mlp_pipeline.arguments import parse_options
     from ddpm_mlp_pipeline.data.images import load_images, load_labels
     from ddpm_mlp_pipeline.files import PARTIAL, check_names, move_into
     from ddpm_mlp_pipeline.models.features import FeatureNetwork
+    from ddpm_mlp_pipeline.progress import progress_bar
     from ddpm_mlp_pipeline.training import option
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loader = DataLoader(splits["train"], args.train_batch_size, shuffle=True, drop_last=True)
     steps = args.num_epochs * len(loader)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps)
-    with tqdm(total=steps, desc="training") as progress_bar:
+    with progress_bar(total=steps, desc="training") as progress:
         for _ in range(args.num_epochs):
             for batch, targets in loader:
                 shifts = torch.randint(-args.max_shift, args.max_shift + 1, (2,)).tolist()
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-                progress_bar.update()
+                progress.update()
 
     network.eval()
     with torch.no_grad():

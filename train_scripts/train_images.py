@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import command, leaving_out, one_line_errors
-from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.commands import command, command_imports, leaving_out
+from ddpm_mlp_pipeline.errors import ConfigurationError
 
-with one_line_errors(), explain_missing_extra("training"):
+with command_imports("training", __name__):
     import torch
     from accelerate.utils import set_seed
     from diffusers import UNet2DModel
@@ -46,7 +46,7 @@ class ImageTrainingArguments(TrainingArguments):
     embedding_dim: int = option(100, "mlp: size of the timestep's embedding")
     hidden_dim: int = option(2048, "mlp: width")
     num_hidden_layers: int = option(5, "mlp: number of residual blocks")
-    ddpm_num_inference_steps: int | None = option(None, "sampling steps of the sample figures; by default 100, or T")
+    ddpm_num_inference_steps: int | None = option(None, "sampling steps of the figures; by default 50, or T")
 
     learning_rate: float = option(1e-3, "peak learning rate of Adam")
     lr_warmup_steps: int = option(200, "steps of linear warm-up of the learning rate")
@@ -57,7 +57,7 @@ class ImageTrainingArguments(TrainingArguments):
             self.num_epochs = 20
         super().__post_init__()
         if self.ddpm_num_inference_steps is None:
-            self.ddpm_num_inference_steps = min(100, self.ddpm_num_steps)
+            self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:
             raise ConfigurationError(f"ddpm_num_inference_steps must be from 1 to {self.ddpm_num_steps}")
 
@@ -135,10 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     augment = mirror_half if args.random_flip else None
     losses = train(pipeline, ImageBatches(images), args, lambda *state: draw_samples(args, *state), augment)
     if this_process().is_main_process:
-        x_0 = to_network_units(images[: plots.NUM_IMAGES])
-        figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
+        written = ["the checkpoint", "README.md"]
+        if args.figures:
+            x_0, steps = to_network_units(images[: plots.NUM_IMAGES]), args.ddpm_num_inference_steps
+            written += plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed, steps)
         hub.write_model_card(args, pipeline, len(losses), args.dataset_name)
-        print(f"{args.output_dir}: the checkpoint, README.md, {', '.join(figures)}")
+        print(f"{args.output_dir}: {', '.join(written)}")
         if repo_id is not None:
             print(hub.push(repo_id, args))
 

@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_mlp_pipeline.commands import command, one_line_errors
-from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, explain_missing_extra
+from ddpm_mlp_pipeline.commands import command, command_imports
+from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
 
-with one_line_errors(), explain_missing_extra("training"):
+with command_imports("training", __name__):
     import torch
     from accelerate.utils import set_seed
 
@@ -90,11 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline, x_0 = make_pipeline(args)
     if args.train_batch_size is None:
         args.train_batch_size = default_batch_size(len(x_0) // this_process().num_processes)
+    pipeline.set_progress_bar_config(disable=True)
     losses = train(pipeline, TensorBatches(x_0), args)
     if this_process().is_main_process:
-        figures = plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
+        written = ["the checkpoint", "README.md"]
+        if args.figures:
+            written += plots.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed)
         hub.write_model_card(args, pipeline, len(losses), args.dataset)
-        print(f"{args.output_dir}: the checkpoint, README.md, {', '.join(figures)}")
+        print(f"{args.output_dir}: {', '.join(written)}")
         if repo_id is not None:
             print(hub.push(repo_id, args))
 

@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from ..errors import DatasetError
+from ..progress import progress_bar
 from .points import POINT_SETS
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for each number of channels
@@ -77,7 +77,7 @@ def load_images(
 
     images: np.ndarray | None = None
     done = 0
-    for row, index in zip(tqdm(rows, desc="decoding", leave=False), indices, strict=True):
+    for row, index in zip(progress_bar(iterable=rows, desc="decoding", leave=False), indices, strict=True):
         what = _name(name, index, row[column]["path"])
         try:
             image = _open(row[column])

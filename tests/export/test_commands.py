@@ -1,10 +1,13 @@
 """The commands of export and runtime, as a user runs them."""
 
+import configparser
+import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -74,9 +77,54 @@ def test_training_without_its_extra_says_what_to_install(run, script):
     assert_one_line_error(run(sys.executable, "-c", code), "pip install 'ddpm-mlp-pipeline[train]'")
 
 
-def test_plots_and_evaluation_without_their_extras_say_what_to_install(run, ddim_bundle):
-    code = BASE_INSTALL + "from ddpm_mlp_pipeline.plot import main; sys.exit(main())"
+def test_every_command_without_its_extra_says_what_to_install(run, tmp_path):
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    entries = dict(line.split(" = ") for line in config["options.entry_points"]["console_scripts"].split("\n") if line)
+    heart, output = str(pretrained("heart")), str(tmp_path / "out.npy")
+    argv = {
+        "ddpm-export": [heart, output],
+        "ddpm-sample": [heart, "--output", output],
+        "ddpm-benchmark": [heart, output],
+        "ddpm-compare": [heart, "--dataset", "mnist", "--output", str(tmp_path / "out.json")],
+        "ddpm-evaluate": [heart, "--dataset", "heart"],
+    }
+    code = """
+        import importlib, json
+        entries, argv = map(json.loads, sys.argv[1:])
+        for name, entry in entries.items():
+            module, _, attribute = entry.partition(":")
+            print(name, file=sys.stderr)
+            try:
+                getattr(importlib.import_module(module), attribute)(argv.get(name, []))
+            except SystemExit as end:
+                assert end.code == 1
+            else:
+                print("it ran", file=sys.stderr)
+    """
+    result = run(sys.executable, "-c", BASE_INSTALL + textwrap.dedent(code), json.dumps(entries), json.dumps(argv))
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[::2] == list(entries)
+    for name, line in zip(lines[::2], lines[1::2], strict=True):
+        assert line.startswith("error: "), name
+        assert "which is not installed: pip install 'ddpm-mlp-pipeline[" in line, (name, line)
+
+
+@pytest.mark.parametrize(
+    "module", ["bound", "doctor", "plot", "train_scripts.train_points", "train_scripts.train_images"]
+)
+def test_modules_import_or_raise_an_import_error(run, module):
+    code = f"try:\n    import ddpm_mlp_pipeline.{module}\nexcept ImportError as error:\n    print(error)"
+    result = run(sys.executable, "-c", BASE_INSTALL + code)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "pip install 'ddpm-mlp-pipeline[train]'" in result.stdout
+    # As a program, it ends with one line.
+    code = BASE_INSTALL + f"import runpy; runpy.run_module('ddpm_mlp_pipeline.{module}', run_name='__main__')"
     assert_one_line_error(run(sys.executable, "-c", code), "pip install 'ddpm-mlp-pipeline[train]'")
+
+
+def test_evaluation_without_its_extra_says_what_to_install(run, ddim_bundle):
     code = BASE_INSTALL + "from ddpm_mlp_pipeline.evaluate import main; sys.exit(main())"
     result = run(sys.executable, "-c", code, ddim_bundle, "--dataset", "heart")
     assert_one_line_error(result, "pip install 'ddpm-mlp-pipeline[evaluate]'")
