@@ -60,7 +60,7 @@ pretrained: $(SHIPPED:%=runs/%/model_index.json)
 results-%: runs/%/model_index.json
 	$(BIN)/ddpm-export runs/$* runs/$*-onnx --overwrite $(if $(filter mnist_mlp,$*),--scheduler ddpm)
 	$(if $(filter cifar10%,$*),,$(BIN)/ddpm-evaluate runs/$*-onnx $(call data,$*) \
-		$(if $(filter mnist_32,$*),--resolution 32) --output runs/$*-distances.json --overwrite)
+		--output runs/$*-distances.json --overwrite)
 	$(BIN)/ddpm-bound runs/$* $(call data,$*) --variance_type $(if $(filter %2015,$*),learned_range,fixed_large) \
 		$(if $(filter %2015,$*),,--timestep_stride 10) $(if $(filter mnist% cifar10%,$*),--num_samples 1000) \
 		--output runs/$*-bound.json --figure runs/$*-bound.png --overwrite

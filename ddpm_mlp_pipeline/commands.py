@@ -56,6 +56,12 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
 
 
+FEATURES_HELP = (
+    "what images are compared on: pixels, a feature network's folder, or a file of torch-fidelity's Inception weights "
+    "(default: the shipped MNIST network for grey images, if there are enough of them, else pixels)"
+)
+
+
 @contextlib.contextmanager
 def leaving_out(skip_corrupt: bool, silent: bool = False) -> Iterator[Callable[[str], None] | None]:
     """Yield what `load_images` takes as `on_corrupt`, and print at the end, to stderr, how many images were left out,

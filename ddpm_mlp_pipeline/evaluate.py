@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checkpoints import FEATURES
-from .commands import CommandParser, add_overwrite, command, positive_int
+from .commands import (
+    FEATURES_HELP,
+    CommandParser,
+    add_image_options,
+    add_overwrite,
+    command,
+    leaving_out,
+    positive_int,
+)
 from .errors import ConfigurationError, DatasetError, explain_missing_extra
 from .export.schedulers import SCHEDULERS
 from .files import whole_file
@@ -29,6 +36,7 @@ DATA_SEED = 1000  # of the first draw of data
 LABELS = {  # of the measures, by their keys in the report
     "sliced_wasserstein_distance": "sliced Wasserstein distance",
     "energy_distance": "energy distance",
+    "squared_energy_distance": "energy distance, squared",
     "frechet_distance": "Fréchet distance",
     "kernel_distance": "kernel distance (KID)",
     "kernel_distance_deviation": "  its deviation over subsets",
@@ -36,7 +44,7 @@ LABELS = {  # of the measures, by their keys in the report
     "recall": "recall",
 }
 # Of a measure without bias, the floor is 0 but for chance, so that a ratio to it says nothing.
-WITHOUT_RATIO = ("kernel_distance", "kernel_distance_deviation")
+WITHOUT_RATIO = ("kernel_distance", "kernel_distance_deviation", "squared_energy_distance")
 PACKAGES = ("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "POT", "torch", "diffusers", "torchmetrics")
 
 
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num_samples",
         type=positive_int,
         metavar="N",
-        help=f"samples, on both sides if points (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
+        help=f"samples, on both sides if points (default: {NUM_POINTS} points, at most {NUM_IMAGES} images)",
     )
     parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="of a checkpoint (default: its own)")
@@ -69,19 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="a .json file for the numbers, and how they came about")
     add_overwrite(parser)
     images = parser.add_argument_group("images")
-    images.add_argument("--split", default="test", help="the split to compare with, all of it (default: test)")
-    images.add_argument("--train_split", default="train", help="the split that the floor's come from (default: train)")
+    images.add_argument("--split", help="the split to compare with (default: test)")
     images.add_argument(
-        "--resolution", type=positive_int, metavar="N", help="bring the data to this size, as in training"
+        "--train_split",
+        help="the split that the floor's come from (default: train). If there is but one split, random halves of it "
+        "take the place of both",
     )
-    images.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
-    images.add_argument("--channels", type=int, choices=[1, 3, 4], help="bring the data to so many, as in training")
-    images.add_argument(
-        "--features",
-        type=Path,
-        default=FEATURES,
-        help="a feature network's folder, or a file of torch-fidelity's Inception weights (default: MNIST's, shipped)",
-    )
+    add_image_options(images)
+    images.add_argument("--features", help=FEATURES_HELP)
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         output = None if args.output is None else stack.enter_context(whole_file(args.output, args.overwrite))
@@ -90,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with explain_missing_extra("ddpm-evaluate", extra):
             report = {"samples": str(args.samples), **source.info, "dataset": args.dataset, **evaluate(source, args)}
         print(_heading(report, "points" if source.is_points else "images"))
+        if not source.is_points:
+            print(_image_heading(report))
         print(_table(report["measures"]))
         if output is not None:
             output.write_text(json.dumps({**report, "versions": _versions()}, indent=2), encoding="utf-8")
@@ -136,49 +141,84 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     import torch
 
     from .data.images import load_images
-    from .loading import load_features
-    from .metrics import check_numbers_of_images, image_features
+    from .metrics import choose_features, image_features
+    from .models.features import PIXELS
 
-    if args.split == args.train_split:
-        raise ConfigurationError(
-            "--split and --train_split must share no image; slices are splits, too: train[:80%] and train[80%:]"
-        )
-    n, seeds = args.num_samples or NUM_IMAGES, range(args.repeats or IMAGE_REPEATS)
+    # What is missing is said before anything is decoded or drawn.
+    split, train_split = _choose_splits(args)
+    n, num_references = _choose_numbers(source, args, split, train_split)
+    seeds = range(args.repeats or IMAGE_REPEATS)
     data_seeds = [DATA_SEED + i for i in range(IMAGE_FLOOR_REPEATS)]
-    network = load_features(args.features)
-    form = {"resolution": args.resolution, "fit": args.fit, "channels": args.channels}
-    references = load_images(args.dataset, args.split, **form).numpy()
-    check_numbers_of_images(network.num_features, n, len(references))  # before any work
-    if source.shape != references.shape[1:]:
-        shapes = ["×".join(map(str, shape)) for shape in (source.shape, references.shape[1:])]
-        raise DatasetError(
-            f"the samples are {shapes[0]} (channels × height × width), but {args.dataset} is {shapes[1]}: bring the "
-            "data to the samples' form, as in training, by --resolution, --fit and --channels"
-        )
+    channels, *size = source.shape
+    features, network = choose_features(args.features, channels, n, num_references)
+    measure, max_references = _measure_images, None
+    if features == PIXELS:  # all pairs are compared
+        measure, max_references = _measure_pixels, NUM_IMAGES
 
-    def features_of(images: np.ndarray, name: object) -> torch.Tensor:
-        return image_features([torch.from_numpy(_varied(images, name))], network)
+    def load(split: str, number: int | None, seed: int) -> torch.Tensor:
+        form = args.dataset, split, tuple(size), args.fit, channels, number, seed
+        images = load_images(*form, on_corrupt=on_corrupt).numpy()
+        return image_features([torch.from_numpy(_varied(images, args.dataset))], network)
 
-    def fresh(seed: int) -> np.ndarray:
-        images = load_images(args.dataset, args.train_split, **form, number=n, seed=seed).numpy()
-        if len(images) < n:
-            raise DatasetError(f"the split {args.train_split!r} holds {len(images)} images, fewer than the {n} needed")
-        return images
-
-    y = features_of(references, args.dataset)
-    floor = [_measure_images(features_of(fresh(seed), args.dataset), y) for seed in data_seeds]
-    samples = [_measure_images(features_of(source.draw(n, seed), args.samples), y) for seed in seeds]
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        if split == train_split:  # each draw halves it anew
+            data = load(split, max_references and 2 * max_references, DATA_SEED)
+            half = len(data) // 2
+            orders = [np.random.default_rng(seed).permutation(len(data)) for seed in data_seeds]
+            references = [data[order[:half]] for order in orders]
+            fresh = [data[order[half : 2 * half]] for order in orders]
+        else:
+            references = [load(split, max_references, DATA_SEED)] * len(data_seeds)
+            fresh = [load(train_split, n, seed) for seed in data_seeds]
+    n = min(n, *map(len, fresh))  # corrupt images may be left out
+    floor = [measure(x[:n], y) for x, y in zip(fresh, references, strict=True)]
+    samples = []
+    for seed in seeds:
+        images = torch.from_numpy(_varied(source.draw(n, seed), args.samples))
+        samples.append(measure(image_features([images], network), references[seed % len(references)]))
     return {
-        "split": args.split,
-        "train_split": args.train_split,
-        **form,
-        "features": str(args.features),
+        "split": split,
+        "train_split": train_split,
+        "fit": args.fit,
+        "shape": list(source.shape),
+        "features": str(features),
         "num_samples": n,
-        "num_references": len(references),
+        "num_references": len(references[0]),
         "seeds": list(seeds),
         "data_seeds": data_seeds,
         "measures": _rows(samples, floor),
     }
+
+
+def _choose_splits(args: Namespace) -> tuple[str, str]:
+    """The split to compare with, and that of the floor: the same, to be halved, only if there is no other."""
+    from .data.images import HELD_OUT_SPLITS, choose_split
+
+    split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
+    train_split = args.train_split or choose_split(args.dataset, ["train"])
+    if split == train_split and (args.split or args.train_split):
+        raise ConfigurationError(
+            "--split and --train_split must share no image; slices are splits, too: train[:80%] and train[80%:]"
+        )
+    return split, train_split
+
+
+def _choose_numbers(source: Source, args: Namespace, split: str, train_split: str) -> tuple[int, int]:
+    """The numbers of samples, and of images to compare them with."""
+    from .data.images import count_images
+
+    num_references = count_images(args.dataset, split)
+    if split == train_split:
+        num_references = num_fresh = num_references // 2
+    else:
+        num_fresh = count_images(args.dataset, train_split)
+    n = args.num_samples or min(NUM_IMAGES, num_fresh, source.number or NUM_IMAGES)
+    if num_fresh < n:
+        what = f"half of the split {split!r}" if split == train_split else f"the split {train_split!r}"
+        raise DatasetError(f"{what} holds {num_fresh} images, fewer than the {n} needed")
+    if source.number is not None and source.number < n:
+        raise DatasetError(f"{args.samples} holds {source.number} samples, fewer than the {n} asked for")
+    return n, num_references
 
 
 def _varied(samples: np.ndarray, name: object) -> np.ndarray:
@@ -210,6 +250,16 @@ def _measure_images(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     }
 
 
+def _measure_pixels(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    from .metrics import share_in_manifold, squared_energy_distance
+
+    return {
+        "squared_energy_distance": squared_energy_distance(x, y),
+        "precision": share_in_manifold(x, y),
+        "recall": share_in_manifold(y, x),
+    }
+
+
 def _rows(samples: list[dict[str, float]], floor: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
     """For each measure its values, one of each draw, and the ratio of their means where it says something."""
     rows = {}
@@ -227,6 +277,15 @@ def _heading(report: dict[str, Any], kind: str) -> str:
         f"{report['dataset']}\ndraws of samples: {len(report['seeds'])}, of data: {len(report['data_seeds'])} "
         "(means ± standard error)"
     )
+
+
+def _image_heading(report: dict[str, Any]) -> str:
+    split, train_split = report["split"], report["train_split"]
+    channels, height, width = report["shape"]
+    splits = f"split {split!r}, floor from {train_split!r}"
+    if split == train_split:
+        splits = f"random halves of split {split!r}, since there is no other"
+    return f"data: {splits}; {width}×{height}, channels: {channels}; features: {report['features']}"
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 
 from .errors import ConfigurationError, DatasetError, DivergenceError
 from .files import whole_file
+from .loading import fingerprint
 from .pipeline import DDPMMLPPipeline
 from .progress import progress_bar
 
@@ -354,11 +354,7 @@ def _check_data(x_0: torch.Tensor, sample_shape: tuple[int, ...], start: int, di
 def _identity(pipeline: DDPMMLPPipeline, dataset: Dataset, number: int, *options: int) -> str:
     """What makes two estimates the same. (Of the data, the first and the last sample stand for all.)"""
     ends = dataset.__getitems__([0, number - 1])
-    sha = hashlib.sha256()
-    for name, value in (*pipeline.unet.state_dict().items(), ("data", ends)):
-        sha.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
-    return json.dumps([sha.hexdigest(), scheduler, number, options], default=list)
+    return json.dumps([*fingerprint(pipeline, data=ends), number, options], default=list)
 
 
 def _at(values: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

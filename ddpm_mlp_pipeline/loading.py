@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import itertools
 import logging
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import CheckpointError, DDPMPipelineError, explain_missing_extra
-from .models.features import FeatureNetwork
+from .models.features import PIXELS, FeatureNetwork, PixelFeatures
 from .pipeline import DDPMMLPPipeline
 
 MAX_TIMESTEPS, MAX_SIZE = 10**6, 2**26  # of a scheduler; of a sample, in numbers
@@ -56,7 +57,7 @@ def load_features(path: str | os.PathLike) -> nn.Module:
     """Load a network that turns uint8 images, `[batch, channels, height, width]`, into `[batch, num_features]`.
 
     Args:
-        path: the folder of a [`FeatureNetwork`], or torch-fidelity's file of Inception's weights.
+        path: the folder of a [`FeatureNetwork`], torch-fidelity's file of Inception's weights, or `"pixels"`.
 
     Returns:
         The network, which says in `channels` how many an image may have.
@@ -66,6 +67,8 @@ def load_features(path: str | os.PathLike) -> nn.Module:
             the others.
         MissingExtraError: if Inception is asked for, and torch-fidelity is not installed.
     """
+    if str(path) == PIXELS:
+        return PixelFeatures()
     with _explained(f"can't load the feature network {path}"):
         if Path(path).is_file():
             return _load_inception(path)
@@ -86,6 +89,15 @@ def _load_inception(weights: str | os.PathLike) -> nn.Module:
         return InceptionNetwork(weights)
     except RuntimeError:  # whose message lists hundreds of names
         raise ValueError("its tensors are not those of torch-fidelity's Inception") from None
+
+
+def fingerprint(pipeline: DDPMMLPPipeline, **tensors: torch.Tensor) -> tuple[str, dict[str, Any]]:
+    """Return what tells a pipeline from another that was saved into the same folder: the SHA-256 of its network's
+    weights, and of further tensors by name, and its scheduler's configuration."""
+    sha = hashlib.sha256()
+    for name, value in (*pipeline.unet.state_dict().items(), *tensors.items()):
+        sha.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest(), {key: v for key, v in pipeline.scheduler.config.items() if not key.startswith("_")}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ What each needs is imported where it is used: points need no torch, images no op
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 50  # of images whose features are taken at once, at most 299 × 299 pixels each
 CHUNK = 2**22  # distances between pairs that are in memory at once
+NEIGHBOUR = 3  # whose distance is a manifold's radius, as in Kynkäänniemi et al. 2019
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in Bińkowski et al. 2018; fewer in a subset where there are fewer
 
 
@@ -76,6 +78,44 @@ def to_uint8(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2)
 
 
+def choose_features(
+    path: str | os.PathLike | None, channels: int, *numbers: int
+) -> tuple[str | os.PathLike, torch.nn.Module]:
+    """Load a feature network that suits images, before any of them is decoded or drawn.
+
+    Args:
+        path: as `load_features` takes it. By default the shipped classifier of MNIST, for grey images that are enough
+            for a Fréchet distance on its features, and else the pixels, which suit few images and any channels.
+        channels: of the images.
+        numbers: of the images, on each side.
+
+    Returns:
+        The network's path, or "pixels", and the network.
+
+    Raises:
+        ConfigurationError: if the network takes another number of channels.
+        DatasetError: if there are too few images.
+        CheckpointError: if the network can't be loaded.
+    """
+    from .checkpoints import FEATURES
+    from .loading import load_features
+    from .models.features import PIXELS
+
+    network = load_features(FEATURES if path is None else path)
+    if path is None:
+        path = FEATURES
+        if channels not in network.channels or min(numbers) <= network.num_features:
+            path, network = PIXELS, load_features(PIXELS)
+    _check_channels(network, channels)
+    if str(path) != PIXELS:
+        check_numbers_of_images(network.num_features, *numbers)
+    elif min(numbers) <= NEIGHBOUR:
+        raise DatasetError(
+            f"more than {NEIGHBOUR} images are needed on both sides, got {' and '.join(map(str, numbers))}"
+        )
+    return path, network
+
+
 def image_features(batches: Iterable[torch.Tensor], network: torch.nn.Module) -> torch.Tensor:
     """The features of images, on which all distances between sets of images are taken.
 
@@ -94,14 +134,17 @@ def image_features(batches: Iterable[torch.Tensor], network: torch.nn.Module) ->
     features = []
     with torch.no_grad():
         for images in batches:
-            if images.shape[1] not in network.channels:
-                raise ConfigurationError(
-                    f"the images have {images.shape[1]} channels, but the feature network takes "
-                    f"{' or '.join(map(str, network.channels))}: name another with --features (train_features.py "
-                    "trains one)"
-                )
+            _check_channels(network, images.shape[1])
             features += [network(batch).double() for batch in images.split(BATCH_SIZE)]
     return torch.cat(features)
+
+
+def _check_channels(network: torch.nn.Module, channels: int) -> None:
+    if channels not in network.channels:
+        raise ConfigurationError(
+            f"the images have {channels} channels, but the feature network takes "
+            f"{' or '.join(map(str, network.channels))}: take --features pixels, or train one by train_features.py"
+        )
 
 
 def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -131,8 +174,34 @@ def check_numbers_of_images(num_features: int, *numbers: int) -> None:
     if min(numbers) <= num_features:
         raise DatasetError(
             f"a Fréchet distance on {num_features} features needs more than {num_features} images on both sides, got "
-            f"{' and '.join(map(str, numbers))}"
+            f"{' and '.join(map(str, numbers))}: take --features pixels for fewer"
         )
+
+
+def squared_energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The squared energy distance 2 E|X − Y| − E|X − X′| − E|Y − Y′| (Székely and Rizzo 2013), a kernel distance with
+    the kernel −|x − y| (Sejdinovic et al. 2013), without bias: no image is compared with itself (the U-statistic).
+
+    Of samples of one distribution it is 0 but for chance, however few, and may be negative.
+
+    Args:
+        x, y: features, `[number of images, num_features]`; the numbers of images may differ, and are at least 2.
+
+    Returns:
+        The squared distance, in the features' units.
+    """
+    across, within_x, within_y = (_sum_of_distances(*pair) for pair in ((x, y), (x, x), (y, y)))
+    n, m = len(x), len(y)
+    return 2 * across / (n * m) - within_x / (n * (n - 1)) - within_y / (m * (m - 1))
+
+
+def _sum_of_distances(x: torch.Tensor, y: torch.Tensor) -> float:
+    import torch
+
+    rows = max(1, CHUNK // len(y))
+    # The difference, not the dot product: an image's distance to itself is then exactly 0.
+    mode = "donot_use_mm_for_euclid_dist"
+    return float(sum(torch.cdist(some, y, compute_mode=mode).sum() for some in x.split(rows)))
 
 
 def kernel_distance(x: torch.Tensor, y: torch.Tensor, seed: int = 0) -> tuple[float, float]:
@@ -172,7 +241,7 @@ def _features_as_they_are(num_features: int) -> torch.nn.Module:
     return network
 
 
-def share_in_manifold(x: torch.Tensor, y: torch.Tensor, k: int = 3) -> float:
+def share_in_manifold(x: torch.Tensor, y: torch.Tensor, k: int = NEIGHBOUR) -> float:
     """The share of `x` that lies in the manifold of `y`: no further from some y than that is from its k-th nearest
     neighbour among them (Kynkäänniemi et al. 2019, eq. 1 and 2).
 

@@ -26,12 +26,14 @@ class Source:
             the data's units, images uint8.
         info: what else is to be known to draw them again.
         columns: names of the points' coordinates, if they are known.
+        number: how many there are; `None` if any number can be drawn.
     """
 
     shape: tuple[int, ...]
     draw: Callable[[int, int], np.ndarray]
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     columns: list[str] | None = None
+    number: int | None = None
 
     @property
     def is_points(self) -> bool:
@@ -118,11 +120,14 @@ def _images_of(array: np.ndarray, path: Path) -> Source:
         return images.transpose(0, 3, 1, 2)
 
     height, width, channels = array.shape[1:]
-    return Source((channels, height, width), draw)
+    return Source((channels, height, width), draw, number=len(array))
 
 
 def _choose_from(samples: np.ndarray, path: Path) -> Source:
-    return Source(samples.shape[1:], lambda number, seed: samples[_choose(len(samples), number, seed, path)])
+    def draw(number: int, seed: int) -> np.ndarray:
+        return samples[_choose(len(samples), number, seed, path)]
+
+    return Source(samples.shape[1:], draw, number=len(samples))
 
 
 def _choose(total: int, number: int, seed: int, path: Path) -> np.ndarray:

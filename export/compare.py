@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddpm_mlp_pipeline.checkpoints import FEATURES
-from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command, positive_int
+from ddpm_mlp_pipeline.commands import (
+    FEATURES_HELP,
+    CommandParser,
+    add_image_options,
+    add_overwrite,
+    command,
+    leaving_out,
+    positive_int,
+)
 from ddpm_mlp_pipeline.errors import (
     ConfigurationError,
     DivergenceError,
@@ -40,8 +48,10 @@ SAMPLERS = (
     "euler_ancestral",
     "sasolver",
 )
-OF_EVERY_ROW = {"scheduler", "num_inference_steps", "num_samples", "frechet_distance"}
+OF_EVERY_ROW = {"scheduler", "num_inference_steps", "num_samples"}
 BATCH_SIZES = (1, 64)
+MAX_PIXEL_REFERENCES = 2000  # all pairs are compared
+LABELS = {"frechet_distance": "Fréchet distance", "energy_distance": "squared energy distance"}
 REPEATS = 5
 
 
@@ -50,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-compare", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     parser.add_argument("--dataset", required=True, help="an image data set, to whose images samples are compared")
-    parser.add_argument("--split", default="test", help="its split (default: test)")
+    parser.add_argument("--split", help="its split (default: test, or train where there is none)")
+    add_image_options(parser)
     parser.add_argument(
         "--schedulers",
         nargs="+",
@@ -67,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"(default: {' '.join(map(str, STEPS))})",
     )
     parser.add_argument("--num_samples", type=positive_int, default=2000, metavar="N", help="(default: 2000)")
-    parser.add_argument(
-        "--features", type=Path, default=FEATURES, help="a feature network's folder (default: MNIST's)"
-    )
+    parser.add_argument("--features", help=FEATURES_HELP)
     parser.add_argument(
         "--output", type=Path, required=True, help="a .json file; what this command wrote there isn't measured again"
     )
@@ -81,39 +90,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explain_missing_extra("ddpm-compare", "export"):
         from .exporter import export_bundle
     with explain_missing_extra("ddpm-compare", "train"):
-        from ddpm_mlp_pipeline.data.images import load_images
-        from ddpm_mlp_pipeline.loading import load_checkpoint, load_features
-        from ddpm_mlp_pipeline.metrics import frechet_distance, image_features, to_uint8
+        from ddpm_mlp_pipeline.data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
+        from ddpm_mlp_pipeline.loading import fingerprint, load_checkpoint
+        from ddpm_mlp_pipeline.metrics import (
+            choose_features,
+            frechet_distance,
+            image_features,
+            squared_energy_distance,
+            to_uint8,
+        )
+        from ddpm_mlp_pipeline.models.features import PIXELS
 
-    run = {
-        "checkpoint": str(args.checkpoint),
-        "dataset": args.dataset,
-        "split": args.split,
-        "num_samples": args.num_samples,
-        "features": str(args.features),
-    }
     known = _read(args.output)
     _write(known, args.output)  # a place that can't be written to is found before the work
-    trained_with = load_checkpoint(args.checkpoint).scheduler
+    pipeline = load_checkpoint(args.checkpoint)
+    if pipeline.is_points:
+        raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
+    channels, *size = pipeline.sample_shape
+    split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
+    features, network = choose_features(args.features, channels, args.num_samples, count_images(args.dataset, split))
+    measure, distance = "frechet_distance", frechet_distance
+    if features == PIXELS:
+        measure, distance = "energy_distance", squared_energy_distance
     tables = {}
     for scheduler in args.schedulers:
         for num_inference_steps in args.num_inference_steps:
             try:
-                tables[scheduler, num_inference_steps] = _compile(scheduler, num_inference_steps, trained_with)
+                tables[scheduler, num_inference_steps] = _compile(scheduler, num_inference_steps, pipeline.scheduler)
             except UnsupportedSchedulerError as error:
                 print(error)
     if not tables:
         raise ConfigurationError("there is nothing to compare")
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        number = MAX_PIXEL_REFERENCES if features == PIXELS else None
+        images = load_images(*(args.dataset, split, tuple(size), args.fit, channels, number), on_corrupt=on_corrupt)
+    references = image_features([images], network)
+    sha256, scheduler_config = fingerprint(pipeline, images=images, **network.state_dict())
+    run = {
+        "checkpoint": str(args.checkpoint),
+        "sha256": sha256,  # of network, data and features, since a path may come to hold others
+        "trained_with": json.loads(json.dumps(scheduler_config, default=list)),
+        "dataset": args.dataset,
+        "split": split,
+        "num_samples": args.num_samples,
+        "features": str(features),
+    }
+    print(f"{LABELS[measure]} to {len(images):,} images of {args.dataset}, split {split!r}, on {features}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_bundle(args.checkpoint, bundle, "ddpm", 10)
         sampler = OnnxSampler(bundle)
-        if sampler.is_points:
-            raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
-        channels, height, width = sampler.sample_shape
-        images = load_images(args.dataset, args.split, height if height == width else None, "resize", channels)
-        network = load_features(args.features)
-        references = image_features([images], network)
         rows = []
         for (scheduler, num_inference_steps), table in tables.items():
             row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
@@ -127,18 +153,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 except DivergenceError as error:
                     print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
                     continue
-                row["frechet_distance"] = frechet_distance(samples, references)
+                row[measure] = distance(samples, references)
                 known.append(row)
                 _write(known, args.output)
             else:
                 row = before
             row["ms_per_image"] = {str(size): _milliseconds(sampler, size) for size in BATCH_SIZES}
             rows.append(row)
-            print(f"{scheduler}, {num_inference_steps} steps: {row['frechet_distance']:.2f}", flush=True)
+            print(f"{scheduler}, {num_inference_steps} steps: {row[measure]:.2f}", flush=True)
     _write(known, args.output)
-    print(_table(rows))
+    if not rows:
+        raise DivergenceError(f"no scheduler gives finite samples of {args.checkpoint}: train it longer")
+    print(_table(rows, measure))
     if args.figure is not None:
-        _draw(rows, args.figure, args.overwrite)
+        _draw(rows, args.figure, measure, args.overwrite)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -149,8 +177,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list) or not all(row.keys() >= OF_EVERY_ROW for row in rows):
             raise ValueError
-        return [row for row in rows if row["frechet_distance"] >= 0]
-    except (ValueError, AttributeError, TypeError, RecursionError):
+        return [row for row in rows if math.isfinite(next(row[measure] for measure in LABELS if measure in row))]
+    except (ValueError, AttributeError, StopIteration, TypeError, RecursionError):
         raise ConfigurationError(f"{path} does not hold what ddpm-compare writes") from None
 
 
@@ -180,20 +208,20 @@ def _milliseconds(sampler: OnnxSampler, size: int) -> float:
     return 1000 * float(np.median(seconds)) / size
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, Any]], measure: str) -> str:
     width = max(len(row["scheduler"]) for row in rows)
     sizes = "".join(f"{f'ms, batch {size}':>14}" for size in BATCH_SIZES)
     lines = [f"{'':{width}} {'steps':>6} {'calls':>6} {'distance':>9}{sizes}"]
-    for row in sorted(rows, key=lambda row: row["frechet_distance"]):
+    for row in sorted(rows, key=lambda row: row[measure]):
         times = "".join(f"{row['ms_per_image'][str(size)]:>14.2f}" for size in BATCH_SIZES)
         lines.append(
             f"{row['scheduler']:{width}} {row['num_inference_steps']:>6} {row['network_calls']:>6} "
-            f"{row['frechet_distance']:>9.2f}{times}"
+            f"{row[measure]:>9.2f}{times}"
         )
     return "\n".join(lines)
 
 
-def _draw(rows: list[dict[str, Any]], path: Path, overwrite: bool) -> None:
+def _draw(rows: list[dict[str, Any]], path: Path, measure: str, overwrite: bool) -> None:
     from matplotlib.figure import Figure
 
     from ddpm_mlp_pipeline.plots import save
@@ -203,14 +231,16 @@ def _draw(rows: list[dict[str, Any]], path: Path, overwrite: bool) -> None:
     size = str(BATCH_SIZES[-1])
     for scheduler in dict.fromkeys(row["scheduler"] for row in rows):
         of_it = sorted((row for row in rows if row["scheduler"] == scheduler), key=lambda row: row["network_calls"])
-        times, distances = [row["ms_per_image"][size] for row in of_it], [row["frechet_distance"] for row in of_it]
+        times, distances = [row["ms_per_image"][size] for row in of_it], [row[measure] for row in of_it]
         (line,) = axes.plot(times, distances, marker="o", markersize=4, label=scheduler)
         for row, time_, distance in zip(of_it, times, distances, strict=True):
             number = str(row["network_calls"])
             axes.annotate(
                 number, (time_, distance), (3, 3), textcoords="offset points", size=6, color=line.get_color()
             )
-    axes.set(xscale="log", yscale="log", xlabel=f"ms per image, {size} together", ylabel="Fréchet distance")
+    axes.set(xscale="log", xlabel=f"ms per image, {size} together", ylabel=LABELS[measure])
+    if all(row[measure] > 0 for row in rows):  # the energy distance of samples like the data may be negative
+        axes.set_yscale("log")
     axes.set_title("Numbers: calls of the network", size="small")
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize="small")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import MNIST, assert_one_line_error, needs_mnist
+from PIL import Image
 from scipy import linalg
 
 from ddpm_mlp_pipeline import export_bundle, load_images, pretrained
@@ -36,8 +37,8 @@ def evaluate(run, tmp_path):
     def evaluate(*argv, command=("ddpm-evaluate",)):
         result = run(*command, *argv, "--output", tmp_path / "report.json", "--overwrite")
         assert result.returncode == 0, result.stderr
-        _, _, columns, *rows = result.stdout.splitlines()
-        assert columns.split() == ["samples", "floor", "ratio"]
+        lines = result.stdout.splitlines()
+        rows = lines[[line.split() for line in lines].index(["samples", "floor", "ratio"]) + 1 :]
         assert max(map(len, rows)) <= 80
         return json.loads((tmp_path / "report.json").read_text()), [row.split() for row in rows]
 
@@ -113,18 +114,17 @@ def test_points_from_a_file(evaluate, refused, tmp_path):
 
 
 def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
-    images = {split: load_images(pictures, split).permute(0, 2, 3, 1).numpy() for split in ("train", "test")}
+    images = load_images(pictures).permute(0, 2, 3, 1).numpy()
     blank, large, colour = (tmp_path / f"{name}.npy" for name in ("blank", "large", "colour"))
-    np.save(blank, np.zeros_like(images["train"]))
+    np.save(blank, np.zeros_like(images))
     np.save(large, np.random.default_rng(0).random((120, 12, 12, 1)))
-    np.save(colour, np.repeat(images["train"], 3, axis=3))
+    np.save(colour, np.repeat(images, 3, axis=3))
     for argv, *messages in [
         ((blank,), "the 100 samples of", "are all the same"),
-        ((blank, "--num_samples", 64), "on 64 features needs more than 64 images on both sides, got 64 and 120"),
+        ((blank, "--num_samples", 64, "--features", FEATURES), "needs more than 64 images", "got 64 and 120"),
         ((blank, "--num_samples", 121), "'train' holds 120 images, fewer than the 121 needed"),
-        ((large,), "the samples are 1×12×12 (channels × height × width)", "is 1×9×10", "--resolution"),
-        ((colour,), "the samples are 3×9×10", "--channels"),
-        ((colour, "--channels", 3), "3 channels", "--features"),
+        ((large, "--num_samples", 121, "--train_split", "train+test"), "holds 120 samples, fewer than the 121"),
+        ((colour, "--features", FEATURES), "3 channels", "--features pixels"),
         ((blank, "--split", "train"), "must share no image"),
         ((blank, "--features", tmp_path), "can't load the feature network"),
     ]:
@@ -132,10 +132,55 @@ def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
         options = ("--dataset", pictures, "--num_samples", 100, *options)  # what comes last counts
         error = refused(samples, *options)
         assert all(message in error for message in messages), error
-    assert_one_line_error(run("ddpm-evaluate", blank, "--dataset", pictures), "120 images, fewer than the 2000")
-    report, _ = evaluate(large, "--dataset", pictures, "--num_samples", 100, "--resolution", 12, "--fit", "pad")
+    assert_one_line_error(run("ddpm-evaluate", blank, "--dataset", pictures), "120 samples of", "are all the same")
+    report, _ = evaluate(large, "--dataset", pictures, "--fit", "pad")
     assert report["measures"]["frechet_distance"]["ratio"] > 2
-    assert (report["resolution"], report["fit"]) == (12, "pad")
+    assert (report["shape"], report["fit"], report["num_samples"]) == ([1, 12, 12], "pad", 120)
+
+
+def test_what_is_missing_is_said_before_any_image_is_decoded(refused, tmp_path):
+    """None of these can be decoded."""
+    for i in range(9):
+        (tmp_path / f"{i}.png").touch()
+    samples = tmp_path / "samples.npy"
+    np.save(samples, np.random.default_rng(0).random((20, 4, 4, 3)))
+    for argv, message in [
+        (("--features", FEATURES), "3 channels, but the feature network takes 1"),
+        (("--num_samples", 5), "half of the split 'train' holds 4 images, fewer than the 5 needed"),
+        (("--num_samples", 3), "more than 3 images are needed on both sides, got 3 and 4"),
+        (("--split", "train"), "must share no image"),
+        (("--split", "tset"), "tset"),
+        ((), "row 0 of"),
+    ]:
+        error = refused(samples, "--dataset", tmp_path, *argv)
+        assert message in error, error
+
+
+def test_few_colour_pictures_of_one_split_are_judged_by_their_pixels(run, evaluate, tmp_path):
+    rng = np.random.default_rng(0)
+    corners, pictures = rng.integers(256, size=(2, 3, 1, 1, 3)), []
+    for weights in rng.dirichlet(np.ones(3), size=(90, 2)):
+        left, right = np.tensordot(weights, corners[0], axes=(1, 0))
+        ramp = np.linspace(0, 1, 12)[None, :, None]
+        pictures.append(np.rint(left * (1 - ramp) + right * ramp).repeat(8, axis=0).astype(np.uint8))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, pixels in enumerate(pictures[:60]):
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    (folder / "07.png").write_bytes(b"")
+    np.save(tmp_path / "good.npy", np.stack(pictures[60:]))
+    np.save(tmp_path / "bad.npy", np.stack(pictures[60:]) // 2)
+    assert_one_line_error(run("ddpm-evaluate", tmp_path / "good.npy", "--dataset", folder), "07.png) is no image")
+    found = {}
+    for name in ("good", "bad"):
+        report, _ = evaluate(tmp_path / f"{name}.npy", "--dataset", folder, "--skip_corrupt")
+        assert (report["features"], report["split"], report["train_split"]) == ("pixels", "train", "train")
+        assert (report["num_samples"], report["num_references"], report["shape"]) == (29, 29, [3, 8, 12])
+        found[name] = report["measures"]["squared_energy_distance"]
+    (good,), (bad,), floor = found["good"]["samples"], found["bad"]["samples"], found["good"]["floor"]
+    assert abs(good) < 0.2 * bad
+    assert abs(np.mean(floor)) < 0.1 * bad
+    assert floor == found["bad"]["floor"]
 
 
 def frechet(x, y):

@@ -6,16 +6,19 @@ import torch
 from scipy import linalg, spatial, stats
 
 from ddpm_mlp_pipeline import metrics
+from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
 from ddpm_mlp_pipeline.metrics import (
+    choose_features,
     energy_distance,
     frechet_distance,
     image_features,
     kernel_distance,
     share_in_manifold,
     sliced_wasserstein_distance,
+    squared_energy_distance,
 )
-from ddpm_mlp_pipeline.models.features import FeatureNetwork
+from ddpm_mlp_pipeline.models.features import PixelFeatures
 
 
 @pytest.fixture
@@ -108,6 +111,42 @@ def test_the_share_in_a_manifold_by_a_tree(rng, monkeypatch):
 
 
 def test_images_of_other_channels_are_refused():
-    colour = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
-    with pytest.raises(ConfigurationError, match="have 3 channels, but the feature network takes 1: name another"):
-        image_features([colour], FeatureNetwork())
+    with pytest.raises(ConfigurationError, match="have 3 channels, but the feature network takes 1: take --features"):
+        choose_features(FEATURES, 3, 1000, 1000)
+
+
+def test_features_are_chosen_by_channels_and_numbers():
+    """The shipped network has 64 features, on grey images."""
+    for channels, numbers, expected in [
+        (1, (65, 65), FEATURES),
+        (1, (64, 1000), "pixels"),
+        (3, (1000, 1000), "pixels"),
+    ]:
+        assert choose_features(None, channels, *numbers)[0] == expected
+    with pytest.raises(DatasetError, match="more than 3 images are needed on both sides, got 3 and 9"):
+        choose_features(None, 3, 3, 9)
+
+
+def test_pixels_differ_by_the_root_mean_square_of_their_levels(rng):
+    """Also where there are more than 32 in a row, and blocks of them are averaged."""
+    small = rng.integers(256, size=(2, 3, 20, 32), dtype=np.uint8)
+    expected = np.sqrt(np.mean((small[0] / 1.0 - small[1]) ** 2))
+    for images in (small, small.repeat(3, axis=3)):
+        x, y = image_features([torch.from_numpy(images)], PixelFeatures())
+        assert torch.dist(x, y).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_unbiased_energy_distance_is_scipys_without_the_pairs_of_one(rng, monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 1000)
+    x, y = rng.standard_normal((40, 1)), 2 * rng.standard_normal((30, 1)) + 1
+    own = [spatial.distance.pdist(side).mean() for side in (x, y)]
+    biased = stats.energy_distance(x[:, 0], y[:, 0]) ** 2
+    expected = biased - own[0] / 40 - own[1] / 30  # a mean over all pairs has a share of 1 / n of zeros
+    assert squared_energy_distance(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_unbiased_energy_distance_of_few_is_0_on_average(rng):
+    pairs = torch.from_numpy(rng.standard_normal((400, 2, 8, 5)))
+    distances = np.array([squared_energy_distance(*pair) for pair in pairs])
+    assert abs(distances.mean()) < 4 * distances.std() / 20
+    assert distances.min() < 0

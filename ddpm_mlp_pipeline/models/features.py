@@ -1,10 +1,12 @@
-"""`FeatureNetwork`, a small classifier of images, on whose last hidden layer distances between them are taken."""
+"""What distances between images are taken on: `FeatureNetwork`, a small classifier, or their pixels."""
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+PIXELS, PIXEL_SIZE = "pixels", 32  # the name of these features; their greatest height and width
 
 
 class FeatureNetwork(ModelMixin, ConfigMixin):
@@ -63,3 +65,20 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """The classes' logits, `[batch, num_classes]`, of images as `forward` takes them."""
         return self.classifier(self.forward(images))
+
+
+class PixelFeatures(nn.Module):
+    r"""
+    An image's own pixels, averaged where there are more than 32 in a row or column. Called as [`FeatureNetwork`] is.
+
+    They are scaled so that the Euclidean distance of two images is the root mean square difference of their levels,
+    of 0 to 255, whatever the images' size.
+    """
+
+    channels = (1, 3, 4)  # that it takes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        r"""The features, `[batch, numbers]`, of images, uint8 `[batch, channels, height, width]`."""
+        size = [min(length, PIXEL_SIZE) for length in images.shape[-2:]]
+        pixels = F.adaptive_avg_pool2d(images.float(), size).flatten(1)
+        return pixels / pixels.shape[1] ** 0.5
