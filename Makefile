@@ -9,7 +9,7 @@ MNIST ?= ylecun/mnist
 CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint pretrained features pictures schedulers clean
+.PHONY: demo test test-lowest test-pythons lint pretrained features pictures schedulers clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -28,6 +28,17 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)  # two processes of one thread, for two cores
+
+# With the lowest versions that setup.cfg allows: all tests but the slow ones, of which those of several processes are run,
+# and but the page's and the ports', whose JavaScript is the same.
+test-lowest: .venv-lowest/installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n 2 -m "not slow" --ignore tests/export/test_page.py \
+		--ignore tests/export/test_ports.py --disable-warnings $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q tests/test_resuming.py -k two_processes --disable-warnings
+
+# The base install from a wheel, on every Python that this machine has: the same samples, byte for byte.
+test-pythons: .venv/installed
+	$(BIN)/python tests/every_python.py
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -97,5 +108,11 @@ schedulers: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+.venv-lowest/installed: setup.cfg pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv $(DEMO) build dist *.egg-info
+	rm -rf .venv .venv-lowest $(DEMO) build dist *.egg-info

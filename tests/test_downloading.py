@@ -32,7 +32,8 @@ def hub(tmp_path):
         def do_GET(self):
             asked.append(self.path)
             files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
-            _, _, name = self.path.partition(f"/resolve/{COMMIT}/")
+            _, _, name = self.path.partition("/resolve/")
+            _, _, name = name.partition("/")  # without the revision
             if name in files:
                 data = files[name].read_bytes()
             elif name:

@@ -1,14 +1,19 @@
-"""The package's face: lazy names, shipped checkpoints."""
+"""The package's face: lazy names, shipped checkpoints, and what it asks to be installed."""
 
+import ast
+import configparser
+import importlib.util
+import re
 import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 from safetensors.numpy import load_file
 
 import ddpm_mlp_pipeline
 from ddpm_mlp_pipeline import pretrained
-from ddpm_mlp_pipeline.errors import ConfigurationError
+from ddpm_mlp_pipeline.errors import _EXTRA_OF_MODULE, ConfigurationError
 
 
 def test_importing_the_package_imports_neither_torch_nor_diffusers():
@@ -36,3 +41,89 @@ def test_shipped_checkpoints_are_small():
         assert weights.stat().st_size < size
     with pytest.raises(ConfigurationError, match="'hart'; there are: heart, mnist, swiss_roll, swiss_roll_2015"):
         pretrained("hart")
+
+
+FOLDERS = {"ddpm_mlp_pipeline": "ddpm_mlp_pipeline", "export": "ddpm_mlp_pipeline.export"}
+FOLDERS |= {"train_scripts": "ddpm_mlp_pipeline.train_scripts"}
+MODULES = {  # by name: the file, and whether the name is a package's
+    ".".join([FOLDERS[path.parts[0]], *path.with_suffix("").parts[1:]]).removesuffix(".__init__"): ROOT / path
+    for folder in FOLDERS
+    for path in (file.relative_to(ROOT) for file in (ROOT / folder).rglob("*.py"))
+}
+DISTRIBUTIONS = {"PIL": "pillow", "ot": "pot", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
+
+
+def requirements(extra=None):
+    """The distributions that setup.cfg asks for, in lower case."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    section = config["options.extras_require"] if extra else config["options"]
+    text = section[extra or "install_requires"]
+    return {re.split(r"[><=]", line)[0].lower() for line in text.split()}
+
+
+def imports(module, everywhere):
+    """The modules that a module imports, within functions as well or only where it is itself imported."""
+
+    def walk(node):
+        for child in ast.iter_child_nodes(node):
+            is_for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            if everywhere or not (is_for_types or isinstance(child, ast.FunctionDef)):
+                yield child
+                yield from walk(child)
+
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield base
+            yield from (name for alias in node.names if (name := f"{base}.{alias.name}") in MODULES)
+
+
+def distributions(*modules, everywhere):
+    """What modules need that are neither Python's nor the package's, with what they import in their turn."""
+    found, seen, waiting = set(), set(), [*modules]
+    while waiting:
+        name = waiting.pop()
+        if name in MODULES and name not in seen:
+            seen.add(name)
+            waiting += imports(name, everywhere)
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names and top not in FOLDERS:
+            found.add(DISTRIBUTIONS.get(top, top))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("extra", "modules"),
+    [
+        (None, ["export.sample", "export.runtime"]),
+        ("export", ["export.exporter", "export.golden"]),
+        ("train", ["train_scripts.train_points", "train_scripts.train_images", "plots"]),
+        ("evaluate", ["evaluate", "data.points"]),
+    ],
+)
+def test_what_is_imported_is_declared(extra, modules):
+    needed = distributions(*(f"ddpm_mlp_pipeline.{name}" for name in modules), everywhere=False)
+    assert needed - requirements() - (requirements(extra) if extra else set()) == set()
+
+
+def test_what_is_declared_is_imported_or_said_to_be_needed():
+    extras = ("train", "export", "evaluate", "inception")
+    declared = set().union(requirements(), *map(requirements, extras))
+    assert declared - distributions(*MODULES, everywhere=True) == {"tensorboard"}  # by Accelerate
+    assert distributions(*MODULES, everywhere=True) <= declared
+    modules = {name: next((m for m, d in DISTRIBUTIONS.items() if d == name), name) for name in declared}
+    assert {modules[name] for name in declared - requirements()} <= _EXTRA_OF_MODULE.keys()
+
+
+def test_the_lowest_versions_are_those_of_the_lower_bounds():
+    def read(text, operator):
+        pairs = re.findall(rf"^ *([\w-]+){operator}([\d.]+)", text, re.MULTILINE)
+        return {(name.lower(), version.removesuffix(".0").removesuffix(".0")) for name, version in pairs}
+
+    bounds = (ROOT / "setup.cfg").read_text(encoding="utf-8").partition("\n# Inception")[0]
+    lowest = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")
+    assert read(bounds, ">=") == read(lowest, "==")
