@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num_samples",
         type=positive_int,
         metavar="N",
-        help=f"samples, on both sides if points (default: {NUM_POINTS} points, at most {NUM_IMAGES} images)",
+        help=f"samples, on both sides if points (default: {NUM_POINTS} points or half of a file, at most {NUM_IMAGES} "
+        "images)",
     )
     parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="of a checkpoint (default: its own)")
@@ -114,6 +115,7 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
         ]
     else:  # a file: the two sides share no point
         points = to_array(load_points(args.dataset, columns=source.columns))
+        n = args.num_samples or min(n, len(points) // 2)
         if len(points) < 2 * n:
             raise DatasetError(
                 f"{args.dataset} holds {len(points)} points, too few for two sets of {n}: lower --num_samples"
@@ -292,7 +294,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'':30}{'samples':>19}{'floor':>19}{'ratio':>9}"]
     for key, row in rows.items():
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(f"{LABELS[key]:30}{_mean(row['samples']):>19}{_mean(row['floor']):>19}{ratio:>9}")
+        lines.append(f"{LABELS[key]:29} {_mean(row['samples']):>18} {_mean(row['floor']):>18} {ratio:>8}")
     return "\n".join(lines)
 
 

@@ -34,12 +34,12 @@ main()
 def evaluate(run, tmp_path):
     """Run the command, and give its report and the table's rows, as lists of words."""
 
-    def evaluate(*argv, command=("ddpm-evaluate",)):
+    def evaluate(*argv, command=("ddpm-evaluate",), widest=80):
         result = run(*command, *argv, "--output", tmp_path / "report.json", "--overwrite")
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
         rows = lines[[line.split() for line in lines].index(["samples", "floor", "ratio"]) + 1 :]
-        assert max(map(len, rows)) <= 80
+        assert max(map(len, rows)) <= widest
         return json.loads((tmp_path / "report.json").read_text()), [row.split() for row in rows]
 
     return evaluate
@@ -94,8 +94,13 @@ def test_points_from_a_file(evaluate, refused, tmp_path):
     report, _ = evaluate(far, "--dataset", "heart", "--num_samples", 400, "--repeats", 1)
     assert report["measures"]["sliced_wasserstein_distance"]["samples"][0] == pytest.approx(100, rel=0.05)
     assert all(measure["ratio"] > 50 for measure in report["measures"].values())
-    report, _ = evaluate(far, "--dataset", far, "--num_samples", 200)
+    report, _ = evaluate(far, "--dataset", far)
+    assert report["num_samples"] == 200  # half of the file, on either side
     assert all(0.5 < measure["ratio"] < 2 for measure in report["measures"].values())
+
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).standard_normal((800, 2)) * 1e5)
+    _, rows = evaluate(tmp_path / "wide.npy", "--dataset", tmp_path / "wide.npy", widest=100)
+    assert rows[0][-6] == rows[0][-3] == "±"  # the columns stand apart, however large the numbers
 
     np.save(tmp_path / "solid.npy", np.zeros((400, 3)))
     np.save(tmp_path / "same.npy", np.full((800, 2), 1.5))
