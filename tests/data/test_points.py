@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from ddpm_mlp_pipeline import load_points
-from ddpm_mlp_pipeline.data.points import POINT_SETS, to_array
+from ddpm_mlp_pipeline.data.points import POINT_SETS, check_columns, to_array, warn_of_columns
 from ddpm_mlp_pipeline.errors import DatasetError
 
 
@@ -153,3 +153,23 @@ def test_what_only_looks_like_numbers_is_refused(tmp_path, values):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(DatasetError, match=message):
         load_points(*arguments)
+
+
+@pytest.mark.parametrize("number", [100, 5000, 50_000])
+def test_tails_are_heavy_beyond_those_of_an_exponential(tmp_path, number):
+    rng = np.random.default_rng(0)
+    fine = [rng.normal(size=number), rng.uniform(size=number), rng.exponential(size=number)]
+    heavy = [rng.lognormal(0, 3, number), rng.standard_cauchy(number)] if number > 100 else []
+    np.save(tmp_path / "a.npy", np.stack(fine + heavy, axis=1))
+    found = list(check_columns(tmp_path / "a.npy"))
+    assert [warning.check for warning in found] == (["heavy tails"] if heavy else [])
+    for i in range(5):
+        assert (f"'x{i}' (" in "".join(warning.message for warning in found)) == (i >= 3 and bool(heavy))
+
+
+def test_training_warns_of_whole_numbers(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("count,size\n" + "".join(f"{i % 7},{i / 9}\n" for i in range(50)))
+    warn_of_columns(tmp_path / "a.csv")
+    assert capsys.readouterr().err.startswith("warning: whole numbers: in 'count', which")
+    warn_of_columns("heart")
+    assert capsys.readouterr().err == ""
