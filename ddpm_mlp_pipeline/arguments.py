@@ -51,7 +51,7 @@ def parse_options(
     preset = config.parse_known_args(argv)[0].config
     if preset is not None:
         lists = {field.name for field in fields if "nargs" in _argument(field, types_of[field.name])}
-        argv = _read_preset(preset, presets, {field.name for field in fields}, lists) + argv
+        argv = _as_argv(preset, read_preset(preset, presets), {field.name for field in fields}, lists) + argv
 
     values = vars(parser.parse_args(argv))
     del values["config"]
@@ -83,7 +83,16 @@ def _argument(field: dataclasses.Field, type_: Any) -> dict[str, Any]:
     return argument | {"type": type_, "choices": field.metadata.get("choices")}
 
 
-def _read_preset(preset: str, presets: Path | None, known: set[str], lists: set[str]) -> list[str]:
+def read_preset(preset: str, presets: Path | None) -> dict[str, Any]:
+    """Read a preset's options by name, of whatever types YAML gives them.
+
+    Args:
+        preset: a YAML file, or the bare name of one in `presets`.
+        presets: the folder of the presets that go by a bare name.
+
+    Raises:
+        ConfigurationError: if the preset doesn't exist, or is no mapping.
+    """
     path = Path(preset)
     if not path.is_file() and presets is not None:
         path = presets / f"{preset}.yaml"
@@ -96,16 +105,20 @@ def _read_preset(preset: str, presets: Path | None, known: set[str], lists: set[
         raise ConfigurationError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(options, dict):
         raise ConfigurationError(f"{path} must hold lines of the form `option: value`")
+    return options
+
+
+def _as_argv(preset: str, options: dict[str, Any], known: set[str], lists: set[str]) -> list[str]:
     unknown = sorted(str(key) for key in options.keys() - known)
     if unknown:
-        raise ConfigurationError(f"{path} sets {', '.join(unknown)}, which is no option of this command")
+        raise ConfigurationError(f"{preset} sets {', '.join(unknown)}, which is no option of this command")
 
     argv = []
     for key, value in options.items():
         if key in lists and isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
             argv += [f"--{key}", *map(str, value)]
         elif isinstance(value, dict | list):
-            raise ConfigurationError(f"{path} must set {key} to one value")
+            raise ConfigurationError(f"{preset} must set {key} to one value")
         elif isinstance(value, bool):
             argv.append(f"--{key}" if value else f"--no-{key}")
         elif value is not None:

@@ -7,11 +7,11 @@ import dataclasses
 import math
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .commands import CommandParser, command, command_imports, positive_int
-from .errors import CheckpointError, DatasetError
+from .commands import CommandParser, command, command_imports, leaving_out, positive_int
+from .errors import CheckpointError, ConfigurationError, DatasetError
 
 with command_imports("ddpm-doctor", __name__):
     import torch
@@ -19,10 +19,10 @@ with command_imports("ddpm-doctor", __name__):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from .arguments import parse_options
-    from .data.images import load_images, to_network_units
+    from .arguments import parse_options, read_preset
+    from .data.images import image_shapes, load_images, to_network_units
     from .data.normalized import load_normalized
-    from .data.points import POINT_SETS
+    from .data.points import POINT_SETS, check_columns, is_point_set
     from .loading import load_checkpoint
     from .pipeline import DDPMMLPPipeline
     from .resuming import find_states
@@ -49,7 +49,7 @@ class Finding:
         check: what was looked at.
         message: what was seen.
         remedy: what helps; `None` if all is well.
-        is_open: whether there was nothing to check it on.
+        is_open: whether that is no fault, or there was nothing to check it on.
     """
 
     check: str
@@ -135,11 +135,28 @@ def check_data(patient: Patient) -> Iterator[Finding]:
 def check_shape(name: str, split: str, pipeline: DDPMMLPPipeline) -> Finding:
     """Whether the images come in the network's size and number of channels."""
     expected = pipeline.sample_shape
-    found = tuple(load_images(name, split, number=1).shape[1:])
-    if found == expected:
+    shapes = image_shapes(name, split, NUM_IMAGES)
+    if not shapes:
+        return Finding("shape", "none of the images can be read", "remove what is no image")
+    brought = f"and are brought to the network's {_shape(expected)}"
+    if len({shape[1:] for shape in shapes}) > 1:
+        low, high = (tuple(extreme(shape[i] for shape in shapes) for i in (1, 2)) for extreme in (min, max))
+        message = (
+            f"the images' sizes differ, with widths from {low[1]} to {high[1]} and heights from {low[0]} to "
+            f"{high[0]}, {brought}"
+        )
+        return Finding("shape", message)
+    ((found, _),) = shapes.most_common(1)
+    if set(shapes) == {expected}:
         return Finding("shape", _shape(found))
-    message = f"the images are {_shape(found)}, and are brought to the network's {_shape(expected)}"
+    message = f"the images are {_shape(found)}, {brought}"
     return Finding("shape", message, f"if that isn't meant, train with --resolution {found[1]} --channels {found[0]}")
+
+
+def check_point_columns(name: str, columns: Sequence[str] | None) -> Iterator[Finding]:
+    """Whether the columns of a file have heavy tails, or whole numbers, which are no fault."""
+    for warning in check_columns(name, columns):
+        yield Finding(warning.check, warning.message, warning.remedy, is_open=warning.check == "whole numbers")
 
 
 def check_terminal_snr(scheduler: DDPMScheduler, x_0: torch.Tensor) -> Finding:
@@ -260,6 +277,11 @@ def check_ema(patient: Patient) -> Finding:
 
 
 def _check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding:
+    if options.train_batch_size > dataset_size:
+        message = (
+            f"there are no steps: a batch of {options.train_batch_size} is larger than the {dataset_size} samples"
+        )
+        return Finding("EMA", message, "lower --train_batch_size")
     if not options.use_ema:
         return Finding("EMA", "none")
     steps_per_epoch = math.ceil(dataset_size // options.train_batch_size / options.gradient_accumulation_steps)
@@ -322,11 +344,16 @@ def _shape(shape: tuple[int, ...]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-doctor", description=__doc__)
     parser.add_argument("patient", help="a checkpoint folder, or a preset: a YAML file, or a shipped one's name")
-    parser.add_argument("--dataset", required=True, help="a point set's name, a file of points, or an image data set")
+    parser.add_argument(
+        "--dataset", help="a point set's name, a file of points, or an image data set (default: the preset's)"
+    )
     parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
-    parser.add_argument("--split", default="train", help="of an image data set (default: train)")
+    parser.add_argument("--split", help="of an image data set (default: train)")
     parser.add_argument("--held_out_split", help="to look for overfitting (default: test, where there is one)")
-    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
+    parser.add_argument("--resolution", type=positive_int, metavar="N", help="of a preset's images, as in training")
+    parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="of a preset's images, as in training")
+    parser.add_argument("--fit", choices=["resize", "pad"], help="as in training (default: the preset's, or resize)")
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
     parser.add_argument(
         "--num_samples",
         type=positive_int,
@@ -334,31 +361,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
     )
     args = parser.parse_args(argv)
-    is_points = args.dataset in POINT_SETS or Path(args.dataset).suffix in (".csv", ".npy", ".parquet")
-    number = args.num_samples or (NUM_POINTS if is_points else NUM_IMAGES)
-    findings = []
-    if Path(args.patient).is_dir():
-        pipeline = load_checkpoint(args.patient)
-        options = {"fit": args.fit, "noise": args.dataset_noise}
-        x_0 = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
-        patient = Patient(pipeline, x_0, raw=_load_raw(Path(args.patient), pipeline.unet))
-        if not is_points:
-            try:
-                split = args.held_out_split or "test"
-                patient.held_out = _take(load_normalized(pipeline, args.dataset, number, split=split, **options))
-            except DatasetError:
-                if args.held_out_split is not None:
-                    raise
-        elif args.dataset in POINT_SETS:
-            patient.held_out = _take(load_normalized(pipeline, args.dataset, number, seed=1, **options))
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        if Path(args.patient).is_dir():
+            patient = _checkpoint_as_patient(args, on_corrupt)
+        else:
+            patient = _preset_as_patient(args, on_corrupt)
+    if patient.pipeline.is_points:
+        findings = [*check_point_columns(args.dataset, patient.pipeline.config.data_columns), *examine(patient)]
     else:
-        patient = _preset_as_patient(args, is_points, number)
-    if not is_points:
-        findings.append(check_shape(args.dataset, args.split, patient.pipeline))
-    findings += examine(patient)
+        findings = [check_shape(args.dataset, args.split, patient.pipeline), *examine(patient)]
     for finding in findings:
         print(_show(finding))
-    wrong = sum(finding.remedy is not None for finding in findings)
+    wrong = sum(finding.remedy is not None and not finding.is_open for finding in findings)
     print("nothing is wrong" if wrong == 0 else f"{wrong} finding{'s' if wrong > 1 else ''}")
     if wrong:
         raise SystemExit(1)
@@ -384,23 +398,55 @@ def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:
     return raw
 
 
-def _preset_as_patient(args: Namespace, is_points: bool, number: int) -> Patient:
-    """A preset's data and untrained network."""
-    argv = ["--config", args.patient, "--output_dir", "none"]
+def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
+    """A checkpoint's network, and the data that it is said to be trained on."""
+    if args.dataset is None:
+        raise ConfigurationError("a checkpoint is examined on its data: name them with --dataset")
+    if args.resolution or args.channels:
+        raise ConfigurationError("--resolution and --channels are a preset's: a checkpoint's network has its own")
+    pipeline = load_checkpoint(args.patient)
+    args.split = args.split or "train"
+    number = args.num_samples or (NUM_POINTS if pipeline.is_points else NUM_IMAGES)
+    options = {"fit": args.fit or "resize", "noise": args.dataset_noise, "on_corrupt": on_corrupt}
+    x_0 = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
+    patient = Patient(pipeline, x_0, raw=_load_raw(Path(args.patient), pipeline.unet))
+    if not pipeline.is_points:
+        try:
+            split = args.held_out_split or "test"
+            patient.held_out = _take(load_normalized(pipeline, args.dataset, number, split=split, **options))
+        except DatasetError:
+            if args.held_out_split is not None:
+                raise
+    elif args.dataset in POINT_SETS:
+        patient.held_out = _take(load_normalized(pipeline, args.dataset, number, seed=1, **options))
+    return patient
+
+
+def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
+    """A preset's data and untrained network; what is typed wins, as in training."""
     presets = Path(train_points.__file__).parent / "configs"
-    generator = torch.Generator().manual_seed(0)
+    preset = read_preset(args.patient, presets)
+    is_points = is_point_set(args.dataset) if args.dataset else "dataset_name" not in preset
+    typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
+    typed["dataset_name"] = args.dataset
     if is_points:
-        argv += ["--dataset", args.dataset]
-        argv += [] if args.dataset_noise is None else ["--dataset_noise", str(args.dataset_noise)]
+        if args.resolution or args.channels:
+            raise ConfigurationError("--resolution and --channels are for images, but the preset is of points")
+        typed = {"dataset": args.dataset, "dataset_noise": args.dataset_noise}
+    argv = ["--config", args.patient, "--output_dir", "none"]
+    argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
+    if is_points:
         options = parse_options(train_points.PointTrainingArguments, argv, "", presets)
         pipeline, x_0 = train_points.make_pipeline(options)
         options.train_batch_size = options.train_batch_size or train_points.default_batch_size(len(x_0))
+        args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
     else:
-        argv += ["--dataset_name", args.dataset, "--split", args.split]
         options = parse_options(train_images.ImageTrainingArguments, argv, "", presets)
-        images = load_images(args.dataset, options.split, options.resolution, options.fit, options.channels)
+        form = options.resolution, options.fit, options.channels
+        images = load_images(options.dataset_name, options.split, *form, on_corrupt=on_corrupt)
         pipeline, x_0 = train_images.make_pipeline(options, tuple(images.shape[1:])), images
-    chosen = x_0[torch.randperm(len(x_0), generator=generator)[:number]]
+        args.dataset, args.split, number = options.dataset_name, options.split, args.num_samples or NUM_IMAGES
+    chosen = x_0[torch.randperm(len(x_0), generator=torch.Generator().manual_seed(0))[:number]]
     return Patient(pipeline, chosen if is_points else to_network_units(chosen), options=options, dataset_size=len(x_0))
 
 

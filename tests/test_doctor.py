@@ -3,10 +3,13 @@
 import copy
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from helpers import MNIST, assert_one_line_error, needs_mnist
+from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, pretrained, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches, load_normalized
@@ -144,7 +147,7 @@ def test_the_command_on_a_preset(run, tmp_path):
     assert result.returncode == 1
     ailing = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("!!")]
     assert ailing == ["terminal", "timesteps:", "EMA:"]
-    assert run("ddpm-doctor", "heart", "--dataset", "heart").returncode == 0
+    assert run("ddpm-doctor", "heart").returncode == 0  # on the data that it names
 
 
 @needs_mnist
@@ -163,3 +166,46 @@ def test_the_command_on_images(run):
     )
     assert result.returncode == 1
     assert "32×32 of 3 channels" in result.stdout
+
+
+def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run, tmp_path):
+    """No single --resolution is theirs; what is typed wins over the preset."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(100):
+        size = (12 + i % 7, 10 + i % 5, 3)
+        Image.fromarray(rng.integers(256, size=size, dtype=np.uint8)).save(pictures / f"{i:02}.png")
+    (pictures / "50.png").write_bytes(b"")
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"dataset_name: {pictures}\nblock_out_channels: 16,32\nresolution: 8\nema_max_decay: 0.9\n")
+    assert_one_line_error(run("ddpm-doctor", preset), "50.png) is no image")
+    result = run("ddpm-doctor", preset, "--skip_corrupt", "--resolution", 20, "--fit", "pad", "--channels", 1)
+    assert "left out 1 image" in result.stderr
+    found = " ".join(result.stdout.split())
+    assert (
+        "ok shape: the images' sizes differ, with widths from 10 to 14 and heights from 12 to 18, and are brought to "
+        "the network's 20×20 of 1 channel"
+    ) in found
+    assert "data: from -1.00 to" in found  # the black around them
+    assert "larger than the 99 samples → lower --train_batch_size" in found
+    assert_one_line_error(
+        run("ddpm-doctor", preset, "--dataset", "heart", "--resolution", 9), "sets block_out_channels"
+    )
+    assert_one_line_error(run("ddpm-doctor", "heart", "--resolution", 8), "are for images")
+    assert_one_line_error(run("ddpm-doctor", pretrained("mnist"), "--dataset", pictures, "--resolution", 8), "its own")
+    assert_one_line_error(run("ddpm-doctor", pretrained("mnist")), "name them with --dataset")
+    assert_one_line_error(run("ddpm-doctor", pretrained("mnist"), "--dataset", "heart"), "heart is a point set")
+
+
+def test_heavy_tails_and_whole_numbers_in_a_file(run, tmp_path):
+    rng = np.random.default_rng(0)
+    columns = {"plain": rng.normal(size=3000), "price": rng.lognormal(0, 2, 3000), "count": rng.integers(9, size=3000)}
+    pd.DataFrame(columns).to_csv(tmp_path / "own.csv", index=False)
+    result = run("ddpm-doctor", "heart", "--dataset", tmp_path / "own.csv")
+    assert result.returncode == 1
+    found = " ".join(result.stdout.split())
+    assert "!! heavy tails: values are more than 10 standard deviations from the mean in 'price' (" in found
+    assert "-- whole numbers: in 'count'," in found
+    assert "→ round the samples" in found
+    assert result.stdout.splitlines()[-1] == "1 finding"

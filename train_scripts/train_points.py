@@ -17,7 +17,7 @@ with command_imports("training", __name__):
     from ddpm_mlp_pipeline import hub, plots
     from ddpm_mlp_pipeline.arguments import parse_options
     from ddpm_mlp_pipeline.data.normalized import TensorBatches
-    from ddpm_mlp_pipeline.data.points import POINT_SETS, load_points, to_array
+    from ddpm_mlp_pipeline.data.points import POINT_SETS, load_points, to_array, warn_of_columns
     from ddpm_mlp_pipeline.models.mlp import MLPModel
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
     from ddpm_mlp_pipeline.processes import this_process
@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(args.seed)
     repo_id = hub.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
     pipeline, x_0 = make_pipeline(args)
+    if this_process().is_main_process:
+        warn_of_columns(args.dataset, pipeline.config.data_columns)
     if args.train_batch_size is None:
         args.train_batch_size = default_batch_size(len(x_0) // this_process().num_processes)
     pipeline.set_progress_bar_config(disable=True)

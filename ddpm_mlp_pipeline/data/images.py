@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from ..errors import DatasetError
 from ..progress import progress_bar
-from .points import POINT_SETS
+from .points import is_point_set
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for each number of channels
 GREY = ("1", "L", "I", "F")  # and those that begin with I;16
@@ -96,7 +96,7 @@ def load_images(
         if pixels.shape != images.shape[1:]:
             raise DatasetError(
                 f"{what} is {pixels.shape[2]}×{pixels.shape[1]} pixels, but the first image is "
-                f"{images.shape[3]}×{images.shape[2]}: give a resolution to bring them to"
+                f"{images.shape[3]}×{images.shape[2]}: give --resolution to bring them to one size"
             )
         images[done] = pixels
         done += 1
@@ -248,10 +248,8 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 def _load(name: str | os.PathLike, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
     """Load a split, or, without a name, all of them."""
-    if str(name) in POINT_SETS and not Path(name).is_dir():  # which the hub would be asked for, for half a minute
-        raise DatasetError(f"{name} is a point set, but images are needed")
-    if Path(name).is_file():
-        raise DatasetError(f"{name} is a file, but images are a folder or a data set on the hub")
+    if is_point_set(name):  # which the hub would be asked for, for half a minute
+        raise DatasetError(f"{name} is a point set, but images are needed: a folder, or a data set on the hub")
     progress_bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -156,7 +156,7 @@ def test_a_point_set_is_told_from_images_at_once(monkeypatch, tmp_path):
     Path("points.csv").write_text("x,y\n1,2\n")
     with pytest.raises(DatasetError, match="heart is a point set, but images are needed"):
         load_images("heart")
-    with pytest.raises(DatasetError, match=r"points\.csv is a file, but"):
+    with pytest.raises(DatasetError, match=r"points\.csv is a point set, but images"):
         load_images("points.csv")
     Path("heart").mkdir()
     picture("L", 4, 4).save("heart/a.png")

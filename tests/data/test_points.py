@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ddpm_mlp_pipeline import load_points
-from ddpm_mlp_pipeline.data.points import POINT_SETS, to_array
+from ddpm_mlp_pipeline.data.points import POINT_SETS, check_columns, to_array, warn_of_columns
 from ddpm_mlp_pipeline.errors import DatasetError
 from ddpm_mlp_pipeline.export.sample import csv_header
 
@@ -202,3 +202,23 @@ def test_the_names_in_a_csv_come_back(names):
         dataset = load_points(path)
     assert dataset.column_names == names
     np.testing.assert_array_equal(to_array(dataset), np.arange(2 * len(names)).reshape(2, -1))
+
+
+@pytest.mark.parametrize("number", [100, 5000, 50_000])
+def test_tails_are_heavy_beyond_those_of_an_exponential(tmp_path, number):
+    rng = np.random.default_rng(0)
+    fine = [rng.normal(size=number), rng.uniform(size=number), rng.exponential(size=number)]
+    heavy = [rng.lognormal(0, 3, number), rng.standard_cauchy(number)] if number > 100 else []
+    np.save(tmp_path / "a.npy", np.stack(fine + heavy, axis=1))
+    found = list(check_columns(tmp_path / "a.npy"))
+    assert [warning.check for warning in found] == (["heavy tails"] if heavy else [])
+    for i in range(5):
+        assert (f"'x{i}' (" in "".join(warning.message for warning in found)) == (i >= 3 and bool(heavy))
+
+
+def test_training_warns_of_whole_numbers(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("count,size\n" + "".join(f"{i % 7},{i / 9}\n" for i in range(50)))
+    warn_of_columns(tmp_path / "a.csv")
+    assert capsys.readouterr().err.startswith("warning: whole numbers: in 'count', which")
+    warn_of_columns("heart")
+    assert capsys.readouterr().err == ""
