@@ -437,14 +437,14 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
     if is_points:
         options = parse_options(train_points.PointTrainingArguments, argv, "", presets)
-        pipeline, x_0 = train_points.make_pipeline(options)
+        pipeline, x_0 = train_points.make_point_pipeline(options)
         options.train_batch_size = options.train_batch_size or train_points.default_batch_size(len(x_0))
         args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
     else:
         options = parse_options(train_images.ImageTrainingArguments, argv, "", presets)
         form = options.resolution, options.fit, options.channels
         images = load_images(options.dataset_name, options.split, *form, on_corrupt=on_corrupt)
-        pipeline, x_0 = train_images.make_pipeline(options, tuple(images.shape[1:])), images
+        pipeline, x_0 = train_images.make_image_pipeline(options, tuple(images.shape[1:])), images
         args.dataset, args.split, number = options.dataset_name, options.split, args.num_samples or NUM_IMAGES
     chosen = x_0[torch.randperm(len(x_0), generator=torch.Generator().manual_seed(0))[:number]]
     return Patient(pipeline, chosen if is_points else to_network_units(chosen), options=options, dataset_size=len(x_0))

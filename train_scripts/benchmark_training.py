@@ -29,7 +29,7 @@ with command_imports("training", __name__):
     from ddpm_mlp_pipeline.loading import load_features
     from ddpm_mlp_pipeline.metrics import frechet_distance, image_features, to_uint8
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-    from ddpm_mlp_pipeline.train_scripts.train_images import ImageTrainingArguments, make_pipeline
+    from ddpm_mlp_pipeline.train_scripts.train_images import ImageTrainingArguments, make_image_pipeline
     from ddpm_mlp_pipeline.training import check_output_dir, train
 
 SHORT, LONG = 10, 40  # steps of the two runs whose difference in time is what steps cost
@@ -118,7 +118,7 @@ def _timed_training(run: ImageTrainingArguments, steps: int) -> tuple[DDPMMLPPip
     run.max_train_steps = steps
     set_seed(run.seed)
     images = load_images_once(run.dataset_name, run.split, run.resolution, run.fit, run.channels)
-    pipeline = make_pipeline(run, tuple(images.shape[1:]))
+    pipeline = make_image_pipeline(run, tuple(images.shape[1:]))
     pipeline.set_progress_bar_config(disable=True)
     start = time.perf_counter()
     train(pipeline, ImageBatches(images), run, augment=mirror_half if run.random_flip else None)

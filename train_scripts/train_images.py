@@ -62,7 +62,7 @@ class ImageTrainingArguments(TrainingArguments):
             raise ConfigurationError(f"ddpm_num_inference_steps must be from 1 to {self.ddpm_num_steps}")
 
 
-def make_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, int]) -> DDPMMLPPipeline:
+def make_image_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, int]) -> DDPMMLPPipeline:
     """The untrained pipeline, for images of `(channels, height, width)`."""
     channels, *size = sample_shape
     out_channels = args.num_predictions * channels
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with process.local_main_process_first(), leaving_out(args.skip_corrupt, not process.is_main_process) as on_corrupt:
         form = args.resolution, args.fit, args.channels
         images = load_images(args.dataset_name, args.split, *form, on_corrupt=on_corrupt)
-    pipeline = make_pipeline(args, tuple(images.shape[1:]))
+    pipeline = make_image_pipeline(args, tuple(images.shape[1:]))
     pipeline.set_progress_bar_config(disable=True)
     augment = mirror_half if args.random_flip else None
     losses = train(pipeline, ImageBatches(images), args, lambda *state: draw_samples(args, *state), augment)

@@ -52,7 +52,7 @@ class PointTrainingArguments(TrainingArguments):
             raise ConfigurationError("points are trained in float32: lower precision would blur their embedding")
 
 
-def make_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
+def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
     """The untrained pipeline, and the points, normalised, that it is to learn."""
     size = 100_000 if args.dataset_size is None and args.dataset in POINT_SETS else args.dataset_size
     dataset = load_points(args.dataset, size, args.dataset_noise, args.seed, exclude=args.exclude or ())
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output_dir(args, *plots.FIGURES, hub.CARD_NAME)
     set_seed(args.seed)
     repo_id = hub.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
-    pipeline, x_0 = make_pipeline(args)
+    pipeline, x_0 = make_point_pipeline(args)
     if this_process().is_main_process:
         warn_of_columns(args.dataset, pipeline.config.data_columns)
     if args.train_batch_size is None:
