@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import ConfigurationError, DatasetError
-from .export.pictures import to_pixels
+from .runtime.pictures import to_pixels
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from .commands import (
     positive_int,
 )
 from .errors import ConfigurationError
-from .export.step_table import StepTable
 from .files import check_file
+from .runtime.step_table import StepTable
 
 with command_imports("ddpm-plot", __name__):
     from . import plots

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from .errors import ConfigurationError, DivergenceError
-from .export.step_table import TERMS, StepTable
 from .files import whole_file
 from .likelihood import BoundEstimate, VariationalBound
 from .pipeline import DDPMMLPPipeline
 from .progress import progress_bar
+from .runtime.step_table import TERMS, StepTable
 
 # Enough to show a density of points or a variety of images; few enough to see single ones
 NUM_POINTS, NUM_IMAGES = 3000, 25

@@ -11,7 +11,7 @@ import numpy as np
 
 from .data.arrays import read_array
 from .errors import ConfigurationError, DatasetError, explain_missing_extra
-from .export.pictures import to_pixels
+from .runtime.pictures import to_pixels
 
 IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512  # of samples that are drawn together
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command, positive_int
 from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
+from ddpm_mlp_pipeline.export.page import PAGE_ENTRIES, write_page
+from ddpm_mlp_pipeline.export.schedulers import SCHEDULERS, scheduler_option
 from ddpm_mlp_pipeline.files import check_folder
-
-from .page import PAGE_ENTRIES, write_page
-from .schedulers import SCHEDULERS, scheduler_option
-from .step_table import StepTable
+from ddpm_mlp_pipeline.runtime.step_table import StepTable
 
 
 @command
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.web is not None:  # before the work; export_bundle looks after the bundle
         check_folder(args.web, PAGE_ENTRIES.__contains__, args.overwrite)
     with explain_missing_extra("ddpm-export", "export"):
-        from .exporter import export_bundle
+        from ddpm_mlp_pipeline.export.exporter import export_bundle
     report = export_bundle(
         args.checkpoint,
         args.bundle,

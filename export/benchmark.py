@@ -20,9 +20,8 @@ import onnxruntime as ort
 
 from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
 from ddpm_mlp_pipeline.errors import BundleError, explain_missing_extra
-
-from .checksums import seal
-from .runtime import OnnxSampler
+from ddpm_mlp_pipeline.runtime.bundle import seal
+from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,7 +36,7 @@ TORCH_PROCESS = """
 import sys
 from diffusers import DDIMScheduler
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-from {package}.pictures import draw_points, image_grid
+from ddpm_mlp_pipeline.runtime.pictures import draw_points, image_grid
 pipeline = DDPMMLPPipeline.from_pretrained(sys.argv[1])
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 samples = pipeline(int(sys.argv[2]), num_inference_steps=50, output_type="np")[0]
@@ -71,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         import torch
         from diffusers import DDIMScheduler, DDPMScheduler
 
+        from ddpm_mlp_pipeline.export.compile import compile_scheduler
         from ddpm_mlp_pipeline.loading import load_checkpoint
-
-        from .compile import compile_scheduler
 
     pipeline = load_checkpoint(args.checkpoint)
     _check_same_weights(pipeline, args.bundle)
@@ -105,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seal(bundle)
         number = 2000 if own.is_points else 16
         picture = Path(folder) / "samples.png"
-        torch_process = [sys.executable, "-c", TORCH_PROCESS.format(package=__package__)]
+        torch_process = [sys.executable, "-c", TORCH_PROCESS]
         torch_process += [str(args.checkpoint), str(number), str(picture)]
         bundle_process = [sys.executable, "-m", f"{__package__}.sample", str(bundle), "--num_samples", str(number)]
         bundle_process += ["--output", str(picture), "--overwrite"]

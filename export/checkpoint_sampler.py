@@ -11,11 +11,10 @@ import torch
 from accelerate.utils import gather_object
 
 from ddpm_mlp_pipeline.errors import DivergenceError
+from ddpm_mlp_pipeline.export.compile import check_num_inference_steps, make_scheduler
 from ddpm_mlp_pipeline.loading import load_checkpoint
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 from ddpm_mlp_pipeline.processes import this_process
-
-from .compile import check_num_inference_steps, make_scheduler
 
 
 class CheckpointSampler:

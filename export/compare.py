@@ -28,11 +28,10 @@ from ddpm_mlp_pipeline.errors import (
     UnsupportedSchedulerError,
     explain_missing_extra,
 )
+from ddpm_mlp_pipeline.export.schedulers import scheduler_option
 from ddpm_mlp_pipeline.files import check_file, whole_file
-
-from .runtime import OnnxSampler
-from .schedulers import scheduler_option
-from .step_table import StepTable
+from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+from ddpm_mlp_pipeline.runtime.step_table import StepTable
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.figure is not None:
         check_file(args.figure, args.overwrite)
     with explain_missing_extra("ddpm-compare", "export"):
-        from .exporter import export_bundle
+        from ddpm_mlp_pipeline.export.exporter import export_bundle
     with explain_missing_extra("ddpm-compare", "train"):
         from ddpm_mlp_pipeline.data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
         from ddpm_mlp_pipeline.loading import fingerprint, load_checkpoint
@@ -188,7 +187,7 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _compile(words: str, num_inference_steps: int, trained_with: SchedulerMixin) -> StepTable:
-    from .compile import compile_scheduler, make_scheduler, split_options
+    from ddpm_mlp_pipeline.export.compile import compile_scheduler, make_scheduler, split_options
 
     name, _, options = words.partition(":")
     try:

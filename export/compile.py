@@ -15,9 +15,8 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError
-
-from .schedulers import SCHEDULERS
-from .step_table import EPS, X_0, StepTable, X, Z
+from ddpm_mlp_pipeline.export.schedulers import SCHEDULERS
+from ddpm_mlp_pipeline.runtime.step_table import EPS, X_0, StepTable, X, Z
 
 NUM_PROBES = 128  # equations for each step's unknowns, of which there are 4 · MAX_HISTORY at most
 MAX_HISTORY = 16  # network calls: multistep solvers remember up to four outputs; PNDM's first of these are four apart

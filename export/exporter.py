@@ -19,16 +19,15 @@ from onnxscript import opset20 as op
 
 import ddpm_mlp_pipeline
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError, ParityError
+from ddpm_mlp_pipeline.export.compile import compile_scheduler, make_scheduler, split_options
+from ddpm_mlp_pipeline.export.parity import ParityReport, compare, compare_sampler
+from ddpm_mlp_pipeline.export.precision import reduce_precision
+from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
 from ddpm_mlp_pipeline.files import check_folder, whole_folder
 from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-
-from .checksums import seal
-from .compile import compile_scheduler, make_scheduler, split_options
-from .parity import ParityReport, compare, compare_sampler
-from .precision import reduce_precision
-from .runtime import FORMAT, VERSION, OnnxSampler
-from .sampler_graph import build_sampler
+from ddpm_mlp_pipeline.runtime.bundle import FORMAT, VERSION, seal
+from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
 
 FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20

@@ -20,9 +20,8 @@ from ddpm_mlp_pipeline import pretrained
 from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command
 from ddpm_mlp_pipeline.errors import explain_missing_extra
 from ddpm_mlp_pipeline.files import check_folder, whole_folder
-
-from .noise import normal
-from .runtime import OnnxSampler
+from ddpm_mlp_pipeline.runtime.noise import normal
+from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
 
 FORMAT, VERSION = "ddpm-golden", 1
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = {f"{scheduler}_{steps}.json" for scheduler, steps, _ in RUNS}.__contains__
     check_folder(args.output_dir, own, args.overwrite)
     with explain_missing_extra("making golden vectors", "export"):
-        from .exporter import export_bundle
+        from ddpm_mlp_pipeline.export.exporter import export_bundle
     with (
         whole_folder(args.output_dir, own, args.overwrite) as folder,
         tempfile.TemporaryDirectory() as temporary,

@@ -20,8 +20,7 @@ from typing import BinaryIO
 
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.files import check_folder, whole_folder
-
-from .runtime import OnnxSampler
+from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
 
 WEB = Path(__file__).parent / "web"
 PAGE_FILES = ("index.html", "page.js", "draw.js", "worker.js", "ddpm.js")

@@ -22,10 +22,9 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from onnxscript import GraphBuilder, OpBuilder
 
 from ddpm_mlp_pipeline.errors import ConfigurationError
-
-from .noise import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
-from .runtime import NOISE_CHUNK, OnnxSampler
-from .step_table import EPS, X_0, StepTable, X, Z
+from ddpm_mlp_pipeline.runtime.noise import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
+from ddpm_mlp_pipeline.runtime.sampler import NOISE_CHUNK, OnnxSampler
+from ddpm_mlp_pipeline.runtime.step_table import EPS, X_0, StepTable, X, Z
 
 Values = Sequence[ir.Value]
 

@@ -99,7 +99,7 @@ def distributions(*modules, everywhere):
 @pytest.mark.parametrize(
     ("extra", "modules"),
     [
-        (None, ["export.sample", "export.runtime"]),
+        (None, ["export.sample", "runtime.sampler"]),
         ("export", ["export.exporter", "export.golden"]),
         ("train", ["train_scripts.train_points", "train_scripts.train_images", "plots"]),
         ("evaluate", ["evaluate", "data.points"]),

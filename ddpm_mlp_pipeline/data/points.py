@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-import pandas as pd  # comes with datasets
+import pandas as pd
 from datasets import Dataset
 
 from ..errors import DatasetError

@@ -22,11 +22,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, compile_scheduler, export_bundle, pretrained
 from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError
-from ddpm_mlp_pipeline.export.checksums import seal
 from ddpm_mlp_pipeline.export.compile import make_scheduler
 from ddpm_mlp_pipeline.export.exporter import export_network
 from ddpm_mlp_pipeline.export.parity import compare
 from ddpm_mlp_pipeline.export.schedulers import SCHEDULERS
+from ddpm_mlp_pipeline.runtime.bundle import seal
 
 TABLE_HEAD = """\
 Every stock scheduler with its options, 10 steps: torch's pipeline with a known network of float32, against the bundle.

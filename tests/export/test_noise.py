@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ddpm_mlp_pipeline.export.noise import normal, philox
+from ddpm_mlp_pipeline.runtime.noise import normal, philox
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_ANSWERS)

@@ -24,8 +24,8 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bun
 from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, OutputExistsError
 from ddpm_mlp_pipeline.export import page as page_module
 from ddpm_mlp_pipeline.export.page import PAGE_FILES, SCRIPT, VERSION, WASM, write_page
-from ddpm_mlp_pipeline.export.pictures import image_grid
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+from ddpm_mlp_pipeline.runtime.pictures import image_grid
 
 LOADED = "document.getElementById('draw').disabled === false || document.getElementById('error').hidden === false"
 ENDED = """

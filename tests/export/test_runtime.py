@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler
 
 from ddpm_mlp_pipeline import OnnxSampler
 from ddpm_mlp_pipeline.errors import BundleError
-from ddpm_mlp_pipeline.export.checksums import seal
-from ddpm_mlp_pipeline.export.noise import normal
+from ddpm_mlp_pipeline.runtime.bundle import seal
+from ddpm_mlp_pipeline.runtime.noise import normal
 
 
 @pytest.fixture(params=["ddim", "ddpm"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -16,15 +15,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, DivergenceError
-
-from .checksums import read_file
+from ..errors import BundleError, ConfigurationError, DivergenceError
+from .bundle import read_file, read_info
 from .noise import normal
 from .step_table import EPS, X_0, StepTable, X, Z
 
-FORMAT, VERSION = "ddpm-bundle", 1
-MAX_SIZE = 2**26  # of a sample, in numbers
 MAX_SAMPLES = 2**32  # a sample's index is one word of the noise's counter
+
+
 # Numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in the cache
 NOISE_CHUNK = 2**16
 
@@ -63,7 +61,7 @@ class OnnxSampler:
         if num_threads is not None and num_threads < 1:
             raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
         self.num_threads = num_threads or _num_cores()
-        self.info = _read_info(self.folder / "bundle.json")
+        self.info = read_info(self.folder / "bundle.json")
         read_file(self.folder, "step_table.json", self.info)
         self.table = StepTable.load(self.folder / "step_table.json")
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
@@ -323,39 +321,3 @@ def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        if (info["format"], info["version"]) != (FORMAT, VERSION):
-            raise BundleError(f"{path} does not describe a bundle of version {VERSION}")
-        shape = info["sample_shape"]
-        if (
-            len(shape) not in (1, 3)
-            or not all(type(size) is int and size > 0 for size in shape)
-            or math.prod(shape) > MAX_SIZE
-        ):
-            raise BundleError(f"{path}: {shape} is no shape of points or images")
-        if len(shape) == 1:
-            for name in ("data_mean", "data_std"):
-                numbers = np.asarray(info[name], dtype=np.float64)
-                if numbers.shape != tuple(shape) or not (np.abs(numbers) < np.finfo(np.float32).max).all():
-                    raise BundleError(f"{path}: {name} must hold {shape[0]} numbers")
-            columns = info["data_columns"]
-            if len(columns) != shape[0] or not all(isinstance(column, str) for column in columns):
-                raise BundleError(f"{path}: data_columns must hold {shape[0]} names")
-        if not isinstance(info.get("sha256", {}), dict):
-            raise BundleError(f"{path}: sha256 must hold the checksum of each file")
-        return info
-    except FileNotFoundError:
-        folder = path.parent
-        raise BundleError(
-            f"{folder} is no bundle: it has no {path.name}" if folder.is_dir() else f"there is no folder {folder}"
-        ) from None
-    except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}") from None
-    except BundleError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise BundleError(f"{path} does not describe a bundle: {type(error).__name__}: {error}") from None

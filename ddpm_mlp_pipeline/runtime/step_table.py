@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_mlp_pipeline.errors import BundleError
+from ..errors import BundleError
 
 FORMAT, VERSION = "ddpm-step-table", 2
 X, EPS, X_0, Z = range(4)  # the terms of a step, in the order of its coefficients
