@@ -24,8 +24,8 @@ _MODULE_OF_NAME = {
     "load_points": "data.points",
     "load_checkpoint": "loading",
     "pretrained": "checkpoints",
-    "train": "training",
-    "TrainingArguments": "training",
+    "train": "training.loop",
+    "TrainingArguments": "training.options",
 }
 
 __all__ = sorted(_MODULE_OF_NAME)

@@ -19,15 +19,17 @@ with command_imports("ddpm-doctor", __name__):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from train_scripts import train_images, train_points
+
     from .arguments import parse_options, read_preset
     from .data.images import image_shapes, load_images, to_network_units
     from .data.normalized import load_normalized
     from .data.points import POINT_SETS, check_columns, is_point_set
     from .loading import load_checkpoint
     from .pipeline import DDPMMLPPipeline
-    from .resuming import find_states
-    from .train_scripts import train_images, train_points
-    from .training import PREDICTION_TYPES, TrainingArguments, simple_loss
+    from .training.losses import simple_loss
+    from .training.options import PREDICTION_TYPES, TrainingArguments
+    from .training.state import find_states
 
 NUM_POINTS, NUM_IMAGES = 10_000, 500
 NUM_BINS = 10  # of timesteps

@@ -14,7 +14,7 @@ from ddpm_mlp_pipeline.errors import DivergenceError
 from ddpm_mlp_pipeline.export.compile import check_num_inference_steps, make_scheduler
 from ddpm_mlp_pipeline.loading import load_checkpoint
 from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-from ddpm_mlp_pipeline.processes import this_process
+from ddpm_mlp_pipeline.training.processes import this_process
 
 
 class CheckpointSampler:

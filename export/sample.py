@@ -87,7 +87,7 @@ def _is_first(sampler: OnnxSampler) -> bool:
     """Whether this process writes the samples: of several that draw from a checkpoint together, the first does."""
     if isinstance(sampler, OnnxSampler):
         return True
-    from ddpm_mlp_pipeline.processes import this_process
+    from ddpm_mlp_pipeline.training.processes import this_process
 
     return this_process().is_main_process
 

@@ -115,7 +115,7 @@ def _load_samples(name: str) -> Callable[[Path], np.ndarray]:
 
 def _load_preset(folder: Path) -> str:
     from ddpm_mlp_pipeline.arguments import parse_options
-    from ddpm_mlp_pipeline.train_scripts.train_points import PointTrainingArguments
+    from ddpm_mlp_pipeline.training.options import PointTrainingArguments
 
     argv = ["--output_dir", "runs", "--config", str(folder / "preset.yaml")]
     return repr(parse_options(PointTrainingArguments, argv, ""))
@@ -338,9 +338,7 @@ def start_worker(root: Path) -> None:
     import datasets
     import torch
 
-    import ddpm_mlp_pipeline.loading
-    import ddpm_mlp_pipeline.sources
-    import ddpm_mlp_pipeline.train_scripts.train_points  # noqa: F401
+    import train_scripts.train_points  # noqa: F401
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

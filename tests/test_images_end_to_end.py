@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
 from ddpm_mlp_pipeline.plots import draw_training_run, reverse_process
-from ddpm_mlp_pipeline.train_scripts.train_images import ImageTrainingArguments
+from ddpm_mlp_pipeline.training.options import ImageTrainingArguments
 
 SCRIPT = ROOT / "train_scripts" / "train_images.py"
 SMALL = ("--block_out_channels", "16,32", "--train_batch_size", 16, "--ddpm_num_steps", 20, "--lr_warmup_steps", 2)

@@ -27,7 +27,7 @@ from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.data.points import load_points, to_array
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
 from ddpm_mlp_pipeline.likelihood import VariationalBound, discretized_log_likelihood, variational_bound
-from ddpm_mlp_pipeline.training import linear_log_snr
+from ddpm_mlp_pipeline.training.options import linear_log_snr
 
 VARIANCE = torch.tensor([0.25, 4.0])  # of the data, in each dimension
 

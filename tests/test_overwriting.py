@@ -21,8 +21,9 @@ from ddpm_mlp_pipeline.export.__main__ import main as export
 from ddpm_mlp_pipeline.export.compare import main as compare
 from ddpm_mlp_pipeline.likelihood import variational_bound
 from ddpm_mlp_pipeline.plot import main as plot
-from ddpm_mlp_pipeline.train_scripts import benchmark_training, train_features, train_images, train_points
-from ddpm_mlp_pipeline.training import check_output_dir
+from ddpm_mlp_pipeline.train_scripts import benchmark_training, train_features
+from ddpm_mlp_pipeline.training.loop import check_output_dir
+from train_scripts import train_images, train_points
 
 
 def contents(folder):

@@ -19,7 +19,7 @@ from ddpm_mlp_pipeline import pretrained, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import CheckpointError
 from ddpm_mlp_pipeline.export.checkpoint_sampler import CheckpointSampler
-from ddpm_mlp_pipeline.resuming import _checksums
+from ddpm_mlp_pipeline.training.state import _checksums
 
 POINTS = ROOT / "train_scripts" / "train_points.py"
 # (`--cpu --num_processes 2` starts one process, unless there is MPI.)

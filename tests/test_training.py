@@ -22,7 +22,9 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, boun
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.plots import plot_losses
-from ddpm_mlp_pipeline.training import PREDICTION_TYPES, _min_snr_weights, _will_be_skipped, training_target
+from ddpm_mlp_pipeline.training.loop import _will_be_skipped
+from ddpm_mlp_pipeline.training.losses import min_snr_weights, training_target
+from ddpm_mlp_pipeline.training.options import PREDICTION_TYPES
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 
@@ -235,7 +237,7 @@ def test_targets_and_their_weights_agree_with_the_stock_scheduler(prediction_typ
     squared_error = (implied_x_0(target + error) - x_0).square().sum(dim=1)
     alphas_cumprod = scheduler.alphas_cumprod[t]
     expected = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=5) * squared_error
-    weighted = _min_snr_weights(scheduler, t, 5) * error.square().sum(dim=1)
+    weighted = min_snr_weights(scheduler, t, 5) * error.square().sum(dim=1)
     torch.testing.assert_close(weighted, expected, rtol=1e-3, atol=1e-6)
 
 

@@ -29,8 +29,9 @@ with command_imports("training", __name__):
     from ddpm_mlp_pipeline.loading import load_features
     from ddpm_mlp_pipeline.metrics import frechet_distance, image_features, to_uint8
     from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-    from ddpm_mlp_pipeline.train_scripts.train_images import ImageTrainingArguments, make_image_pipeline
-    from ddpm_mlp_pipeline.training import check_output_dir, train
+    from ddpm_mlp_pipeline.training.loop import check_output_dir, train
+    from ddpm_mlp_pipeline.training.options import ImageTrainingArguments
+    from ddpm_mlp_pipeline.training.pipelines import make_image_pipeline
 
 SHORT, LONG = 10, 40  # steps of the two runs whose difference in time is what steps cost
 SAMPLING_BATCH_SIZE = 250

@@ -23,7 +23,7 @@ with command_imports("training", __name__):
     from ddpm_mlp_pipeline.files import PARTIAL, check_names, move_into
     from ddpm_mlp_pipeline.models.features import FeatureNetwork
     from ddpm_mlp_pipeline.progress import progress_bar
-    from ddpm_mlp_pipeline.training import option
+    from ddpm_mlp_pipeline.training.options import option
 
 
 @dataclasses.dataclass(kw_only=True)

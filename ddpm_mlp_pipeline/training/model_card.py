@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from .errors import ConfigurationError
-from .files import PARTIAL, whole_file
-from .pipeline import DDPMMLPPipeline
-from .training import TrainingArguments
+from ..errors import ConfigurationError
+from ..files import PARTIAL, whole_file
+from ..pipeline import DDPMMLPPipeline
+from .options import TrainingArguments
 
 CARD = """---
 {metadata}

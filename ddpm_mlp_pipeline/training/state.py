@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
-from .files import PARTIAL, find_foreign, remove_partial, rename_durably
-from .pipeline import DDPMMLPPipeline
+from ..errors import CheckpointError
+from ..files import PARTIAL, find_foreign, remove_partial, rename_durably
+from ..pipeline import DDPMMLPPipeline
 
 MANIFEST = "manifest.json"  # the SHA-256 of every other file
 PROGRESS = "progress_{}.bin"  # what Accelerate doesn't save: the losses and the average of the weights, by process

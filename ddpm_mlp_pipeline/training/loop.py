@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import math
 import shutil
@@ -11,139 +10,24 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, LoggerType, ProjectConfiguration, set_seed
-from diffusers import DDPMScheduler
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import ConfigurationError, DivergenceError, StoppedBySignal
-from .files import PARTIAL, check_names, move_into
-from .likelihood import VariationalBound
-from .pipeline import DDPMMLPPipeline
-from .progress import progress_bar
-from .resuming import Checkpoints, deferred_signals, explain_writing, resumes_in
+from ..errors import ConfigurationError, DivergenceError, StoppedBySignal
+from ..files import PARTIAL, check_names, move_into
+from ..likelihood import VariationalBound
+from ..pipeline import DDPMMLPPipeline
+from ..progress import progress_bar
+from .losses import bound_loss, min_snr_weights, simple_loss
+from .options import TrainingArguments
+from .state import Checkpoints, deferred_signals, explain_writing, resumes_in
 
-TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
-PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
-BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "linear_log_snr"]
-# diffusers' schedules that need nothing but the numbers of steps
-LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
 CHECKPOINT = ("model_index.json", "pipeline.py", "unet", "scheduler")  # what a run writes to output_dir
-MAX_LOG_SNR, MIN_LOG_SNR = 13.3, -5.0  # of linear_log_snr
-
-
-def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
-    """A dataclass field with the help text of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
-@dataclasses.dataclass(kw_only=True)
-class TrainingArguments:
-    """What the training loop can be told. The names are those of diffusers' training scripts.
-
-    Raises:
-        ConfigurationError: if a count, a rate or a seed is out of range.
-    """
-
-    output_dir: str = option(help="folder for the checkpoint, the figures and the logs")
-    overwrite_output_dir: bool = option(False, "replace an earlier run's checkpoint and figures in output_dir")
-    ddpm_num_steps: int = option(1000, "timesteps of the forward process, T")
-    ddpm_beta_schedule: str = option("squaredcos_cap_v2", "the forward process's β", choices=BETA_SCHEDULES)
-    prediction_type: str = option("epsilon", "what the network predicts", choices=PREDICTION_TYPES)
-    variance_type: str = option(
-        "fixed_small",
-        "the reverse steps' variance; the network predicts learned_range beside the rest",
-        choices=["fixed_small", "fixed_large", "learned_range"],
-    )
-    loss_type: str = option(
-        "simple", "|ε − ε_θ|², or the variational bound on −log p(x_0)", choices=["simple", "bound"]
-    )
-    train_batch_size: int = option(128, "batch size of each process")
-    num_epochs: int | None = option(None, "passes over the data set")
-    max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
-    gradient_accumulation_steps: int = option(1, "batches whose gradients make one optimizer step")
-    learning_rate: float = option(1e-4, "peak learning rate of Adam")
-    lr_scheduler: str = option("cosine", "learning rate's course", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = option(500, "steps of linear warm-up of the learning rate")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    use_ema: bool = option(True, "average the weights; the checkpoint then holds the average")
-    ema_max_decay: float = option(0.9999, "decay that the average, which warms up, reaches at most")
-    mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "fp16", "bf16"])
-    snr_gamma: float | None = option(None, "γ of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5 is usual")
-    save_samples_epochs: int | None = option(None, "draw samples, with raw and with averaged weights, so often")
-    seed: int = option(0, "seed of the weights, the order of the data, the timesteps and the noise")
-    checkpointing_steps: int | None = option(None, "save the state of the training every so many steps")
-    checkpoints_total_limit: int | None = option(None, "keep at most so many of these states")
-    resume_from_checkpoint: str | None = option(None, "'latest', or a folder checkpoint-<step>, to go on from")
-    figures: bool = option(True, "draw the loss, the data and samples at the end")
-    report_to: str = option("tensorboard", "tracker for loss and learning rate", choices=TRACKERS)
-    logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
-    push_to_hub: bool = option(False, "push the checkpoint, its figures and its model card to the hub")
-    hub_model_id: str | None = option(None, "repository to push to; by default output_dir's name, in your namespace")
-    hub_private_repo: bool = option(False, "make that repository private")
-
-    def __post_init__(self) -> None:
-        for name in (
-            *("train_batch_size", "num_epochs", "max_train_steps", "gradient_accumulation_steps"),
-            *("checkpointing_steps", "checkpoints_total_limit", "save_samples_epochs"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigurationError(f"{name} must be at least 1, got {value}")
-        if self.ddpm_num_steps < 2:
-            raise ConfigurationError(f"ddpm_num_steps must be at least 2, got {self.ddpm_num_steps}")
-        if self.num_epochs is None and self.max_train_steps is None:
-            raise ConfigurationError("give num_epochs or max_train_steps")
-        for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} must be positive, got {value}")
-        if self.loss_type == "bound" and self.snr_gamma is not None:
-            raise ConfigurationError("snr_gamma weighs the simple loss: leave it out with --loss_type bound")
-        if self.loss_type == "simple" and self.variance_type == "learned_range":
-            raise ConfigurationError("variance_type learned_range needs --loss_type bound: no other knows it")
-        if self.lr_warmup_steps < 0:
-            raise ConfigurationError(f"lr_warmup_steps must be at least 0, got {self.lr_warmup_steps}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigurationError(f"seed must be at least 0 and below 2^32, got {self.seed}")
-        if not 0 <= self.ema_max_decay < 1:
-            raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
-
-    @property
-    def num_predictions(self) -> int:
-        """How many numbers the network predicts for each of a sample's: ε or the like, and perhaps the variance."""
-        return 2 if self.variance_type == "learned_range" else 1
-
-    def make_scheduler(self, clip_sample_range: float) -> DDPMScheduler:
-        """The forward process, for data of at most that magnitude.
-
-        Where hardly any signal is left, x_0's prediction is a small difference, divided by √ᾱ_t, near 0: clipping it
-        to the data's range is what keeps every sampler's first steps on track.
-        """
-        log_snr = self.ddpm_beta_schedule == "linear_log_snr"
-        return DDPMScheduler(
-            num_train_timesteps=self.ddpm_num_steps,
-            beta_schedule="linear" if log_snr else self.ddpm_beta_schedule,
-            trained_betas=linear_log_snr(self.ddpm_num_steps) if log_snr else None,
-            prediction_type=self.prediction_type,
-            variance_type=self.variance_type,
-            clip_sample=True,
-            clip_sample_range=clip_sample_range,
-        )
-
-
-def linear_log_snr(num_timesteps: int) -> list[float]:
-    """β of a forward process whose log ᾱ_t / (1 − ᾱ_t) falls in equal steps, so that few steps share the bound
-    evenly; its range is where Kingma et al. 2021 (https://arxiv.org/abs/2107.00630) begin to learn theirs."""
-    alphas_cumprod = torch.linspace(MAX_LOG_SNR, MIN_LOG_SNR, num_timesteps, dtype=torch.float64).sigmoid()
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    return (1 - alphas_cumprod / previous).tolist()
 
 
 def check_output_dir(args: TrainingArguments, *others: str) -> None:
@@ -298,7 +182,7 @@ def train(
                     if args.snr_gamma is None:
                         accelerator.backward(loss)
                     else:
-                        accelerator.backward((_min_snr_weights(noise_scheduler, t, args.snr_gamma) * errors).mean())
+                        accelerator.backward((min_snr_weights(noise_scheduler, t, args.snr_gamma) * errors).mean())
                     batch_losses.append(loss.detach())
                     if accelerator.sync_gradients:
                         lr = lr_scheduler.get_last_lr()[0]
@@ -352,47 +236,6 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return losses
-
-
-def simple_loss(
-    scheduler: DDPMScheduler,
-    model_output: torch.Tensor,
-    x_0: torch.Tensor,
-    eps: torch.Tensor,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-) -> torch.Tensor:
-    """L_simple (Ho et al. 2020, eq. 14), or the same of another target than ε: each sample's mean squared error,
-    `[batch]`."""
-    target = training_target(scheduler, x_0, eps, t)
-    return F.mse_loss(model_output, target, reduction="none").flatten(1).mean(dim=1)
-
-
-def bound_loss(
-    bound: VariationalBound,
-    model_output: torch.Tensor,
-    x_0: torch.Tensor,
-    eps: torch.Tensor,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-) -> torch.Tensor:
-    """What the term at t says of the variational bound without its last, L_T, in bits/dim: `[batch]`."""
-    return bound.num_timesteps * bound.term(model_output, x_0, x_t, t) / x_0[0].numel()
-
-
-def training_target(scheduler: DDPMScheduler, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What the network is to predict: ε, x_0, or v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans & Ho 2022, section 4)."""
-    if scheduler.config.prediction_type == "v_prediction":
-        return scheduler.get_velocity(x_0, eps, t)
-    return eps if scheduler.config.prediction_type == "epsilon" else x_0
-
-
-def _min_snr_weights(scheduler: DDPMScheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
-    """min(SNR, γ) is the weight of x_0's squared error (Hang et al. 2023, section 3.4), which is 1 / SNR times ε's,
-    and 1 / (SNR + 1) times v's."""
-    snr = compute_snr(scheduler, t)
-    of_x_0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return snr.clamp(max=gamma) / of_x_0[scheduler.config.prediction_type]
 
 
 def _will_be_skipped(accelerator: Accelerator) -> bool:

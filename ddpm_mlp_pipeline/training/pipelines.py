@@ -1,0 +1,84 @@
+"""The untrained pipelines that the options of a training run describe."""
+
+from __future__ import annotations
+
+import shlex
+
+import torch
+from diffusers import UNet2DModel
+
+from ..data.points import POINT_SETS, load_points, to_array
+from ..errors import ConfigurationError, DatasetError
+from ..models.mlp import MLPModel
+from ..models.unet import SmallUNet2DModel
+from ..pipeline import DDPMMLPPipeline
+from .options import ImageTrainingArguments, PointTrainingArguments
+
+
+def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
+    """The untrained pipeline, and the points, normalised, that it is to learn."""
+    size = 100_000 if args.dataset_size is None and args.dataset in POINT_SETS else args.dataset_size
+    dataset = load_points(args.dataset, size, args.dataset_noise, args.seed, exclude=args.exclude or ())
+    points = to_array(dataset)
+    mean, std = points.mean(axis=0), points.std(axis=0)
+    constant = [column for column, spread in zip(dataset.column_names, std, strict=True) if spread == 0]
+    if constant:
+        names = ", ".join(map(repr, constant))
+        raise DatasetError(f"constant in {args.dataset}: {names}; leave out with --exclude {shlex.join(constant)}")
+    x_0 = torch.from_numpy((points - mean) / std).float()
+
+    try:
+        out_channels = args.num_predictions * points.shape[1]
+        unet = MLPModel(
+            points.shape[1], None, args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
+        )
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    scheduler = args.make_scheduler(clip_sample_range=x_0.abs().max().item())
+    pipeline = DDPMMLPPipeline(unet, scheduler, mean.tolist(), std.tolist(), dataset.column_names)
+    return pipeline, x_0
+
+
+def default_batch_size(dataset_size: int) -> int:
+    """Of a process whose share of the data is so large."""
+    return min(2048, dataset_size)
+
+
+def make_image_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, int]) -> DDPMMLPPipeline:
+    """The untrained pipeline, for images of `(channels, height, width)`."""
+    channels, *size = sample_shape
+    out_channels = args.num_predictions * channels
+    try:
+        widths = tuple(int(width) for width in args.block_out_channels.split(","))
+        if args.model == "mlp":
+            unet = MLPModel(
+                channels, tuple(size), args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
+            )
+        elif args.model == "unet":
+            unet = SmallUNet2DModel(
+                sample_size=tuple(size),
+                in_channels=channels,
+                out_channels=out_channels,
+                block_out_channels=widths,
+                layers_per_block=args.layers_per_block,
+                attention=args.attention,
+                time_conditioning=args.time_conditioning,
+            )
+        else:
+            divisor = 2 ** (len(widths) - 1)
+            if any(length % divisor for length in size):
+                raise ConfigurationError(f"the stock model needs heights and widths that are multiples of {divisor}")
+            lowest = "Attn" if args.attention else ""
+            unet = UNet2DModel(
+                sample_size=tuple(size),
+                in_channels=channels,
+                out_channels=out_channels,
+                block_out_channels=widths,
+                layers_per_block=args.layers_per_block,
+                down_block_types=("DownBlock2D",) * (len(widths) - 1) + (f"{lowest}DownBlock2D",),
+                up_block_types=(f"{lowest}UpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
+                add_attention=args.attention,
+            )
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    return DDPMMLPPipeline(unet.to(memory_format=torch.channels_last), args.make_scheduler(clip_sample_range=1.0))
