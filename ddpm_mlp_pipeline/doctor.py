@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .commands import CommandParser, command, command_imports, leaving_out, positive_int
+from .commands.parser import CommandParser, command, command_imports, leaving_out, positive_int
 from .errors import CheckpointError, ConfigurationError, DatasetError
 
 with command_imports("ddpm-doctor", __name__):
@@ -19,16 +19,15 @@ with command_imports("ddpm-doctor", __name__):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from train_scripts import train_images, train_points
-
-    from .arguments import parse_options, read_preset
+    from .commands import train_images, train_points
+    from .commands.presets import parse_options, read_preset
     from .data.images import image_shapes, load_images, to_network_units
     from .data.normalized import load_normalized
     from .data.points import POINT_SETS, check_columns, is_point_set
     from .loading import load_checkpoint
     from .pipeline import DDPMMLPPipeline
     from .training.losses import simple_loss
-    from .training.options import PREDICTION_TYPES, TrainingArguments
+    from .training.options import PREDICTION_TYPES, PRESETS, TrainingArguments
     from .training.state import find_states
 
 NUM_POINTS, NUM_IMAGES = 10_000, 500
@@ -426,8 +425,7 @@ def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | 
 
 def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
     """A preset's data and untrained network; what is typed wins, as in training."""
-    presets = Path(train_points.__file__).parent / "configs"
-    preset = read_preset(args.patient, presets)
+    preset = read_preset(args.patient, PRESETS)
     is_points = is_point_set(args.dataset) if args.dataset else "dataset_name" not in preset
     typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
     typed["dataset_name"] = args.dataset
@@ -438,12 +436,12 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     argv = ["--config", args.patient, "--output_dir", "none"]
     argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
     if is_points:
-        options = parse_options(train_points.PointTrainingArguments, argv, "", presets)
+        options = parse_options(train_points.PointTrainingArguments, argv, "", PRESETS)
         pipeline, x_0 = train_points.make_point_pipeline(options)
         options.train_batch_size = options.train_batch_size or train_points.default_batch_size(len(x_0))
         args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
     else:
-        options = parse_options(train_images.ImageTrainingArguments, argv, "", presets)
+        options = parse_options(train_images.ImageTrainingArguments, argv, "", PRESETS)
         form = options.resolution, options.fit, options.channels
         images = load_images(options.dataset_name, options.split, *form, on_corrupt=on_corrupt)
         pipeline, x_0 = train_images.make_image_pipeline(options, tuple(images.shape[1:])), images

@@ -76,7 +76,7 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
 
 
 def _open_sampler(path: Path, is_checkpoint: bool, scheduler: str | None, num_inference_steps: int | None) -> Source:
-    from .export.sample import open_sampler
+    from .sampling import open_sampler
 
     sampler = open_sampler(path, scheduler, num_inference_steps)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_mlp_pipeline import pretrained
-from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command
+from ddpm_mlp_pipeline.commands.parser import CommandParser, add_overwrite, command
 from ddpm_mlp_pipeline.errors import explain_missing_extra
 from ddpm_mlp_pipeline.files import check_folder, whole_folder
 from ddpm_mlp_pipeline.runtime.noise import normal

@@ -114,7 +114,7 @@ def _load_samples(name: str) -> Callable[[Path], np.ndarray]:
 
 
 def _load_preset(folder: Path) -> str:
-    from ddpm_mlp_pipeline.arguments import parse_options
+    from ddpm_mlp_pipeline.commands.presets import parse_options
     from ddpm_mlp_pipeline.training.options import PointTrainingArguments
 
     argv = ["--output_dir", "runs", "--config", str(folder / "preset.yaml")]
@@ -122,7 +122,7 @@ def _load_preset(folder: Path) -> str:
 
 
 def _load_comparison(folder: Path) -> str:
-    from ddpm_mlp_pipeline.export.compare import _read
+    from ddpm_mlp_pipeline.commands.compare import _read
 
     return repr(_read(folder / "schedulers.json"))
 
@@ -338,7 +338,7 @@ def start_worker(root: Path) -> None:
     import datasets
     import torch
 
-    import train_scripts.train_points  # noqa: F401
+    import ddpm_mlp_pipeline.commands.train_points  # noqa: F401
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

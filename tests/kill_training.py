@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train_scripts import train_images, train_points
+from ddpm_mlp_pipeline.commands import train_images, train_points
 
 RESULT = "model_index.json"  # which is written last
 SHORT = (

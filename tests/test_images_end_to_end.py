@@ -11,7 +11,7 @@ from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
-from ddpm_mlp_pipeline.plots import draw_training_run, reverse_process
+from ddpm_mlp_pipeline.figures import draw_training_run, reverse_process
 from ddpm_mlp_pipeline.training.options import ImageTrainingArguments
 
 SCRIPT = ROOT / "train_scripts" / "train_images.py"

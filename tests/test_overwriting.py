@@ -14,16 +14,15 @@ from helpers import assert_one_line_error
 from small_training import train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, export_bundle, pretrained
-from ddpm_mlp_pipeline.bound import main as bound
+from ddpm_mlp_pipeline.commands import benchmark_training, train_features, train_images, train_points
+from ddpm_mlp_pipeline.commands.bound import main as bound
+from ddpm_mlp_pipeline.commands.compare import main as compare
+from ddpm_mlp_pipeline.commands.export import main as export
+from ddpm_mlp_pipeline.commands.plot import main as plot
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import OutputExistsError
-from ddpm_mlp_pipeline.export.__main__ import main as export
-from ddpm_mlp_pipeline.export.compare import main as compare
 from ddpm_mlp_pipeline.likelihood import variational_bound
-from ddpm_mlp_pipeline.plot import main as plot
-from ddpm_mlp_pipeline.train_scripts import benchmark_training, train_features
 from ddpm_mlp_pipeline.training.loop import check_output_dir
-from train_scripts import train_images, train_points
 
 
 def contents(folder):

@@ -18,7 +18,7 @@ from small_training import small_pipeline, train_small, training_options
 from ddpm_mlp_pipeline import pretrained, train
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import CheckpointError
-from ddpm_mlp_pipeline.export.checkpoint_sampler import CheckpointSampler
+from ddpm_mlp_pipeline.sampling import CheckpointSampler
 from ddpm_mlp_pipeline.training.state import _checksums
 
 POINTS = ROOT / "train_scripts" / "train_points.py"

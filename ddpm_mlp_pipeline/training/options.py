@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffusers.optimization import SchedulerType
 
 from ..errors import ConfigurationError
 
+PRESETS = Path(__file__).parent / "presets"  # the YAML files that go by a bare name
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "linear_log_snr"]

@@ -8,7 +8,7 @@ import pytest
 from helpers import PHILOX_ANSWERS, ROOT, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
-from ddpm_mlp_pipeline.export.sample import csv_header
+from ddpm_mlp_pipeline.commands.sample import csv_header
 from ddpm_mlp_pipeline.runtime.noise import normal
 
 DDPM_JS = ROOT / "export" / "web" / "ddpm.js"

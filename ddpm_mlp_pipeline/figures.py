@@ -27,11 +27,8 @@ from .runtime.step_table import TERMS, StepTable
 # Enough to show a density of points or a variety of images; few enough to see single ones
 NUM_POINTS, NUM_IMAGES = 3000, 25
 DATA_COLOR, SAMPLE_COLOR = "tab:blue", "tab:orange"
-
 # x_t by t, as it is shown: points [n, 2] in the data's units, or images [n, height, width, channels] in [0, 1]
 Frames = dict[int, np.ndarray]
-
-
 FIGURES = ("loss.png", "forward_process.png", "samples.png", "process.gif")  # of a training run
 
 

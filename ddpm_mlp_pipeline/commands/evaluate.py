@@ -12,27 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .commands import (
-    FEATURES_HELP,
-    CommandParser,
-    add_image_options,
-    add_overwrite,
-    command,
-    leaving_out,
-    positive_int,
-)
-from .errors import ConfigurationError, DatasetError, explain_missing_extra
-from .export.schedulers import SCHEDULERS
-from .files import whole_file
-from .sources import Source, open_source
+from ..errors import ConfigurationError, DatasetError, explain_missing_extra
+from ..export.schedulers import SCHEDULERS
+from ..files import whole_file
+from ..sources import Source, open_source
+from .parser import FEATURES_HELP, CommandParser, add_image_options, add_overwrite, command, leaving_out, positive_int
 
 if TYPE_CHECKING:
     import torch
 
+
 NUM_POINTS, NUM_IMAGES = 10_000, 2_000
 POINT_REPEATS, IMAGE_REPEATS, IMAGE_FLOOR_REPEATS = 5, 1, 5
 DATA_SEED = 1000  # of the first draw of data
-
 LABELS = {  # of the measures, by their keys in the report
     "sliced_wasserstein_distance": "sliced Wasserstein distance",
     "energy_distance": "energy distance",
@@ -102,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
-    from .data.points import POINT_SETS, load_points, to_array
+    from ..data.points import POINT_SETS, load_points, to_array
 
     # Every draw has data of its own on both sides: a distance between two finite draws is never 0, and how far it is
     # from 0 when both are data is the floor that a model's distance has to be read against.
@@ -142,9 +134,9 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
 def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     import torch
 
-    from .data.images import load_images
-    from .metrics import choose_features, image_features
-    from .models.features import PIXELS
+    from ..data.images import load_images
+    from ..metrics import choose_features, image_features
+    from ..models.features import PIXELS
 
     # What is missing is said before anything is decoded or drawn.
     split, train_split = _choose_splits(args)
@@ -194,7 +186,7 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
 
 def _choose_splits(args: Namespace) -> tuple[str, str]:
     """The split to compare with, and that of the floor: the same, to be halved, only if there is no other."""
-    from .data.images import HELD_OUT_SPLITS, choose_split
+    from ..data.images import HELD_OUT_SPLITS, choose_split
 
     split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
     train_split = args.train_split or choose_split(args.dataset, ["train"])
@@ -207,7 +199,7 @@ def _choose_splits(args: Namespace) -> tuple[str, str]:
 
 def _choose_numbers(source: Source, args: Namespace, split: str, train_split: str) -> tuple[int, int]:
     """The numbers of samples, and of images to compare them with."""
-    from .data.images import count_images
+    from ..data.images import count_images
 
     num_references = count_images(args.dataset, split)
     if split == train_split:
@@ -231,7 +223,7 @@ def _varied(samples: np.ndarray, name: object) -> np.ndarray:
 
 
 def _measure_points(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    from .metrics import energy_distance, sliced_wasserstein_distance
+    from ..metrics import energy_distance, sliced_wasserstein_distance
 
     return {
         "sliced_wasserstein_distance": sliced_wasserstein_distance(x, y),
@@ -240,7 +232,7 @@ def _measure_points(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def _measure_images(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    from .metrics import frechet_distance, kernel_distance, share_in_manifold
+    from ..metrics import frechet_distance, kernel_distance, share_in_manifold
 
     kernel_mean, kernel_deviation = kernel_distance(x, y)
     return {
@@ -253,7 +245,7 @@ def _measure_images(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
 
 
 def _measure_pixels(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    from .metrics import share_in_manifold, squared_energy_distance
+    from ..metrics import share_in_manifold, squared_energy_distance
 
     return {
         "squared_energy_distance": squared_energy_distance(x, y),

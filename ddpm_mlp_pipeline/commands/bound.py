@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .commands import (
+from ..errors import ConfigurationError
+from ..files import check_file, whole_file
+from .parser import (
     CommandParser,
     add_image_options,
     add_overwrite,
@@ -20,17 +22,16 @@ from .commands import (
     noise_seed,
     positive_int,
 )
-from .errors import ConfigurationError
-from .files import check_file, whole_file
 
 with command_imports("ddpm-bound", __name__):
     from diffusers import DDPMScheduler
 
-    from . import plots
-    from .data.images import HELD_OUT_SPLITS, choose_split
-    from .data.normalized import load_normalized
-    from .likelihood import VARIANCE_TYPES, BoundEstimate, variational_bound
-    from .loading import load_checkpoint
+    from .. import figures
+    from ..data.images import HELD_OUT_SPLITS, choose_split
+    from ..data.normalized import load_normalized
+    from ..likelihood import VARIANCE_TYPES, BoundEstimate, variational_bound
+    from ..loading import load_checkpoint
+
 
 NUM_POINTS = 10_000
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if output is not None:
             output.write_text(json.dumps(_report(args, estimate, pipeline.scheduler, len(dataset)), indent=2))
         if figure is not None:
-            plots.plot_bound(estimate).savefig(figure, dpi=100)
+            figures.plot_bound(estimate).savefig(figure, dpi=100)
     if state_path is not None:
         state_path.unlink()
     variance_type = pipeline.scheduler.config.variance_type

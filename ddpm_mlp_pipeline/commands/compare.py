@@ -13,28 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddpm_mlp_pipeline.commands import (
-    FEATURES_HELP,
-    CommandParser,
-    add_image_options,
-    add_overwrite,
-    command,
-    leaving_out,
-    positive_int,
-)
-from ddpm_mlp_pipeline.errors import (
-    ConfigurationError,
-    DivergenceError,
-    UnsupportedSchedulerError,
-    explain_missing_extra,
-)
-from ddpm_mlp_pipeline.export.schedulers import scheduler_option
-from ddpm_mlp_pipeline.files import check_file, whole_file
-from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
-from ddpm_mlp_pipeline.runtime.step_table import StepTable
+from ..errors import ConfigurationError, DivergenceError, UnsupportedSchedulerError, explain_missing_extra
+from ..export.schedulers import scheduler_option
+from ..files import check_file, whole_file
+from ..runtime.sampler import OnnxSampler
+from ..runtime.step_table import StepTable
+from .parser import FEATURES_HELP, CommandParser, add_image_options, add_overwrite, command, leaving_out, positive_int
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
 
 STEPS = (10, 20, 30, 50)
 SAMPLERS = (
@@ -87,18 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.figure is not None:
         check_file(args.figure, args.overwrite)
     with explain_missing_extra("ddpm-compare", "export"):
-        from ddpm_mlp_pipeline.export.exporter import export_bundle
+        from ..export.exporter import export_bundle
     with explain_missing_extra("ddpm-compare", "train"):
-        from ddpm_mlp_pipeline.data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
-        from ddpm_mlp_pipeline.loading import fingerprint, load_checkpoint
-        from ddpm_mlp_pipeline.metrics import (
-            choose_features,
-            frechet_distance,
-            image_features,
-            squared_energy_distance,
-            to_uint8,
-        )
-        from ddpm_mlp_pipeline.models.features import PIXELS
+        from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
+        from ..loading import fingerprint, load_checkpoint
+        from ..metrics import choose_features, frechet_distance, image_features, squared_energy_distance, to_uint8
+        from ..models.features import PIXELS
 
     known = _read(args.output)
     _write(known, args.output)  # a place that can't be written to is found before the work
@@ -187,7 +169,7 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _compile(words: str, num_inference_steps: int, trained_with: SchedulerMixin) -> StepTable:
-    from ddpm_mlp_pipeline.export.compile import compile_scheduler, make_scheduler, split_options
+    from ..export.compile import compile_scheduler, make_scheduler, split_options
 
     name, _, options = words.partition(":")
     try:
@@ -223,7 +205,7 @@ def _table(rows: list[dict[str, Any]], measure: str) -> str:
 def _draw(rows: list[dict[str, Any]], path: Path, measure: str, overwrite: bool) -> None:
     from matplotlib.figure import Figure
 
-    from ddpm_mlp_pipeline.plots import save
+    from ..figures import save
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .commands import CommandParser
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
+from .parser import CommandParser
 
 Options = TypeVar("Options")
 

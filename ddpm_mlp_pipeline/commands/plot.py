@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .commands import (
+from ..errors import ConfigurationError
+from ..files import check_file
+from ..runtime.step_table import StepTable
+from .parser import (
     CommandParser,
     add_image_options,
     add_overwrite,
@@ -15,14 +18,11 @@ from .commands import (
     noise_seed,
     positive_int,
 )
-from .errors import ConfigurationError
-from .files import check_file
-from .runtime.step_table import StepTable
 
 with command_imports("ddpm-plot", __name__):
-    from . import plots
-    from .data.normalized import load_normalized
-    from .loading import load_checkpoint
+    from .. import figures
+    from ..data.normalized import load_normalized
+    from ..loading import load_checkpoint
 
 
 @command
@@ -48,17 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_file(args.output, args.overwrite)
     if args.kind == "table":
         table = StepTable.load(args.checkpoint / "step_table.json")
-        plots.save(plots.plot_table(table), args.output, args.overwrite)
+        figures.save(figures.plot_table(table), args.output, args.overwrite)
         print(args.output)
         return
     pipeline = load_checkpoint(args.checkpoint)
     if pipeline.is_points and pipeline.sample_shape[0] < 2:
         raise ConfigurationError("points of one coordinate have no picture")
-    number = args.num_samples or (plots.NUM_POINTS if pipeline.is_points else 16)
+    number = args.num_samples or (figures.NUM_POINTS if pipeline.is_points else 16)
 
     if args.kind == "animation":
-        frames = plots.reverse_process(pipeline, number, args.seed)
-        plots.animate_process([("reverse", frames)], args.output, args.overwrite)
+        frames = figures.reverse_process(pipeline, number, args.seed)
+        figures.animate_process([("reverse", frames)], args.output, args.overwrite)
     elif args.kind in ("forward", "drift"):
         if args.dataset is None:
             raise ConfigurationError(f"{args.kind} starts from data: name them with --dataset")
@@ -69,19 +69,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
         x_0 = dataset.__getitems__(list(range(len(dataset))))
         if args.kind == "drift":
-            figure = plots.plot_drift(pipeline, x_0, args.seed)
+            figure = figures.plot_drift(pipeline, x_0, args.seed)
         else:
-            frames = plots.some_frames(plots.forward_process(pipeline, x_0, args.seed))
-            figure = plots.plot_process(frames, plots.DATA_COLOR)
-        plots.save(figure, args.output, args.overwrite)
+            frames = figures.some_frames(figures.forward_process(pipeline, x_0, args.seed))
+            figure = figures.plot_process(frames, figures.DATA_COLOR)
+        figures.save(figure, args.output, args.overwrite)
     else:
         T = pipeline.scheduler.config.num_train_timesteps
         several = args.timesteps or [T - 1, T * 3 // 4 - 1, T // 2 - 1, 0]
         timesteps = [0] if args.kind == "samples" else several
         if not all(0 <= t <= T for t in timesteps):
             raise ConfigurationError(f"--timesteps must be from 0 to {T}")
-        figure = plots.plot_process(plots.reverse_process(pipeline, number, args.seed, timesteps))
-        plots.save(figure, args.output, args.overwrite)
+        figure = figures.plot_process(figures.reverse_process(pipeline, number, args.seed, timesteps))
+        figures.save(figure, args.output, args.overwrite)
     print(args.output)
 
 

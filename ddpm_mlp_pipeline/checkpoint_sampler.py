@@ -1,4 +1,4 @@
-"""`CheckpointSampler`: sampling from a checkpoint with torch, in the way of `OnnxSampler`."""
+"""`CheckpointSampler`: sampling from a checkpoint with torch, in the way of the runtime's `OnnxSampler`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from ddpm_mlp_pipeline.errors import DivergenceError
-from ddpm_mlp_pipeline.export.compile import check_num_inference_steps, make_scheduler
-from ddpm_mlp_pipeline.loading import load_checkpoint
-from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-from ddpm_mlp_pipeline.training.processes import this_process
+from .errors import DivergenceError
+from .export.compile import check_num_inference_steps, make_scheduler
+from .loading import load_checkpoint
+from .pipeline import DDPMMLPPipeline
+from .training.processes import this_process
 
 
 class CheckpointSampler:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_mlp_pipeline.commands import CommandParser, add_overwrite, command, noise_seed, positive_int
-from ddpm_mlp_pipeline.errors import ConfigurationError, explain_missing_extra
-from ddpm_mlp_pipeline.export.schedulers import SCHEDULERS
-from ddpm_mlp_pipeline.files import check_file, check_folder, whole_file, whole_folder
-from ddpm_mlp_pipeline.progress import progress_bar
-from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+from ..errors import ConfigurationError
+from ..export.schedulers import SCHEDULERS
+from ..files import check_file, check_folder, whole_file, whole_folder
+from ..progress import progress_bar
+from ..runtime.sampler import OnnxSampler
+from ..sampling import open_sampler
+from .parser import CommandParser, add_overwrite, command, noise_seed, positive_int
 
 MAX_POINTS, MAX_GRID = 10**6, 2**28  # of one picture: points; numbers, that is bytes
 is_picture = re.compile(r"[0-9]+\.png").fullmatch  # of a folder that this command writes
@@ -67,27 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.output}: {args.num_samples} {'points' if sampler.is_points else 'images'}")
 
 
-def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> OnnxSampler:
-    """What draws from a bundle, or in the same way from a checkpoint, with torch.
-
-    Raises:
-        ConfigurationError: if a scheduler or a number of steps is asked of a bundle, which has its own.
-        BundleError, CheckpointError, MissingExtraError: if it can't be loaded.
-    """
-    if (source / "model_index.json").is_file():
-        with explain_missing_extra("sampling from a checkpoint", "train"):
-            from ddpm_mlp_pipeline.export.checkpoint_sampler import CheckpointSampler
-        return CheckpointSampler(source, scheduler, num_inference_steps)
-    if scheduler is not None or num_inference_steps is not None:
-        raise ConfigurationError("a bundle's scheduler and steps are its step table's: export it again to change them")
-    return OnnxSampler(source)
-
-
 def _is_first(sampler: OnnxSampler) -> bool:
     """Whether this process writes the samples: of several that draw from a checkpoint together, the first does."""
     if isinstance(sampler, OnnxSampler):
         return True
-    from ddpm_mlp_pipeline.training.processes import this_process
+    from ..training.processes import this_process
 
     return this_process().is_main_process
 
@@ -147,19 +132,19 @@ def csv_header(names: Iterable[str]) -> str:
 
 
 def _write_scatter(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
-    from ddpm_mlp_pipeline.runtime.pictures import draw_points
+    from ..runtime.pictures import draw_points
 
     draw_points(np.concatenate([batch[:, :2] for batch in batches])).save(path)
 
 
 def _write_grid(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
-    from ddpm_mlp_pipeline.runtime.pictures import image_grid
+    from ..runtime.pictures import image_grid
 
     image_grid(batches, number).save(path)
 
 
 def _write_folder(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
-    from ddpm_mlp_pipeline.runtime.pictures import to_picture
+    from ..runtime.pictures import to_picture
 
     images = (image for batch in batches for image in batch)
     for i, image in enumerate(images):

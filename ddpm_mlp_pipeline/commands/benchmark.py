@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ddpm_mlp_pipeline.commands import CommandParser, command, positive_int
-from ddpm_mlp_pipeline.errors import BundleError, explain_missing_extra
-from ddpm_mlp_pipeline.runtime.bundle import seal
-from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+from ..errors import BundleError, explain_missing_extra
+from ..runtime.bundle import seal
+from ..runtime.sampler import OnnxSampler
+from .parser import CommandParser, command, positive_int
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
 
 # Largest relative error of the outputs of the same weights: half precision makes 1e-3, 8 bits 0.1, other weights 1.
 SAME_WEIGHTS = {"float": 5e-3, "int8": 0.2}
 PAUSE = 0.2  # seconds
 PRODUCT_SIZE = 2048  # of the square matrices whose product shows the machine's peak
-
 # What a user without the bundle would run, from a fresh process to a picture.
 TORCH_PROCESS = """
 import sys
@@ -43,7 +43,6 @@ samples = pipeline(int(sys.argv[2]), num_inference_steps=50, output_type="np")[0
 picture = draw_points(samples) if samples.ndim == 2 else image_grid([samples], len(samples))
 picture.save(sys.argv[3])
 """
-
 # Runs a command, and prints its seconds and its peak memory. A process's peak counts from before its exec, when it
 # was still a copy of the one that started it: so that one is this small one rather than the benchmark, with torch.
 LAUNCHER = """
@@ -70,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         import torch
         from diffusers import DDIMScheduler, DDPMScheduler
 
-        from ddpm_mlp_pipeline.export.compile import compile_scheduler
-        from ddpm_mlp_pipeline.loading import load_checkpoint
+        from ..export.compile import compile_scheduler
+        from ..loading import load_checkpoint
 
     pipeline = load_checkpoint(args.checkpoint)
     _check_same_weights(pipeline, args.bundle)
@@ -209,7 +208,7 @@ def _seconds(num_samples: int) -> float:
 def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:
     from diffusers import DDPMScheduler
 
-    from ddpm_mlp_pipeline.loading import load_checkpoint
+    from ..loading import load_checkpoint
 
     pipeline = load_checkpoint(checkpoint)
     pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from .errors import ConfigurationError, DDPMPipelineError, ParityError, explain_missing_extra
+from ..errors import ConfigurationError, DDPMPipelineError, ParityError, explain_missing_extra
+
+FEATURES_HELP = (
+    "what images are compared on: pixels, a feature network's folder, or a file of torch-fidelity's Inception weights "
+    "(default: the shipped MNIST network for grey images, if there are enough of them, else pixels)"
+)
 
 
 @contextlib.contextmanager
@@ -56,12 +60,6 @@ def add_image_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
 
 
-FEATURES_HELP = (
-    "what images are compared on: pixels, a feature network's folder, or a file of torch-fidelity's Inception weights "
-    "(default: the shipped MNIST network for grey images, if there are enough of them, else pixels)"
-)
-
-
 @contextlib.contextmanager
 def leaving_out(skip_corrupt: bool, silent: bool = False) -> Iterator[Callable[[str], None] | None]:
     """Yield what `load_images` takes as `on_corrupt`, and print at the end, to stderr, how many images were left out,
@@ -91,27 +89,6 @@ def command_imports(name: str, module: str) -> Iterator[None]:
     """
     with one_line_errors() if module == "__main__" else contextlib.nullcontext(), explain_missing_extra(name):
         yield
-
-
-def _console_command(module: str) -> Callable[[Sequence[str] | None], None]:
-    """Return a console command that imports its module when it runs, so that it can say what is missing."""
-
-    @command
-    def main(argv: Sequence[str] | None = None) -> None:
-        importlib.import_module(f"{__package__}.{module}").main(argv)
-
-    return main
-
-
-# What setup.cfg installs as ddpm-export, and so on.
-export = _console_command("export.__main__")
-sample = _console_command("export.sample")
-benchmark = _console_command("export.benchmark")
-compare = _console_command("export.compare")
-plot = _console_command("plot")
-bound = _console_command("bound")
-doctor = _console_command("doctor")
-evaluate = _console_command("evaluate")
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -1,1 +1,0 @@
-"""Entry points for `accelerate launch`, installed as `ddpm_mlp_pipeline.train_scripts`."""
