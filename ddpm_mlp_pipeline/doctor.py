@@ -431,7 +431,7 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     typed["dataset_name"] = args.dataset
     if is_points:
         if args.resolution or args.channels:
-            raise ConfigurationError("--resolution and --channels are for images, but the preset is of points")
+            raise ConfigurationError("--resolution and --channels are for images, but these are points")
         typed = {"dataset": args.dataset, "dataset_noise": args.dataset_noise}
     argv = ["--config", args.patient, "--output_dir", "none"]
     argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]

@@ -1,0 +1,65 @@
+"""`ddpm-compare` on a network that has learned nothing: its cache, and its end where nothing can be compared."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from helpers import random_weights
+from PIL import Image
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
+from ddpm_mlp_pipeline.export.compare import main
+
+
+@pytest.fixture
+def compare(tmp_path, capsys):
+    """Save a network of a seed into the same folder, compare it, and return the exit status and both outputs."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(256, size=(12, 4, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+
+    def compare(seed, *argv, eps=None):
+        torch.manual_seed(seed)
+        unet = random_weights(SmallUNet2DModel((4, 8), 3, block_out_channels=(8, 8), attention=False))
+        if eps is not None:
+            torch.nn.init.zeros_(unet.conv_out.weight)
+            torch.nn.init.constant_(unet.conv_out.bias, eps)
+        DDPMMLPPipeline(unet, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")).save_pretrained(
+            tmp_path / "checkpoint"
+        )
+        argv = (tmp_path / "checkpoint", "--dataset", pictures, "--num_samples", 8, *argv)
+        argv += ("--num_inference_steps", 2, "--output", tmp_path / "rows.json")
+        try:
+            main([str(word) for word in argv])
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        return status, *capsys.readouterr(), rows
+
+    return compare
+
+
+def test_a_network_that_takes_anothers_place_is_measured_anew(compare):
+    """On few colour pictures, which are not square and have no test split."""
+    status, output, _, rows = compare(0, "--schedulers", "ddpm")
+    assert status == 0
+    assert "squared energy distance to 12 images" in output
+    assert "split 'train', on pixels" in output
+    assert len(rows) == 1
+    *_, again = compare(0, "--schedulers", "ddpm")
+    assert [row["energy_distance"] for row in again] == [row["energy_distance"] for row in rows]
+    *_, other = compare(1, "--schedulers", "ddpm")
+    assert len(other) == 2
+    assert other[0]["energy_distance"] == rows[0]["energy_distance"] != other[1]["energy_distance"]
+
+
+def test_where_every_sampler_diverges_it_ends_in_a_line(compare):
+    status, output, errors, rows = compare(0, "--schedulers", "euler", eps=3e38)  # which only a clipped x_0 survives
+    assert status == 1
+    assert "euler, 2 steps: sampling leaves the finite numbers" in output
+    assert errors.splitlines()[-1].startswith("error: no scheduler gives finite samples of")
+    assert rows == []

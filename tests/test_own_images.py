@@ -1,0 +1,73 @@
+"""Pictures as a user has them: of several sizes, in subfolders, one corrupt, one grey, one of 16 bits; all the way."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT, assert_one_line_error
+from PIL import Image
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for i in range(150):
+            height, width = rng.integers(24, 64, 2)
+            left, right = rng.integers(256, size=(2, 3))
+            ramp = np.linspace(0, 1, width)[None, :, None]
+            pixels = (left * (1 - ramp) + right * ramp).repeat(height, axis=0).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
+    path = folder / "dogs" / "007.png"
+    Image.open(path).convert("L").save(path)
+    Image.fromarray(rng.integers(2**16, size=(30, 30), dtype=np.uint16)).save(folder / "dogs" / "008.png")
+    path = folder / "cats" / "099.png"
+    path.write_bytes(path.read_bytes()[:70])
+    return folder
+
+
+@pytest.mark.slow
+def test_own_pictures_go_the_whole_way(pictures, run, tmp_path):
+    """Each command says what it needs, and takes from checkpoint and bundle what they know."""
+    train = (sys.executable, ROOT / "train_scripts" / "train_images.py", "--dataset_name", pictures)
+    train += ("--output_dir", tmp_path / "run", "--block_out_channels", "16,32", "--train_batch_size", 16)
+    train += ("--max_train_steps", 5, "--lr_warmup_steps", 2, "--ddpm_num_steps", 20)
+    assert_one_line_error(run(*train, "--resolution", 16), "row 99 of", "cats/099.png", "--skip_corrupt")
+
+    def done(*argv):
+        result = run(*argv)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    result = done(*train, "--resolution", 16, "--skip_corrupt")
+    assert "left out 1 image:" in result.stderr
+    assert "cats/099.png) is no image" in result.stderr
+    bundle, data = tmp_path / "bundle", ("--dataset", pictures, "--skip_corrupt")
+    done("ddpm-export", tmp_path / "run", bundle, "--scheduler", "ddpm", "--web", tmp_path / "page")
+    assert (tmp_path / "page" / "index.html").is_file()
+    done("ddpm-sample", bundle, "--num_samples", 4, "--output", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.mode == "RGB"
+
+    result = done("ddpm-evaluate", bundle, *data, "--output", tmp_path / "report.json")
+    assert (
+        "random halves of split 'train', since there is no other; 16×16, channels: 3; features: pixels"
+        in result.stdout
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["num_samples"], report["num_references"]) == (149, 149)
+    distance = report["measures"]["squared_energy_distance"]
+    assert distance["samples"][0] > 5 * np.std(distance["floor"])  # it has hardly been trained
+
+    result = done("ddpm-bound", tmp_path / "run", *data, "--num_samples", 20, "--timestep_stride", 20)
+    assert "on 20 samples of" in result.stdout
+    assert "(split 'train')" in result.stdout
+    result = run("ddpm-doctor", tmp_path / "run", *data, "--num_samples", 100)
+    assert "the images' sizes differ, with widths from 24 to 63" in " ".join(result.stdout.split())
+    result = done(
+        *("ddpm-compare", tmp_path / "run", *data, "--schedulers", "ddpm", "--num_inference_steps", 5),
+        *("--num_samples", 20, "--output", tmp_path / "rows.json"),
+    )
+    assert "squared energy distance to 299 images" in result.stdout
