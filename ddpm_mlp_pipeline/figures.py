@@ -17,9 +17,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from .bound import BoundEstimate, VariationalBound
 from .errors import ConfigurationError, DivergenceError
 from .files import whole_file
-from .likelihood import BoundEstimate, VariationalBound
 from .pipeline import DDPMMLPPipeline
 from .progress import progress_bar
 from .runtime.step_table import TERMS, StepTable

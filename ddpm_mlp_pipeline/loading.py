@@ -9,7 +9,6 @@ import itertools
 import logging
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +19,9 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .errors import CheckpointError, DDPMPipelineError, explain_missing_extra
-from .models.features import PIXELS, FeatureNetwork, PixelFeatures
+from .errors import CheckpointError, DDPMPipelineError
 from .pipeline import DDPMMLPPipeline
 
 MAX_TIMESTEPS, MAX_SIZE = 10**6, 2**26  # of a scheduler; of a sample, in numbers
@@ -41,54 +38,16 @@ def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
     if not (folder / "model_index.json").is_file():
         what = "is no checkpoint: it has no model_index.json" if folder.is_dir() else "doesn't exist"
         raise CheckpointError(f"{folder} {what}")
-    with _explained(f"can't load the checkpoint {folder}"):
+    with explain_loading(f"can't load the checkpoint {folder}"):
         index = DDPMMLPPipeline.load_config(folder)
         unet, scheduler = (_named_class(index[name]) for name in ("unet", "scheduler"))
-        network = _empty_network(unet, folder / "unet")
+        network = empty_network(unet, folder / "unet")
         _check_sizes(scheduler.load_config(folder / "scheduler"))
         pipeline = DDPMMLPPipeline.from_pretrained(folder, local_files_only=True)
-        _check_weights(pipeline.unet)
+        check_weights(pipeline.unet)
         _check_sampling(pipeline, network)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def load_features(path: str | os.PathLike) -> nn.Module:
-    """Load a network that turns uint8 images, `[batch, channels, height, width]`, into `[batch, num_features]`.
-
-    Args:
-        path: the folder of a [`FeatureNetwork`], torch-fidelity's file of Inception's weights, or `"pixels"`.
-
-    Returns:
-        The network, which says in `channels` how many an image may have.
-
-    Raises:
-        CheckpointError: if a file is missing, can't be read, holds anything but the network's weights, or doesn't fit
-            the others.
-        MissingExtraError: if Inception is asked for, and torch-fidelity is not installed.
-    """
-    if str(path) == PIXELS:
-        return PixelFeatures()
-    with _explained(f"can't load the feature network {path}"):
-        if Path(path).is_file():
-            return _load_inception(path)
-        _empty_network(FeatureNetwork, Path(path))
-        network = FeatureNetwork.from_pretrained(path, local_files_only=True, use_safetensors=True)
-        _check_weights(network)
-    return network.eval()
-
-
-def _load_inception(weights: str | os.PathLike) -> nn.Module:
-    try:
-        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
-    except (pickle.UnpicklingError, EOFError):
-        raise ValueError("it is no PyTorch file of tensors alone") from None
-    with explain_missing_extra("Inception"):
-        from .models.inception import InceptionNetwork
-    try:
-        return InceptionNetwork(weights)
-    except RuntimeError:  # whose message lists hundreds of names
-        raise ValueError("its tensors are not those of torch-fidelity's Inception") from None
 
 
 def fingerprint(pipeline: DDPMMLPPipeline, **tensors: torch.Tensor) -> tuple[str, dict[str, Any]]:
@@ -101,7 +60,7 @@ def fingerprint(pipeline: DDPMMLPPipeline, **tensors: torch.Tensor) -> tuple[str
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explain_loading(what: str) -> Iterator[None]:
     """diffusers has no error of its own for a folder that it can't make sense of."""
     try:
         with quiet():
@@ -118,7 +77,7 @@ def _named_class(entry: list[str]) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def _empty_network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
+def empty_network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
     """The network that a configuration describes, on the device "meta", if it has weights of the shapes in the folder.
 
     Neither takes memory here, whatever the sizes they claim: only where they agree may they be loaded.
@@ -152,7 +111,7 @@ def _check_sizes(scheduler_config: dict[str, Any]) -> None:
             raise ValueError(f"its scheduler's {name} is {value}, which is beyond all reason")
 
 
-def _check_weights(network: ModelMixin) -> None:
+def check_weights(network: ModelMixin) -> None:
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("its weights lack some of the network's")
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):

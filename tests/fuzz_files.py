@@ -71,7 +71,7 @@ def _load_checkpoint(folder: Path) -> np.ndarray:
 def _load_features(folder: Path) -> np.ndarray:
     import torch
 
-    from ddpm_mlp_pipeline.loading import load_features
+    from ddpm_mlp_pipeline.judge.features import load_features
 
     with torch.no_grad():
         return load_features(folder)(torch.arange(784, dtype=torch.uint8).reshape(1, 1, 28, 28)).numpy()
@@ -106,7 +106,7 @@ def _load_images(folder: Path) -> np.ndarray:
 
 def _load_samples(name: str) -> Callable[[Path], np.ndarray]:
     def load(folder: Path) -> np.ndarray:
-        from ddpm_mlp_pipeline.sources import open_source
+        from ddpm_mlp_pipeline.judge.sources import open_source
 
         return open_source(folder / name).draw(4, 0)
 
@@ -153,7 +153,7 @@ def make_originals(root: Path) -> None:
 
     from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel, export_bundle, pretrained
     from ddpm_mlp_pipeline.checkpoints import FEATURES
-    from ddpm_mlp_pipeline.models.features import FeatureNetwork
+    from ddpm_mlp_pipeline.judge.features import FeatureNetwork
 
     rng = np.random.default_rng(0)
     torch.manual_seed(0)

@@ -12,8 +12,9 @@ from helpers import MNIST, assert_one_line_error, needs_mnist
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, pretrained, train
+from ddpm_mlp_pipeline.commands.doctor import main
 from ddpm_mlp_pipeline.data.normalized import TensorBatches, load_normalized
-from ddpm_mlp_pipeline.doctor import Patient, examine, main
+from ddpm_mlp_pipeline.judge.checks import Patient, examine
 
 
 @pytest.fixture

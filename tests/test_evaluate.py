@@ -15,7 +15,7 @@ from scipy import linalg
 from ddpm_mlp_pipeline import export_bundle, load_images, pretrained
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.commands.evaluate import main
-from ddpm_mlp_pipeline.loading import load_features
+from ddpm_mlp_pipeline.judge.features import load_features
 
 WITHOUT_TORCH = """
 import sys

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from ddpm_mlp_pipeline import DDPMMLPPipeline, OnnxSampler, StepTable, load_checkpoint, load_points, pretrained
 from ddpm_mlp_pipeline.errors import BundleError, CheckpointError, DatasetError, DDPMPipelineError, DivergenceError
 from ddpm_mlp_pipeline.figures import reverse_process
-from ddpm_mlp_pipeline.loading import load_features
+from ddpm_mlp_pipeline.judge.features import load_features
+from ddpm_mlp_pipeline.judge.sources import open_source
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.sampling import open_sampler
-from ddpm_mlp_pipeline.sources import open_source
 
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 

@@ -22,11 +22,12 @@ from ddpm_mlp_pipeline import (
     pretrained,
     train,
 )
+from ddpm_mlp_pipeline.bound import VariationalBound, discretized_log_likelihood
 from ddpm_mlp_pipeline.data.images import ImageBatches
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.data.points import load_points, to_array
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
-from ddpm_mlp_pipeline.likelihood import VariationalBound, discretized_log_likelihood, variational_bound
+from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.training.options import linear_log_snr
 
 VARIANCE = torch.tensor([0.25, 4.0])  # of the data, in each dimension

@@ -5,10 +5,11 @@ import pytest
 import torch
 from scipy import linalg, spatial, stats
 
-from ddpm_mlp_pipeline import metrics
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
-from ddpm_mlp_pipeline.metrics import (
+from ddpm_mlp_pipeline.judge import metrics
+from ddpm_mlp_pipeline.judge.features import PixelFeatures
+from ddpm_mlp_pipeline.judge.metrics import (
     choose_features,
     energy_distance,
     frechet_distance,
@@ -18,7 +19,6 @@ from ddpm_mlp_pipeline.metrics import (
     sliced_wasserstein_distance,
     squared_energy_distance,
 )
-from ddpm_mlp_pipeline.models.features import PixelFeatures
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from ddpm_mlp_pipeline.commands.export import main as export
 from ddpm_mlp_pipeline.commands.plot import main as plot
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import OutputExistsError
-from ddpm_mlp_pipeline.likelihood import variational_bound
+from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.training.loop import check_output_dir
 
 

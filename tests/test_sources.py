@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
-from ddpm_mlp_pipeline.sources import open_source
+from ddpm_mlp_pipeline.judge.sources import open_source
 
 
 def test_images_are_the_same_in_every_form(tmp_path):

@@ -18,11 +18,12 @@ from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 from small_training import small_pipeline, train_small, training_options
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, doctor, train
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.commands import bound, evaluate, plot
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.figures import plot_losses
+from ddpm_mlp_pipeline.judge import checks as doctor
 from ddpm_mlp_pipeline.training.loop import _will_be_skipped
 from ddpm_mlp_pipeline.training.losses import min_snr_weights, training_target
 from ddpm_mlp_pipeline.training.options import PREDICTION_TYPES

@@ -25,8 +25,8 @@ with command_imports("training", __name__):
     from accelerate.utils import set_seed
 
     from ..data.images import ImageBatches, load_images, mirror_half
-    from ..loading import load_features
-    from ..metrics import frechet_distance, image_features, to_uint8
+    from ..judge.features import load_features
+    from ..judge.metrics import frechet_distance, image_features, to_uint8
     from ..pipeline import DDPMMLPPipeline
     from ..training.loop import check_output_dir, train
     from ..training.options import PRESETS, ImageTrainingArguments

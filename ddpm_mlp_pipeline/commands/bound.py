@@ -27,9 +27,10 @@ with command_imports("ddpm-bound", __name__):
     from diffusers import DDPMScheduler
 
     from .. import figures
+    from ..bound import VARIANCE_TYPES, BoundEstimate
     from ..data.images import HELD_OUT_SPLITS, choose_split
     from ..data.normalized import load_normalized
-    from ..likelihood import VARIANCE_TYPES, BoundEstimate, variational_bound
+    from ..judge.likelihood import variational_bound
     from ..loading import load_checkpoint
 
 

@@ -78,9 +78,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ..export.exporter import export_bundle
     with explain_missing_extra("ddpm-compare", "train"):
         from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
+        from ..judge.features import PIXELS
+        from ..judge.metrics import (
+            choose_features,
+            frechet_distance,
+            image_features,
+            squared_energy_distance,
+            to_uint8,
+        )
         from ..loading import fingerprint, load_checkpoint
-        from ..metrics import choose_features, frechet_distance, image_features, squared_energy_distance, to_uint8
-        from ..models.features import PIXELS
 
     known = _read(args.output)
     _write(known, args.output)  # a place that can't be written to is found before the work

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..export.schedulers import SCHEDULERS
 from ..files import whole_file
-from ..sources import Source, open_source
+from ..judge.sources import Source, open_source
 from .parser import FEATURES_HELP, CommandParser, add_image_options, add_overwrite, command, leaving_out, positive_int
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     import torch
 
     from ..data.images import load_images
-    from ..metrics import choose_features, image_features
-    from ..models.features import PIXELS
+    from ..judge.features import PIXELS
+    from ..judge.metrics import choose_features, image_features
 
     # What is missing is said before anything is decoded or drawn.
     split, train_split = _choose_splits(args)
@@ -223,7 +223,7 @@ def _varied(samples: np.ndarray, name: object) -> np.ndarray:
 
 
 def _measure_points(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    from ..metrics import energy_distance, sliced_wasserstein_distance
+    from ..judge.metrics import energy_distance, sliced_wasserstein_distance
 
     return {
         "sliced_wasserstein_distance": sliced_wasserstein_distance(x, y),
@@ -232,7 +232,7 @@ def _measure_points(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def _measure_images(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    from ..metrics import frechet_distance, kernel_distance, share_in_manifold
+    from ..judge.metrics import frechet_distance, kernel_distance, share_in_manifold
 
     kernel_mean, kernel_deviation = kernel_distance(x, y)
     return {
@@ -245,7 +245,7 @@ def _measure_images(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
 
 
 def _measure_pixels(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    from ..metrics import share_in_manifold, squared_energy_distance
+    from ..judge.metrics import share_in_manifold, squared_energy_distance
 
     return {
         "squared_energy_distance": squared_energy_distance(x, y),

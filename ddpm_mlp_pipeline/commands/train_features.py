@@ -20,7 +20,7 @@ with command_imports("training", __name__):
 
     from ..data.images import load_images, load_labels
     from ..files import PARTIAL, check_names, move_into
-    from ..models.features import FeatureNetwork
+    from ..judge.features import FeatureNetwork
     from ..progress import progress_bar
     from ..training.options import option
     from .presets import parse_options

@@ -18,9 +18,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 
+from ..bound import VariationalBound
 from ..errors import ConfigurationError, DivergenceError, StoppedBySignal
 from ..files import PARTIAL, check_names, move_into
-from ..likelihood import VariationalBound
 from ..pipeline import DDPMMLPPipeline
 from ..progress import progress_bar
 from .losses import bound_loss, min_snr_weights, simple_loss

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from ..likelihood import VariationalBound
+from ..bound import VariationalBound
 
 
 def simple_loss(

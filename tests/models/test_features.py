@@ -12,9 +12,8 @@ from helpers import MNIST, ROOT, needs_mnist
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.data.images import load_images, load_labels
 from ddpm_mlp_pipeline.errors import CheckpointError, MissingExtraError
-from ddpm_mlp_pipeline.loading import load_features
-from ddpm_mlp_pipeline.metrics import frechet_distance, image_features
-from ddpm_mlp_pipeline.models.features import FeatureNetwork
+from ddpm_mlp_pipeline.judge.features import FeatureNetwork, load_features
+from ddpm_mlp_pipeline.judge.metrics import frechet_distance, image_features
 
 
 def test_images_of_any_size_have_features():

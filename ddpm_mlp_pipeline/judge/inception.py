@@ -1,5 +1,7 @@
 """`InceptionNetwork`, on whose features papers take Fréchet and kernel distances, from weights that the user has."""
 
+from __future__ import annotations
+
 import os
 
 import torch

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import ConfigurationError, DatasetError
-from .runtime.pictures import to_pixels
+from ..errors import ConfigurationError, DatasetError
+from ..runtime.pictures import to_pixels
 
 if TYPE_CHECKING:
     import torch
+
 
 BATCH_SIZE = 50  # of images whose features are taken at once, at most 299 × 299 pixels each
 CHUNK = 2**22  # distances between pairs that are in memory at once
@@ -97,9 +98,8 @@ def choose_features(
         DatasetError: if there are too few images.
         CheckpointError: if the network can't be loaded.
     """
-    from .checkpoints import FEATURES
-    from .loading import load_features
-    from .models.features import PIXELS
+    from ..checkpoints import FEATURES
+    from .features import PIXELS, load_features
 
     network = load_features(FEATURES if path is None else path)
     if path is None:

@@ -1,36 +1,21 @@
-"""Look for what goes wrong again and again in training and sampling, and say what helps: the command `ddpm-doctor`."""
+"""The doctor's checks: what goes wrong again and again in training and sampling, and what helps."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import textwrap
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-from .commands.parser import CommandParser, command, command_imports, leaving_out, positive_int
-from .errors import CheckpointError, ConfigurationError, DatasetError
+import torch
+from diffusers import DDPMScheduler
 
-with command_imports("ddpm-doctor", __name__):
-    import torch
-    from diffusers import DDPMScheduler, ModelMixin
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+from ..data.images import image_shapes
+from ..data.points import check_columns
+from ..pipeline import DDPMMLPPipeline
+from ..training.losses import simple_loss
+from ..training.options import PREDICTION_TYPES, TrainingArguments
 
-    from .commands import train_images, train_points
-    from .commands.presets import parse_options, read_preset
-    from .data.images import image_shapes, load_images, to_network_units
-    from .data.normalized import load_normalized
-    from .data.points import POINT_SETS, check_columns, is_point_set
-    from .loading import load_checkpoint
-    from .pipeline import DDPMMLPPipeline
-    from .training.losses import simple_loss
-    from .training.options import PREDICTION_TYPES, PRESETS, TrainingArguments
-    from .training.state import find_states
-
-NUM_POINTS, NUM_IMAGES = 10_000, 500
+NUM_POINTS, NUM_IMAGES = 10_000, 500  # to take losses on
 NUM_BINS = 10  # of timesteps
 MAX_TERMINAL_SNR = 0.01
 MIN_TIMESTEPS = 100  # where the variance isn't learned
@@ -339,125 +324,3 @@ def _level(value: torch.Tensor) -> int:
 def _shape(shape: tuple[int, ...]) -> str:
     channels, height, width = shape
     return f"{width}×{height} of {channels} channel{'s' if channels > 1 else ''}"
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = CommandParser(prog="ddpm-doctor", description=__doc__)
-    parser.add_argument("patient", help="a checkpoint folder, or a preset: a YAML file, or a shipped one's name")
-    parser.add_argument(
-        "--dataset", help="a point set's name, a file of points, or an image data set (default: the preset's)"
-    )
-    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
-    parser.add_argument("--split", help="of an image data set (default: train)")
-    parser.add_argument("--held_out_split", help="to look for overfitting (default: test, where there is one)")
-    parser.add_argument("--resolution", type=positive_int, metavar="N", help="of a preset's images, as in training")
-    parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="of a preset's images, as in training")
-    parser.add_argument("--fit", choices=["resize", "pad"], help="as in training (default: the preset's, or resize)")
-    parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
-    parser.add_argument(
-        "--num_samples",
-        type=positive_int,
-        metavar="N",
-        help=f"to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
-    )
-    args = parser.parse_args(argv)
-    with leaving_out(args.skip_corrupt) as on_corrupt:
-        if Path(args.patient).is_dir():
-            patient = _checkpoint_as_patient(args, on_corrupt)
-        else:
-            patient = _preset_as_patient(args, on_corrupt)
-    if patient.pipeline.is_points:
-        findings = [*check_point_columns(args.dataset, patient.pipeline.config.data_columns), *examine(patient)]
-    else:
-        findings = [check_shape(args.dataset, args.split, patient.pipeline), *examine(patient)]
-    for finding in findings:
-        print(_show(finding))
-    wrong = sum(finding.remedy is not None and not finding.is_open for finding in findings)
-    print("nothing is wrong" if wrong == 0 else f"{wrong} finding{'s' if wrong > 1 else ''}")
-    if wrong:
-        raise SystemExit(1)
-
-
-def _take(dataset: torch.utils.data.Dataset) -> torch.Tensor:
-    """All of it, in random order: the losses' timesteps rise from sample to sample."""
-    if len(dataset) < MIN_SAMPLES:
-        raise DatasetError(f"losses by timestep need at least {MIN_SAMPLES} samples, got {len(dataset)}")
-    return dataset.__getitems__(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
-
-
-def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:
-    """The network before averaging, from the newest state that training has left to resume from."""
-    weights = [path for state in find_states(folder) if (path := state / "model.safetensors").is_file()]
-    if not weights:
-        return None
-    newest, raw = weights[-1], copy.deepcopy(unet)
-    try:
-        raw.load_state_dict(load_file(newest))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"can't load {newest}: {error}") from None
-    return raw
-
-
-def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
-    """A checkpoint's network, and the data that it is said to be trained on."""
-    if args.dataset is None:
-        raise ConfigurationError("a checkpoint is examined on its data: name them with --dataset")
-    if args.resolution or args.channels:
-        raise ConfigurationError("--resolution and --channels are a preset's: a checkpoint's network has its own")
-    pipeline = load_checkpoint(args.patient)
-    args.split = args.split or "train"
-    number = args.num_samples or (NUM_POINTS if pipeline.is_points else NUM_IMAGES)
-    options = {"fit": args.fit or "resize", "noise": args.dataset_noise, "on_corrupt": on_corrupt}
-    x_0 = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
-    patient = Patient(pipeline, x_0, raw=_load_raw(Path(args.patient), pipeline.unet))
-    if not pipeline.is_points:
-        try:
-            split = args.held_out_split or "test"
-            patient.held_out = _take(load_normalized(pipeline, args.dataset, number, split=split, **options))
-        except DatasetError:
-            if args.held_out_split is not None:
-                raise
-    elif args.dataset in POINT_SETS:
-        patient.held_out = _take(load_normalized(pipeline, args.dataset, number, seed=1, **options))
-    return patient
-
-
-def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
-    """A preset's data and untrained network; what is typed wins, as in training."""
-    preset = read_preset(args.patient, PRESETS)
-    is_points = is_point_set(args.dataset) if args.dataset else "dataset_name" not in preset
-    typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
-    typed["dataset_name"] = args.dataset
-    if is_points:
-        if args.resolution or args.channels:
-            raise ConfigurationError("--resolution and --channels are for images, but these are points")
-        typed = {"dataset": args.dataset, "dataset_noise": args.dataset_noise}
-    argv = ["--config", args.patient, "--output_dir", "none"]
-    argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
-    if is_points:
-        options = parse_options(train_points.PointTrainingArguments, argv, "", PRESETS)
-        pipeline, x_0 = train_points.make_point_pipeline(options)
-        options.train_batch_size = options.train_batch_size or train_points.default_batch_size(len(x_0))
-        args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
-    else:
-        options = parse_options(train_images.ImageTrainingArguments, argv, "", PRESETS)
-        form = options.resolution, options.fit, options.channels
-        images = load_images(options.dataset_name, options.split, *form, on_corrupt=on_corrupt)
-        pipeline, x_0 = train_images.make_image_pipeline(options, tuple(images.shape[1:])), images
-        args.dataset, args.split, number = options.dataset_name, options.split, args.num_samples or NUM_IMAGES
-    chosen = x_0[torch.randperm(len(x_0), generator=torch.Generator().manual_seed(0))[:number]]
-    return Patient(pipeline, chosen if is_points else to_network_units(chosen), options=options, dataset_size=len(x_0))
-
-
-def _show(finding: Finding) -> str:
-    mark = "--" if finding.is_open else "ok" if finding.remedy is None else "!!"
-    text = f"{finding.check}: {finding.message}"
-    lines = textwrap.wrap(text, 100, subsequent_indent="      ", break_on_hyphens=False)
-    if finding.remedy is not None:
-        lines += textwrap.wrap(f"→ {finding.remedy}", 100, initial_indent="      ", subsequent_indent="        ")
-    return f"{mark:4}" + "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

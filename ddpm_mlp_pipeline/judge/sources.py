@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .data.arrays import read_array
-from .errors import ConfigurationError, DatasetError, explain_missing_extra
-from .runtime.pictures import to_pixels
+from ..data.arrays import read_array
+from ..errors import ConfigurationError, DatasetError, explain_missing_extra
+from ..runtime.pictures import to_pixels
 
 IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512  # of samples that are drawn together
 
@@ -59,7 +59,7 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
         raise ConfigurationError(f"a scheduler and its steps are for a checkpoint, but {path} is none")
     if path.is_dir():
         with explain_missing_extra("reading images", "train"):
-            from .data.images import load_images
+            from ..data.images import load_images
         return _choose_from(load_images(path).numpy(), path)
     if not path.is_file():
         raise ConfigurationError(f"there is no {path}")
@@ -70,13 +70,13 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
     elif path.suffix not in (".csv", ".parquet"):
         raise ConfigurationError(f"{path} is no file of samples: give a .npy, .csv or .parquet")
     with explain_missing_extra("reading points", "evaluate"):
-        from .data.points import load_points, to_array
+        from ..data.points import load_points, to_array
     points = load_points(path)
     return dataclasses.replace(_choose_from(to_array(points), path), columns=points.column_names)
 
 
 def _open_sampler(path: Path, is_checkpoint: bool, scheduler: str | None, num_inference_steps: int | None) -> Source:
-    from .sampling import open_sampler
+    from ..sampling import open_sampler
 
     sampler = open_sampler(path, scheduler, num_inference_steps)
 

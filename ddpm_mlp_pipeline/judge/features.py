@@ -1,10 +1,19 @@
-"""What distances between images are taken on: `FeatureNetwork`, a small classifier, or their pixels."""
+"""The features on which images are compared: a small classifier's, Inception's, or pixels."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+from ..errors import explain_missing_extra
+from ..loading import check_weights, empty_network, explain_loading
 
 PIXELS, PIXEL_SIZE = "pixels", 32  # the name of these features; their greatest height and width
 
@@ -82,3 +91,41 @@ class PixelFeatures(nn.Module):
         size = [min(length, PIXEL_SIZE) for length in images.shape[-2:]]
         pixels = F.adaptive_avg_pool2d(images.float(), size).flatten(1)
         return pixels / pixels.shape[1] ** 0.5
+
+
+def load_features(path: str | os.PathLike) -> nn.Module:
+    """Load a network that turns uint8 images, `[batch, channels, height, width]`, into `[batch, num_features]`.
+
+    Args:
+        path: the folder of a [`FeatureNetwork`], torch-fidelity's file of Inception's weights, or `"pixels"`.
+
+    Returns:
+        The network, which says in `channels` how many an image may have.
+
+    Raises:
+        CheckpointError: if a file is missing, can't be read, holds anything but the network's weights, or doesn't fit
+            the others.
+        MissingExtraError: if Inception is asked for, and torch-fidelity is not installed.
+    """
+    if str(path) == PIXELS:
+        return PixelFeatures()
+    with explain_loading(f"can't load the feature network {path}"):
+        if Path(path).is_file():
+            return _load_inception(path)
+        empty_network(FeatureNetwork, Path(path))
+        network = FeatureNetwork.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        check_weights(network)
+    return network.eval()
+
+
+def _load_inception(weights: str | os.PathLike) -> nn.Module:
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
+    except (pickle.UnpicklingError, EOFError):
+        raise ValueError("it is no PyTorch file of tensors alone") from None
+    with explain_missing_extra("Inception"):
+        from .inception import InceptionNetwork
+    try:
+        return InceptionNetwork(weights)
+    except RuntimeError:  # whose message lists hundreds of names
+        raise ValueError("its tensors are not those of torch-fidelity's Inception") from None

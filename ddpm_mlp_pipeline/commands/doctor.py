@@ -1,0 +1,159 @@
+"""Look for what goes wrong again and again in training and sampling, and say what helps: `ddpm-doctor`."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigurationError, DatasetError
+from .parser import CommandParser, command, command_imports, leaving_out, positive_int
+
+with command_imports("ddpm-doctor", __name__):
+    import torch
+    from diffusers import ModelMixin
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from ..data.images import load_images, to_network_units
+    from ..data.normalized import load_normalized
+    from ..data.points import POINT_SETS, is_point_set
+    from ..judge.checks import (
+        MIN_SAMPLES,
+        NUM_IMAGES,
+        NUM_POINTS,
+        Finding,
+        Patient,
+        check_point_columns,
+        check_shape,
+        examine,
+    )
+    from ..loading import load_checkpoint
+    from ..training.options import PRESETS, ImageTrainingArguments, PointTrainingArguments
+    from ..training.pipelines import default_batch_size, make_image_pipeline, make_point_pipeline
+    from ..training.state import find_states
+    from .presets import parse_options, read_preset
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(prog="ddpm-doctor", description=__doc__)
+    parser.add_argument("patient", help="a checkpoint folder, or a preset: a YAML file, or a shipped one's name")
+    parser.add_argument(
+        "--dataset", help="a point set's name, a file of points, or an image data set (default: the preset's)"
+    )
+    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
+    parser.add_argument("--split", help="of an image data set (default: train)")
+    parser.add_argument("--held_out_split", help="to look for overfitting (default: test, where there is one)")
+    parser.add_argument("--resolution", type=positive_int, metavar="N", help="of a preset's images, as in training")
+    parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="of a preset's images, as in training")
+    parser.add_argument("--fit", choices=["resize", "pad"], help="as in training (default: the preset's, or resize)")
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
+    parser.add_argument(
+        "--num_samples",
+        type=positive_int,
+        metavar="N",
+        help=f"to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
+    )
+    args = parser.parse_args(argv)
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        if Path(args.patient).is_dir():
+            patient = _checkpoint_as_patient(args, on_corrupt)
+        else:
+            patient = _preset_as_patient(args, on_corrupt)
+    if patient.pipeline.is_points:
+        findings = [*check_point_columns(args.dataset, patient.pipeline.config.data_columns), *examine(patient)]
+    else:
+        findings = [check_shape(args.dataset, args.split, patient.pipeline), *examine(patient)]
+    for finding in findings:
+        print(_show(finding))
+    wrong = sum(finding.remedy is not None and not finding.is_open for finding in findings)
+    print("nothing is wrong" if wrong == 0 else f"{wrong} finding{'s' if wrong > 1 else ''}")
+    if wrong:
+        raise SystemExit(1)
+
+
+def _take(dataset: torch.utils.data.Dataset) -> torch.Tensor:
+    """All of it, in random order: the losses' timesteps rise from sample to sample."""
+    if len(dataset) < MIN_SAMPLES:
+        raise DatasetError(f"losses by timestep need at least {MIN_SAMPLES} samples, got {len(dataset)}")
+    return dataset.__getitems__(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
+
+
+def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:
+    """The network before averaging, from the newest state that training has left to resume from."""
+    weights = [path for state in find_states(folder) if (path := state / "model.safetensors").is_file()]
+    if not weights:
+        return None
+    newest, raw = weights[-1], copy.deepcopy(unet)
+    try:
+        raw.load_state_dict(load_file(newest))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"can't load {newest}: {error}") from None
+    return raw
+
+
+def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
+    """A checkpoint's network, and the data that it is said to be trained on."""
+    if args.dataset is None:
+        raise ConfigurationError("a checkpoint is examined on its data: name them with --dataset")
+    if args.resolution or args.channels:
+        raise ConfigurationError("--resolution and --channels are a preset's: a checkpoint's network has its own")
+    pipeline = load_checkpoint(args.patient)
+    args.split = args.split or "train"
+    number = args.num_samples or (NUM_POINTS if pipeline.is_points else NUM_IMAGES)
+    options = {"fit": args.fit or "resize", "noise": args.dataset_noise, "on_corrupt": on_corrupt}
+    x_0 = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
+    patient = Patient(pipeline, x_0, raw=_load_raw(Path(args.patient), pipeline.unet))
+    if not pipeline.is_points:
+        try:
+            split = args.held_out_split or "test"
+            patient.held_out = _take(load_normalized(pipeline, args.dataset, number, split=split, **options))
+        except DatasetError:
+            if args.held_out_split is not None:
+                raise
+    elif args.dataset in POINT_SETS:
+        patient.held_out = _take(load_normalized(pipeline, args.dataset, number, seed=1, **options))
+    return patient
+
+
+def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
+    """A preset's data and untrained network; what is typed wins, as in training."""
+    preset = read_preset(args.patient, PRESETS)
+    is_points = is_point_set(args.dataset) if args.dataset else "dataset_name" not in preset
+    typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
+    typed["dataset_name"] = args.dataset
+    if is_points:
+        if args.resolution or args.channels:
+            raise ConfigurationError("--resolution and --channels are for images, but these are points")
+        typed = {"dataset": args.dataset, "dataset_noise": args.dataset_noise}
+    argv = ["--config", args.patient, "--output_dir", "none"]
+    argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
+    if is_points:
+        options = parse_options(PointTrainingArguments, argv, "", PRESETS)
+        pipeline, x_0 = make_point_pipeline(options)
+        options.train_batch_size = options.train_batch_size or default_batch_size(len(x_0))
+        args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
+    else:
+        options = parse_options(ImageTrainingArguments, argv, "", PRESETS)
+        form = options.resolution, options.fit, options.channels
+        images = load_images(options.dataset_name, options.split, *form, on_corrupt=on_corrupt)
+        pipeline, x_0 = make_image_pipeline(options, tuple(images.shape[1:])), images
+        args.dataset, args.split, number = options.dataset_name, options.split, args.num_samples or NUM_IMAGES
+    chosen = x_0[torch.randperm(len(x_0), generator=torch.Generator().manual_seed(0))[:number]]
+    return Patient(pipeline, chosen if is_points else to_network_units(chosen), options=options, dataset_size=len(x_0))
+
+
+def _show(finding: Finding) -> str:
+    mark = "--" if finding.is_open else "ok" if finding.remedy is None else "!!"
+    text = f"{finding.check}: {finding.message}"
+    lines = textwrap.wrap(text, 100, subsequent_indent="      ", break_on_hyphens=False)
+    if finding.remedy is not None:
+        lines += textwrap.wrap(f"→ {finding.remedy}", 100, initial_indent="      ", subsequent_indent="        ")
+    return f"{mark:4}" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Estimate the variational bound of a pipeline on a data set, term by term."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..bound import BoundEstimate, VariationalBound
+from ..errors import ConfigurationError, DatasetError, DivergenceError
+from ..files import whole_file
+from ..loading import fingerprint
+from ..pipeline import DDPMMLPPipeline
+from ..progress import progress_bar
+
+SECONDS_BETWEEN_SAVES = 10
+
+
+def variational_bound(
+    pipeline: DDPMMLPPipeline,
+    dataset: Dataset,
+    *,
+    batch_size: int = 100,
+    timestep_stride: int = 1,
+    seed: int = 0,
+    state_path: Path | None = None,
+) -> BoundEstimate:
+    """Estimate the variational bound of a pipeline on a data set.
+
+    Each term of each sample is estimated with one draw of x_t. With a `timestep_stride` of n, samples share the work
+    in groups of n, one after the other: the i-th of a group gets the timesteps i, i + n, i + 2n and so on, so that
+    the group has every timestep once, in T / n calls of the network for each sample instead of T.
+
+    Args:
+        pipeline: with a stock `DDPMScheduler`.
+        dataset: as `train` takes it: the data as the network is to see them. Images must be of 8 bits, and are
+            measured as such (in bits for their levels); points have a density (in bits for the network's unit, the
+            data's standard deviation).
+        batch_size: how many go through the network at once.
+        timestep_stride: a divisor of T and of the number of samples.
+        seed: of the noise.
+        state_path: a file for what has been done so far, and what it was done with. If it holds that of an earlier
+            call with the same arguments, this one goes on from there.
+
+    Raises:
+        ConfigurationError: if the scheduler has no variance, or a number doesn't fit.
+        DatasetError: if the data have another shape, aren't finite, or aren't levels of 8 bits.
+        DivergenceError: if the network's output isn't finite.
+    """
+    bound = VariationalBound(pipeline.scheduler, discretized=not pipeline.is_points)
+    T, number = bound.num_timesteps, len(dataset)
+    if timestep_stride < 1 or T % timestep_stride or number % timestep_stride or number == 0:
+        raise ConfigurationError(
+            f"timestep_stride must divide the numbers of timesteps, {T}, and samples, {number}; got {timestep_stride}"
+        )
+    if batch_size < timestep_stride:
+        raise ConfigurationError(f"batch_size must be at least timestep_stride, {timestep_stride}; got {batch_size}")
+    batch_size -= batch_size % timestep_stride
+    identity = _identity(pipeline, dataset, number, batch_size, timestep_stride, seed)
+    is_begun = state_path is not None and state_path.exists()
+    state = _State.load(state_path, identity) if is_begun else _State()
+    done, last_save = len(state.totals) * timestep_stride, time.monotonic()
+    with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
+        for start in range(done, number, batch_size):
+            x_0 = dataset.__getitems__(list(range(start, min(start + batch_size, number))))
+            _check_data(x_0, pipeline.sample_shape, start, discretized=not pipeline.is_points)
+            noise_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0]
+            state.add(*_groups(bound, pipeline, x_0, timestep_stride, torch.Generator().manual_seed(int(noise_seed))))
+            progress.update(len(x_0))
+            is_last = start + len(x_0) == number
+            if state_path is not None and (is_last or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES):
+                state.save(state_path, identity, overwrite=is_begun)
+                is_begun = True
+                last_save = time.monotonic()
+    totals, nulls = np.array(state.totals), np.array(state.nulls)
+    return BoundEstimate(state.term_sums / len(totals), totals, nulls, math.prod(pipeline.sample_shape))
+
+
+class _State:
+    """What has been estimated so far, which another call can go on from."""
+
+    def __init__(self, term_sums: np.ndarray | float = 0.0, totals: Iterable[float] = (), nulls: Iterable[float] = ()):
+        self.term_sums, self.totals, self.nulls = term_sums, list(totals), list(nulls)
+
+    def add(self, terms: np.ndarray, nulls: np.ndarray) -> None:
+        """Add groups: their terms, `[number, T + 1]`, and their −L_null, `[number]`."""
+        self.term_sums = self.term_sums + terms.sum(axis=0)
+        self.totals += terms.sum(axis=1).tolist()
+        self.nulls += nulls.tolist()
+
+    def save(self, path: Path, identity: str, overwrite: bool) -> None:
+        with whole_file(path, overwrite) as temporary, temporary.open("wb") as file:
+            np.savez(file, identity=identity, term_sums=self.term_sums, totals=self.totals, nulls=self.nulls)
+
+    @classmethod
+    def load(cls, path: Path, identity: str) -> _State:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = arrays["identity"].item()
+                state = cls(arrays["term_sums"], arrays["totals"].tolist(), arrays["nulls"].tolist())
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigurationError(f"{path} is not the state of an estimate: {error}") from None
+        if found != identity:
+            raise ConfigurationError(f"{path} is of another estimate: remove it, or name another file")
+        return state
+
+
+@torch.no_grad()
+def _groups(
+    bound: VariationalBound, pipeline: DDPMMLPPipeline, x_0: torch.Tensor, stride: int, generator: torch.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The terms L_0, …, L_T of each group of a batch, `[number of groups, T + 1]`, and its −L_null."""
+    x_0 = x_0.to(pipeline.device)
+    place = torch.arange(len(x_0), device=x_0.device) % stride
+    terms = []
+    for first in range(0, bound.num_timesteps, stride):
+        t = first + place
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        x_t = pipeline.scheduler.add_noise(x_0, eps, t)
+        model_output = pipeline.unet(x_t, t).sample
+        if not model_output.isfinite().all():
+            raise DivergenceError(f"the network's output is not finite, at timestep {first} or soon after")
+        terms.append(bound.term(model_output, x_0, x_t, t).reshape(-1, stride))
+    prior, nulls = (values.reshape(-1, stride).mean(dim=1) for values in (bound.prior_term(x_0), bound.null(x_0)))
+    return torch.cat([*terms, prior[:, None]], dim=1).cpu().numpy(), nulls.cpu().numpy()
+
+
+def _check_data(x_0: torch.Tensor, sample_shape: tuple[int, ...], start: int, discretized: bool) -> None:
+    if x_0.shape[1:] != sample_shape:
+        raise DatasetError(f"the data are of the shape {tuple(x_0.shape[1:])}, but the network takes {sample_shape}")
+    finite = x_0.flatten(1).isfinite().all(dim=1)
+    if not finite.all():
+        raise DatasetError(f"sample {start + int(finite.int().argmin())} of the data is not finite")
+    if discretized:
+        levels = (x_0.double() + 1) * 127.5
+        if levels.min() < -0.01 or levels.max() > 255.01 or (levels - levels.round()).abs().max() > 0.01:
+            raise DatasetError(
+                "images must be of 8 bits, scaled to [-1, 1]: the bound counts the bits of their levels"
+            )
+
+
+def _identity(pipeline: DDPMMLPPipeline, dataset: Dataset, number: int, *options: int) -> str:
+    """What makes two estimates the same. (Of the data, the first and the last sample stand for all.)"""
+    ends = dataset.__getitems__([0, number - 1])
+    return json.dumps([*fingerprint(pipeline, data=ends), number, options], default=list)
