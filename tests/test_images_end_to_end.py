@@ -98,7 +98,7 @@ def test_export_and_every_output(trained, run, tmp_path):
     assert [file.name for file in files] == [f"{i}.png" for i in range(10)]
     np.testing.assert_allclose(np.asarray(Image.open(files[7])).astype(int), images[7, ..., 0] * 255, atol=1)
     assert_one_line_error(run("ddpm-sample", bundle, "--output", tmp_path / "images.csv"), ".csv holds points")
-    argv = ("--num_samples", 10**9, "--output", tmp_path / "grid.png")
+    argv = ("--num_samples", 10**9, "--output", tmp_path / "large.png")
     assert_one_line_error(run("ddpm-sample", bundle, *argv), "a grid holds", "images of this size at most")
 
 
