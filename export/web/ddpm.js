@@ -148,6 +148,10 @@ export function parseInfo(bytes) {
   if (!isShape || !shape.every((size) => Number.isInteger(size) && size > 0)) {
     fail("sample_shape is no shape of points or images");
   }
+  const { sha256 = {} } = info;
+  if (typeof sha256 !== "object" || sha256 === null || Array.isArray(sha256)) {
+    fail("sha256 must hold the checksum of each file");
+  }
   if (shape.length === 1) {
     for (const name of ["data_mean", "data_std"]) {
       if (!areNumbers(info[name], shape[0])) fail(`${name} must hold finite numbers, ${shape[0]} of them`);
@@ -192,6 +196,20 @@ export function parseTable(bytes) {
   return { scheduler: String(content.scheduler), initialScale, clipRange, steps: rows };
 }
 
+/**
+ * Compare a file with the checksum that bundle.json has for it, if it has one. Pages that come by plain http, from
+ * another place than this machine, have no crypto.subtle: there nothing is compared.
+ * @throws {BundleError}
+ */
+async function checkSum(name, bytes, expected) {
+  const subtle = globalThis.crypto?.subtle;
+  if (expected === undefined || subtle === undefined) return;
+  const digest = new Uint8Array(await subtle.digest("SHA-256", bytes));
+  if (Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") !== expected) {
+    throw new BundleError(`${name} is damaged, or another bundle's: bundle.json has another SHA-256 for it`);
+  }
+}
+
 function checkNetwork(session, sampleShape) {
   const names = [...session.inputNames, ...session.outputNames];
   const inputs = [...session.inputNames].sort().join();
@@ -220,8 +238,13 @@ function checkNetwork(session, sampleShape) {
  */
 export async function openBundle(ort, read, options = {}) {
   const info = parseInfo(await read("bundle.json"));
-  const table = parseTable(await read("step_table.json"));
-  const network = await read("unet.onnx");
+  const readChecked = async (name) => {
+    const bytes = await read(name);
+    await checkSum(name, bytes, info.sha256?.[name]);
+    return bytes;
+  };
+  const table = parseTable(await readChecked("step_table.json"));
+  const network = await readChecked("unet.onnx");
   let session;
   try {
     session = await ort.InferenceSession.create(network, { logSeverityLevel: 4, ...options });

@@ -25,6 +25,7 @@ from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, OutputExis
 from ddpm_mlp_pipeline.export import page as page_module
 from ddpm_mlp_pipeline.export.page import PAGE_FILES, SCRIPT, VERSION, WASM, write_page
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.pictures import image_grid
 
 LOADED = "document.getElementById('draw').disabled === false || document.getElementById('error').hidden === false"
@@ -325,8 +326,13 @@ def delete(name):
     return lambda folder: (folder / name).unlink()
 
 
-def cut(name):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:300])
+def cut(name, sealed=False):
+    def damage(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:300])
+        if sealed:
+            seal(folder / "bundle")  # or the checksum would tell
+
+    return damage
 
 
 def edit_step(**changes):
@@ -334,6 +340,7 @@ def edit_step(**changes):
         table = json.loads((folder / "bundle" / "step_table.json").read_text())
         table["steps"][1] |= changes
         (folder / "bundle" / "step_table.json").write_text(json.dumps(table))
+        seal(folder / "bundle")
 
     return damage
 
@@ -351,14 +358,17 @@ def rename_output(folder):
     model = onnx.load(path)
     model.graph.output[0].name = model.graph.node[-1].output[0] = "noise"
     onnx.save(model, path)
+    seal(folder / "bundle")
 
 
 DAMAGES = [
     (delete("bundle/unet.onnx"), "bundle/unet.onnx can't be fetched: the server answers 404"),
     (delete("bundle/step_table.json"), "bundle/step_table.json can't be fetched"),
     (delete("bundle/bundle.json"), "bundle/bundle.json can't be fetched"),
-    (cut("bundle/unet.onnx"), "unet.onnx can't be loaded"),
-    (cut("bundle/step_table.json"), "step_table.json is not valid JSON"),
+    (cut("bundle/unet.onnx"), "unet.onnx is damaged, or another bundle's"),
+    (cut("bundle/step_table.json"), "step_table.json is damaged, or another bundle's"),
+    (cut("bundle/unet.onnx", sealed=True), "unet.onnx can't be loaded"),
+    (cut("bundle/step_table.json", sealed=True), "step_table.json is not valid JSON"),
     (edit_step(timestep=float("nan")), "step_table.json is not valid JSON"),
     (edit_step(to_next=[[1, 2, 3]]), "step 1's to_next must hold rows of 4 finite numbers"),
     (edit_info(version=2), "bundle.json is not of the format ddpm-bundle, version 1"),
@@ -395,6 +405,7 @@ def test_weights_that_give_nan_are_told(visit, pages, ddim_bundle, tmp_path):
     (bias,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith("proj_out.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full(2, np.nan, dtype=np.float32), bias.name))
     onnx.save(model, folder / "bundle" / "unet.onnx")
+    seal(folder / "bundle")
     tab = visit(folder)
     assert_one_line(draw(tab, 0, 10), "unet.onnx gives numbers that are not finite at t = 950")
 

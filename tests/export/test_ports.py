@@ -9,6 +9,7 @@ from helpers import PHILOX_ANSWERS, ROOT, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
 from ddpm_mlp_pipeline.commands.sample import csv_header
+from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.noise import normal
 
 DDPM_JS = ROOT / "export" / "web" / "ddpm.js"
@@ -156,6 +157,8 @@ DAMAGES = [
     ("bundle.json", edit(sample_shape=[0]), "sample_shape is no shape"),
     ("bundle.json", edit(data_mean=[1]), "data_mean must hold finite numbers, 2 of them"),
     ("bundle.json", edit(data_columns=["x"]), "data_columns must hold names, 2 of them"),
+    ("bundle.json", edit(sha256=None), "sha256 must hold the checksum of each file"),
+    ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must hold the checksum of each file"),
 ]
 
 
@@ -172,6 +175,40 @@ def test_damaged_bundles_are_refused(javascript, ddim_bundle, name, damage, mess
     assert is_bundle_error
     assert message in found
     assert "\n" not in found
+
+
+OPEN = """
+    const session = { inputNames: ["sample", "timestep"], outputNames: ["out_sample"] };
+    const ort = { InferenceSession: { create: async () => session } };
+    const names = [];
+    const read = async (name) => { names.push(name); return readFileSync(`${input}/${name}`); };
+    try { await d.openBundle(ort, read); print([names, "nothing wrong"]); }
+    catch (error) { print([names, error instanceof d.BundleError ? error.message : error.stack]); }
+"""
+
+
+def test_files_are_read_once_and_compared_with_their_checksums(javascript, ddim_bundle, ddpm_bundle, tmp_path):
+    assert javascript(OPEN, str(ddim_bundle)) == [["bundle.json", "step_table.json", "unet.onnx"], "nothing wrong"]
+    for name in ("step_table.json", "unet.onnx"):
+        folder = shutil.copytree(ddim_bundle, tmp_path / f"damaged-{name}")
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        assert javascript(OPEN, str(folder))[1].startswith(f"{name} is damaged, or another bundle's")
+    folder = shutil.copytree(ddim_bundle, tmp_path / "mixed")
+    shutil.copy(ddpm_bundle / "step_table.json", folder)
+    assert "another bundle's" in javascript(OPEN, str(folder))[1]
+    info = json.loads((folder / "bundle.json").read_text())
+    del info["sha256"]  # which is optional
+    (folder / "bundle.json").write_text(json.dumps(info))
+    assert javascript(OPEN, str(folder))[1] == "nothing wrong"
+
+
+def test_where_browsers_have_no_sha_256_nothing_is_compared(javascript, ddim_bundle, ddpm_bundle, tmp_path):
+    folder = shutil.copytree(ddim_bundle, tmp_path / "mixed")
+    shutil.copy(ddpm_bundle / "step_table.json", folder)
+    plain_http = 'Object.defineProperty(globalThis, "crypto", { value: {} });'
+    assert javascript(plain_http + OPEN, str(folder))[1] == "nothing wrong"
 
 
 def test_csv_is_quoted_and_whole(javascript):
@@ -220,9 +257,12 @@ def test_sample_mjs_draws_images(run, node, node_folder, heart, tmp_path):
 
 
 def test_wrong_samplings_end_in_one_line(run, node, node_folder, ddim_bundle, tmp_path):
-    lacking, broken = (shutil.copytree(ddim_bundle, tmp_path / name) for name in ("lacking", "broken"))
+    names = ("lacking", "damaged", "broken")
+    lacking, damaged, broken = (shutil.copytree(ddim_bundle, tmp_path / name) for name in names)
     (lacking / "step_table.json").unlink()
-    (broken / "unet.onnx").write_bytes((broken / "unet.onnx").read_bytes()[:300])
+    for folder in (damaged, broken):
+        (folder / "unet.onnx").write_bytes((folder / "unet.onnx").read_bytes()[:300])
+    seal(broken)
     for argv, fragments in [
         ((), ["usage"]),
         ((ddim_bundle, "--seed", 2**63), ["The seed must be"]),
@@ -231,6 +271,7 @@ def test_wrong_samplings_end_in_one_line(run, node, node_folder, ddim_bundle, tm
         ((ddim_bundle, "--steps", 3), ["--steps"]),
         ((tmp_path / "nowhere",), ["nowhere is no bundle", "ENOENT"]),
         ((lacking,), ["step_table.json can't be read"]),
+        ((damaged,), ["unet.onnx is damaged"]),
         ((broken,), ["unet.onnx can't be loaded"]),
         ((ddim_bundle, "--output", tmp_path / "none" / "a.csv"), ["ENOENT"]),
         ((ddim_bundle, "--output", lacking / "bundle.json"), ["bundle.json exists: pass --overwrite to replace it"]),
