@@ -1,1 +1,1 @@
-"""ε-network and scheduler to ONNX. Installed as `ddpm_mlp_pipeline.export`."""
+"""What others need who export or read a bundle: `python -m export`, the format, golden vectors, ports."""

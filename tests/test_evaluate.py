@@ -25,7 +25,7 @@ class WithoutTorch(PathFinder):
     def find_spec(cls, name, *args):
         return None if name.partition(".")[0] == "torch" else super().find_spec(name, *args)
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTorch
-from ddpm_mlp_pipeline.evaluate import main
+from ddpm_mlp_pipeline.commands.evaluate import main
 main()
 """
 

@@ -208,7 +208,7 @@ def test_an_interrupted_estimate_goes_on(tmp_path):
 
     state = tmp_path / "state.npz"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddpm_mlp_pipeline.likelihood.SECONDS_BETWEEN_SAVES", 0)
+        patch.setattr("ddpm_mlp_pipeline.judge.likelihood.SECONDS_BETWEEN_SAVES", 0)
         with pytest.raises(KeyboardInterrupt):
             variational_bound(pipeline, Broken(images), batch_size=4, state_path=state)
 

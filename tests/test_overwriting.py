@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import assert_one_line_error
+from helpers import ROOT, assert_one_line_error
 from small_training import train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, export_bundle, pretrained
@@ -57,7 +57,7 @@ DATA, IMAGES = ("--dataset", "nowhere"), ("--dataset_name", "nowhere", "--output
 
 
 def test_what_is_in_the_way_is_refused_before_any_work(run, taken):
-    golden = (sys.executable, "-m", "ddpm_mlp_pipeline.export.golden")
+    golden = (sys.executable, ROOT / "export" / "golden.py")
     cases = [
         (("ddpm-sample", "nowhere", "--output", "a.png"), ["a.png", EXISTS]),
         (("ddpm-sample", "nowhere", "--output", "a.npy"), ["a.npy", EXISTS]),

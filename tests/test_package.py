@@ -43,12 +43,9 @@ def test_shipped_checkpoints_are_small():
         pretrained("hart")
 
 
-FOLDERS = {"ddpm_mlp_pipeline": "ddpm_mlp_pipeline", "export": "ddpm_mlp_pipeline.export"}
-FOLDERS |= {"train_scripts": "ddpm_mlp_pipeline.train_scripts"}
 MODULES = {  # by name: the file, and whether the name is a package's
-    ".".join([FOLDERS[path.parts[0]], *path.with_suffix("").parts[1:]]).removesuffix(".__init__"): ROOT / path
-    for folder in FOLDERS
-    for path in (file.relative_to(ROOT) for file in (ROOT / folder).rglob("*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "ddpm_mlp_pipeline").rglob("*.py")
 }
 DISTRIBUTIONS = {"PIL": "pillow", "ot": "pot", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
 
@@ -91,7 +88,7 @@ def distributions(*modules, everywhere):
             seen.add(name)
             waiting += imports(name, everywhere)
         top = name.partition(".")[0]
-        if top not in sys.stdlib_module_names and top not in FOLDERS:
+        if top not in sys.stdlib_module_names and top != "ddpm_mlp_pipeline":
             found.add(DISTRIBUTIONS.get(top, top))
     return found
 
@@ -99,10 +96,10 @@ def distributions(*modules, everywhere):
 @pytest.mark.parametrize(
     ("extra", "modules"),
     [
-        (None, ["export.sample", "runtime.sampler"]),
-        ("export", ["export.exporter", "export.golden"]),
-        ("train", ["train_scripts.train_points", "train_scripts.train_images", "plots"]),
-        ("evaluate", ["evaluate", "data.points"]),
+        (None, ["commands.sample", "commands.console", "runtime.sampler"]),
+        ("export", ["export.exporter", "commands.export"]),
+        ("train", ["commands.train_points", "commands.train_images", "figures"]),
+        ("evaluate", ["commands.evaluate", "data.points"]),
     ],
 )
 def test_what_is_imported_is_declared(extra, modules):

@@ -16,9 +16,9 @@ from helpers import ROOT, SCRIPTS
 from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import pretrained, train
+from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
 from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.errors import CheckpointError
-from ddpm_mlp_pipeline.sampling import CheckpointSampler
 from ddpm_mlp_pipeline.training.state import _checksums
 
 POINTS = ROOT / "train_scripts" / "train_points.py"
@@ -225,7 +225,7 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run):
 
 @pytest.mark.slow
 def test_two_processes_draw_the_same_images_as_one(tmp_path, run):
-    sampling = ("-m", "ddpm_mlp_pipeline.export.sample", pretrained("mnist"), "--output", tmp_path / "two.npy")
+    sampling = ("-m", "ddpm_mlp_pipeline.commands.sample", pretrained("mnist"), "--output", tmp_path / "two.npy")
     options = ("--num_samples", 11, "--batch_size", 4, "--num_inference_steps", 3)
     result = run(*TWO_PROCESSES, *sampling, *options, env={**os.environ, **ON_CPU})
     assert result.returncode == 0, result.stderr

@@ -14,7 +14,7 @@ import { readFile, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
-import { BundleError, oneLine, openBundle, parseCount, parseSeed, toCsv } from "../web/ddpm.js";
+import { BundleError, oneLine, openBundle, parseCount, parseSeed, toCsv } from "../../ddpm_mlp_pipeline/export/web/ddpm.js";
 
 /** onnxruntime-node from where the command is run, or from NODE_PATH: this file lies in a Python package. */
 function loadRuntime() {

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from ddpm_mlp_pipeline.errors import ConfigurationError
-from ddpm_mlp_pipeline.export import golden, page
+from ddpm_mlp_pipeline.export import page
+from export import golden
 
 GOLDEN = dict(golden.read())
 

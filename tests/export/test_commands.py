@@ -111,21 +111,19 @@ def test_every_command_without_its_extra_says_what_to_install(run, tmp_path):
         assert "which is not installed: pip install 'ddpm-mlp-pipeline[" in line, (name, line)
 
 
-@pytest.mark.parametrize(
-    "module", ["bound", "doctor", "plot", "train_scripts.train_points", "train_scripts.train_images"]
-)
+@pytest.mark.parametrize("module", ["bound", "doctor", "plot", "train_points", "train_images"])
 def test_modules_import_or_raise_an_import_error(run, module):
-    code = f"try:\n    import ddpm_mlp_pipeline.{module}\nexcept ImportError as error:\n    print(error)"
+    code = f"try:\n    import ddpm_mlp_pipeline.commands.{module}\nexcept ImportError as error:\n    print(error)"
     result = run(sys.executable, "-c", BASE_INSTALL + code)
     assert (result.returncode, result.stderr) == (0, "")
     assert "pip install 'ddpm-mlp-pipeline[train]'" in result.stdout
     # As a program, it ends with one line.
-    code = BASE_INSTALL + f"import runpy; runpy.run_module('ddpm_mlp_pipeline.{module}', run_name='__main__')"
+    code = BASE_INSTALL + f"import runpy; runpy.run_module('ddpm_mlp_pipeline.commands.{module}', run_name='__main__')"
     assert_one_line_error(run(sys.executable, "-c", code), "pip install 'ddpm-mlp-pipeline[train]'")
 
 
 def test_evaluation_without_its_extra_says_what_to_install(run, ddim_bundle):
-    code = BASE_INSTALL + "from ddpm_mlp_pipeline.evaluate import main; sys.exit(main())"
+    code = BASE_INSTALL + "from ddpm_mlp_pipeline.commands.evaluate import main; sys.exit(main())"
     result = run(sys.executable, "-c", code, ddim_bundle, "--dataset", "heart")
     assert_one_line_error(result, "pip install 'ddpm-mlp-pipeline[evaluate]'")
 

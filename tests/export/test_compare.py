@@ -10,7 +10,7 @@ from helpers import random_weights
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
-from ddpm_mlp_pipeline.export.compare import main
+from ddpm_mlp_pipeline.commands.compare import main
 
 
 @pytest.fixture

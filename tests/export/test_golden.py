@@ -11,8 +11,8 @@ from helpers import ROOT, assert_one_line_error
 
 from ddpm_mlp_pipeline import OnnxSampler, StepTable, compile_scheduler
 from ddpm_mlp_pipeline.export.compile import make_scheduler
-from ddpm_mlp_pipeline.export.golden import RUNS, read, record
 from ddpm_mlp_pipeline.runtime.noise import philox
+from export.golden import RUNS, read, record
 
 FORMAT = (ROOT / "export" / "FORMAT.md").read_text(encoding="utf-8")
 SCHEDULERS = {f"{scheduler}_{steps}": (scheduler, steps) for scheduler, steps, _ in RUNS}

@@ -12,7 +12,7 @@ from ddpm_mlp_pipeline.commands.sample import csv_header
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.noise import normal
 
-DDPM_JS = ROOT / "export" / "web" / "ddpm.js"
+DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"
 SAMPLE, SAMPLER = (ROOT / "export" / "ports" / name for name in ("sample.mjs", "sampler.mjs"))
 
 

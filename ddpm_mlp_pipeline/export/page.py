@@ -18,14 +18,13 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from ddpm_mlp_pipeline.errors import ConfigurationError
-from ddpm_mlp_pipeline.files import check_folder, whole_folder
-from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+from ..errors import ConfigurationError
+from ..files import check_folder, whole_folder
+from ..runtime.sampler import OnnxSampler
 
 WEB = Path(__file__).parent / "web"
 PAGE_FILES = ("index.html", "page.js", "draw.js", "worker.js", "ddpm.js")
 BUNDLE_FILES = ("bundle.json", "step_table.json", "unet.onnx")
-
 REGISTRY = "https://registry.npmjs.org"
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # SHA-512

@@ -14,9 +14,9 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ddpm_mlp_pipeline.errors import ConfigurationError, UnsupportedSchedulerError
-from ddpm_mlp_pipeline.export.schedulers import SCHEDULERS
-from ddpm_mlp_pipeline.runtime.step_table import EPS, X_0, StepTable, X, Z
+from ..errors import ConfigurationError, UnsupportedSchedulerError
+from ..runtime.step_table import EPS, X_0, StepTable, X, Z
+from .schedulers import SCHEDULERS
 
 NUM_PROBES = 128  # equations for each step's unknowns, of which there are 4 · MAX_HISTORY at most
 MAX_HISTORY = 16  # network calls: multistep solvers remember up to four outputs; PNDM's first of these are four apart

@@ -18,16 +18,17 @@ import torch
 from onnxscript import opset20 as op
 
 import ddpm_mlp_pipeline
-from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError, ParityError
-from ddpm_mlp_pipeline.export.compile import compile_scheduler, make_scheduler, split_options
-from ddpm_mlp_pipeline.export.parity import ParityReport, compare, compare_sampler
-from ddpm_mlp_pipeline.export.precision import reduce_precision
-from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
-from ddpm_mlp_pipeline.files import check_folder, whole_folder
-from ddpm_mlp_pipeline.loading import load_checkpoint, quiet
-from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
-from ddpm_mlp_pipeline.runtime.bundle import FORMAT, VERSION, seal
-from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+
+from ..errors import ConfigurationError, DivergenceError, ParityError
+from ..files import check_folder, whole_folder
+from ..loading import load_checkpoint, quiet
+from ..pipeline import DDPMMLPPipeline
+from ..runtime.bundle import FORMAT, VERSION, seal
+from ..runtime.sampler import OnnxSampler
+from .compile import compile_scheduler, make_scheduler, split_options
+from .parity import ParityReport, compare, compare_sampler
+from .precision import reduce_precision
+from .sampler_graph import build_sampler
 
 FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20

@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from diffusers import DiffusionPipeline
 
-from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+from ..runtime.sampler import OnnxSampler
 
 BATCH_SIZES = (1, 3, 8)
 NUDGE = 0.01  # of the tolerance: rounding's size, where the tolerance is 1e-4

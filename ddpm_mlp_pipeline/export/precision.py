@@ -12,8 +12,8 @@ import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from ddpm_mlp_pipeline.errors import ConfigurationError
-from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+from ..errors import ConfigurationError
+from ..runtime.sampler import OnnxSampler
 
 CALIBRATION_SAMPLES, CALIBRATION_STEPS = 16, 25
 MIN_SIZE = 1024  # of weights worth halving: the frequencies of the timestep's embedding, say, need their digits

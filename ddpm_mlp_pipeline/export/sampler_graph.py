@@ -21,10 +21,10 @@ import onnxruntime as ort
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from onnxscript import GraphBuilder, OpBuilder
 
-from ddpm_mlp_pipeline.errors import ConfigurationError
-from ddpm_mlp_pipeline.runtime.noise import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
-from ddpm_mlp_pipeline.runtime.sampler import NOISE_CHUNK, OnnxSampler
-from ddpm_mlp_pipeline.runtime.step_table import EPS, X_0, StepTable, X, Z
+from ..errors import ConfigurationError
+from ..runtime.noise import KEY_INCREMENTS, MULTIPLIERS, ROUNDS
+from ..runtime.sampler import NOISE_CHUNK, OnnxSampler
+from ..runtime.step_table import EPS, X_0, StepTable, X, Z
 
 Values = Sequence[ir.Value]
 
