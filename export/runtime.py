@@ -19,6 +19,7 @@ import onnxruntime as ort
 from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, DivergenceError
 
 from .checksums import read_file
+from .external_data import has_external_data
 from .noise import normal
 from .step_table import EPS, X_0, StepTable, X, Z
 
@@ -64,8 +65,9 @@ class OnnxSampler:
             raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
         self.num_threads = num_threads or _num_cores()
         self.info = _read_info(self.folder / "bundle.json")
-        read_file(self.folder, "step_table.json", self.info)
-        self.table = StepTable.load(self.folder / "step_table.json")
+        path = self.folder / "step_table.json"
+        self.table = StepTable.parse(read_file(self.folder, path.name, self.info), path)
+        self._network = self._read_network()
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
         self.is_points = len(self.sample_shape) == 1
         self._on_step_lock = threading.Lock()
@@ -268,19 +270,27 @@ class OnnxSampler:
             return sample * std + mean
         return np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
+    def _read_network(self) -> bytes:
+        path = self.folder / "unet.onnx"
+        network = read_file(self.folder, path.name, self.info)
+        try:
+            refers_elsewhere = has_external_data(network)
+        except ValueError as error:
+            raise BundleError(f"can't load {path}: {error}") from None
+        if refers_elsewhere:
+            raise BundleError(f"{path} gives the location of weights in other files: refused")
+        return network
+
     def _session(self, num_threads: int) -> ort.InferenceSession:
         if num_threads not in self._sessions:
-            path = self.folder / "unet.onnx"
-            model = read_file(self.folder, path.name, self.info)
-            if b"location" in model:
-                raise BundleError(f"{path} has a 'location', as ONNX calls a path to weights in other files: refused")
             options = ort.SessionOptions()
             options.intra_op_num_threads = num_threads
             options.log_severity_level = 4  # the error is raised; there is no need to log it, too
+            options.add_session_config_entry("session.load_model_format", "ONNX")
             try:
-                session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(self._network, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's errors have no base class but this
-                raise BundleError(f"can't load {path}: {error}") from None
+                raise BundleError(f"can't load {self.folder / 'unet.onnx'}: {error}") from None
             self._sessions[num_threads] = session
         return self._sessions[num_threads]
 
