@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +154,10 @@ class OnnxSampler:
         *,
         latents: np.ndarray | None = None,
         noises: Iterable[np.ndarray] | None = None,
-    ) -> Iterator[DenoisingStep]:
+    ) -> Generator[DenoisingStep, np.ndarray | None, None]:
         """Sample one batch, and yield what every step makes of it: the process, to be drawn or measured.
+
+        Send the generator a sample, and the next step starts from that instead of the one that it has yielded.
 
         Args:
             num_samples: size of the batch.
@@ -173,10 +175,10 @@ class OnnxSampler:
                 f"latents must have the shape {(num_samples, *self.sample_shape)}, got {latents.shape}"
             )
         session = self._session(self.num_threads)
-        for k, x in enumerate(
-            self._steps(session, range(num_samples), seed, latents, None if noises is None else iter(noises))
-        ):
-            yield DenoisingStep(k, float(self.table.timesteps[k]), x)
+        samples = self._steps(session, range(num_samples), seed, latents, None if noises is None else iter(noises))
+        replacement = None
+        for k, t in enumerate(self.table.timesteps.tolist()):
+            replacement = yield DenoisingStep(k, t, samples.send(replacement))
 
     def first_input(self, num_samples: int = 1, seed: int = 0) -> np.ndarray:
         """What the network sees in the first call, float32 `[num_samples, *sample_shape]`."""
@@ -219,8 +221,8 @@ class OnnxSampler:
         seed: int,
         latents: np.ndarray | None = None,
         noises: Iterator[np.ndarray] | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Yield the sample after each step."""
+    ) -> Generator[np.ndarray, np.ndarray | None, None]:
+        """Yield the sample after each step; one that is sent takes its place."""
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
         table, shape = self.table, (len(samples), *self.sample_shape)
@@ -261,7 +263,8 @@ class OnnxSampler:
                 now[Z].reshape(shape)[...] = next(noises)
             x = to_next[k].dot(terms)
             history[(k + 1) % table.history, X] = x
-            yield x.reshape(shape)
+            if (replacement := (yield x.reshape(shape))) is not None:
+                history[(k + 1) % table.history, X] = replacement.ravel()
 
     def to_data_units(self, sample: np.ndarray) -> np.ndarray:
         """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as `sample` returns."""
