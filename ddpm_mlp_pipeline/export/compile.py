@@ -182,7 +182,7 @@ def _steps(
         eps = network(scheduler, t, sample, x)
         state = generator.get_state()
         sample = scheduler.step(eps, t, sample, **options).prev_sample
-        z = _noise_drawn(generator, state)
+        z = noise_drawn(generator, state, sample.shape)
         x_next = scheduler.scale_model_input(sample, timesteps[k + 1]) if k + 1 < len(timesteps) else sample
         _check_finite(scheduler, t, x_next)
         yield _Step(float(t), *(_numbers(values) for values in (x, eps, z, x_next)), initial_scale)
@@ -200,13 +200,13 @@ def _check_finite(scheduler: SchedulerMixin, t: torch.Tensor, values: torch.Tens
         )
 
 
-def _noise_drawn(generator: torch.Generator, state: torch.Tensor) -> torch.Tensor | None:
-    """What a scheduler drew since the generator was in that state: it is set back, and draws it again."""
+def noise_drawn(generator: torch.Generator, state: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """Return the noise that a scheduler has drawn since the generator was in that state, or `None` if it has not."""
     if torch.equal(state, generator.get_state()):
         return None
     for dtype in (torch.float64, torch.float32):
         again = torch.Generator().set_state(state)
-        z = torch.randn(1, NUM_PROBES, generator=again, dtype=dtype)
+        z = torch.randn(shape, generator=again, dtype=dtype)
         if torch.equal(again.get_state(), generator.get_state()):
             return z
     raise ValueError("its steps draw noise in a way that can't be followed")

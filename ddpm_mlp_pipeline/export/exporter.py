@@ -92,8 +92,8 @@ def export_bundle(
         num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler, and
             never more than the network was trained with.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
-            (where the data have a standard deviation, or for images a range, of about 1), unless rounding explains
-            more: see `ParityReport`.
+            (where the data have a standard deviation, or for images a range, of about 1), unless every single step
+            agrees up to rounding: see `ParityReport`.
         sampler: whether the bundle also gets `sampler.onnx`, the whole sampler as one graph, and which samples that
             has: `"float32"`, or for images `"uint8"`.
         precision: of the network, `"fp32"`, `"fp16"` or `"int8"`: see `reduce_precision`. It is reduced after the
@@ -109,7 +109,7 @@ def export_bundle(
         CheckpointError: if the checkpoint can't be loaded.
         ConfigurationError, UnsupportedSchedulerError: if the scheduler can't be compiled.
         OutputExistsError: if `bundle` exists, and isn't to be overwritten or holds something else.
-        ParityError: if bundle and pipeline differ by more than the tolerance; none is written then.
+        ParityError: if bundle and pipeline differ by more than rounding explains; none is written then.
         DivergenceError: if the sampler blows up: more than one sample in a hundred is far outside of the data's range.
     """
     if precision not in ("fp32", "fp16", "int8"):
@@ -138,8 +138,8 @@ def export_bundle(
         strays = _strays(folder, data_range)
         parity = compare(pipeline, folder, num_inference_steps, tolerance)
         if not parity.ok:
-            message = f"the bundle differs from the pipeline by more than {tolerance:g}: it is not written"
-            raise ParityError(message, parity)
+            message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
+            raise ParityError(f"{message}: {parity.explanation}", parity)
         report = ExportReport(parity, strays)
         if precision != "fp32":
             report.precision_error = reduce_precision(folder, precision)
@@ -158,7 +158,8 @@ def export_bundle(
 def _strays(bundle: Path, data_range: float) -> float:
     """The share of a bundle's samples that have a value far outside of the data's range; an error if it is large."""
     sampler = OnnxSampler(bundle)
-    *_, last = sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES)
+    for last in sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES):  # noqa: B007
+        pass  # without keeping the steps before it
     largest = np.abs(last.sample).reshape(len(last.sample), -1).max(axis=1)
     strays = float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
     if strays > MAX_STRAYS:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import itertools
 import os
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -12,34 +19,89 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..runtime.sampler import OnnxSampler
+from ..runtime.step_table import Z
+from .compile import noise_drawn
 
 BATCH_SIZES = (1, 3, 8)
 NUDGE = 0.01  # of the tolerance: rounding's size, where the tolerance is 1e-4
+ROUNDING = 0.1  # of the tolerance: the most that rounding may leave of a step, relative to its terms
+CANCELLATION = 100  # from here on, a step whose terms are so many times as large as their sum explains the rest
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, eq=False)
 class ParityReport:
     """Largest differences between pipeline and bundle, in the network's units.
 
+    A bundle samples as its pipeline does if the final samples agree within the tolerance. Where they don't, the steps
+    are compared one by one, each from the pipeline's own sample: if every single step agrees up to rounding, both are
+    the same sampler, and the difference at the end is rounding that the sampler magnifies. (A network that is hardly
+    trained does so, and so does a first step from almost pure noise, which divides by √ᾱ.) An error of a coefficient
+    or of a weight shows in its own step, whatever later steps make of it. At last, schedulers themselves can lose the
+    digits of float32: then the same is asked of the pipeline with its scheduler in float64.
+
+    Rounding is relative to the terms that a step sums, which may be far larger than their sum.
+
     Attributes:
         differences: after each step, float64 `[steps]`, for each batch size.
         timesteps: of the steps.
-        tolerance: what the last step's may be, unless rounding explains more.
+        tolerance: what the last step's may be, unless every single step agrees up to rounding.
         amplifications: for each batch size, how far the pipeline ends from itself when its initial noise is moved
-            by a hundredth of the tolerance. Some samples stand between two outcomes, and make much of any rounding.
+            by a hundredth of the tolerance.
+        single_steps: difference of each step, taken from the pipeline's sample, over the size of the step's terms,
+            float64 `[steps]`, the largest of all batches.
+        cancellations: how many times larger than its outcome a step's terms are, float64 `[steps]`, the largest of all
+            batches.
+        in_float64: the same with the scheduler in float64, where this report alone does not show parity.
     """
 
     differences: dict[int, np.ndarray]
     timesteps: np.ndarray
     tolerance: float
     amplifications: dict[int, float]
+    single_steps: np.ndarray
+    cancellations: np.ndarray
+    in_float64: ParityReport | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the final samples agree; differences on the way may be larger, since later steps can undo them."""
-        return all(
-            difference[-1] <= max(self.tolerance, self.amplifications[size])
-            for size, difference in self.differences.items()
+        """Whether the bundle samples as the pipeline does: see above."""
+        return self._ends_agree or self._steps_agree or (self.in_float64 is not None and self.in_float64.ok)
+
+    @property
+    def _ends_agree(self) -> bool:  # differences on the way may be larger, since later steps can undo them
+        return all(difference[-1] <= self.tolerance for difference in self.differences.values())
+
+    @property
+    def _steps_agree(self) -> bool:
+        return bool((self.single_steps <= ROUNDING * self.tolerance).all())
+
+    @property
+    def explanation(self) -> str:
+        """One line: why the final samples differ by more than the tolerance, or nothing if they don't."""
+        if self._ends_agree:
+            return ""
+        k = int(self.single_steps.argmax())  # the first NaN, if there is one
+        single_step = f"step {k + 1} alone differs by {self.single_steps[k]:.1e} of its terms"
+        if not self.ok:
+            return f"{single_step}, more than the {ROUNDING * self.tolerance:.0e} that rounding explains"
+        if not self._steps_agree:
+            final = max(difference[-1] for difference in self.in_float64.differences.values())
+            why = self.in_float64.explanation
+            return (
+                f"the pipeline's scheduler loses digits of float32: {single_step}; with it in float64, pipeline and "
+                f"bundle end {final:.1e} apart" + (f", since {why}" if why else "")
+            )
+        k = int(self.cancellations.argmax())
+        if self.cancellations[k] >= CANCELLATION:
+            return (
+                "pipeline and bundle both lose digits of float32: "
+                f"the terms of step {k + 1} are {self.cancellations[k]:,.0f} times as large as their sum"
+            )
+        moved = max(self.amplifications.values())
+        return (
+            "the network magnifies rounding: "
+            f"torch's own samples move by {moved:.1e} when the initial noise moves by {NUDGE * self.tolerance:.0e}"
         )
 
     def __str__(self) -> str:
@@ -57,27 +119,25 @@ class ParityReport:
         )
         moved = f"torch, noise ± {NUDGE * self.tolerance:.0e}"
         rows.append(f"{moved}:" + "".join(f" batch {n}: {a:.1e}" for n, a in self.amplifications.items()))
+        rows.append(
+            f"each step from the pipeline's own sample, relative to its terms: {self.single_steps.max():.1e} at most"
+        )
+        if self.explanation:
+            rows.append(f"more than the tolerance at the end: {self.explanation}")
         return "\n".join(rows)
 
 
 def compare(
     pipeline: DiffusionPipeline, bundle: str | os.PathLike, num_inference_steps: int, tolerance: float
 ) -> ParityReport:
-    """Run both on the same noise, at batches of 1, 3 and 8."""
+    """Run both on the same noise, at batches of 1, 3 and 8, side by side: no step is kept."""
     sampler = OnnxSampler(bundle)
-    differences, amplifications = {}, {}
-    for batch_size in BATCH_SIZES:
-        latents, noises, expected = _record(pipeline, batch_size, num_inference_steps)
-        moved = _record(pipeline, batch_size, num_inference_steps, NUDGE * tolerance)[2]
-        amplifications[batch_size] = float(np.abs(moved[-1] - expected[-1]).max())
-        noises = iter([noise for noise, used in zip(noises, sampler.table.is_stochastic, strict=True) if used])
-        differences[batch_size] = np.array(
-            [
-                np.abs(step.sample - expected[step.index]).max()
-                for step in sampler.steps(batch_size, latents=latents, noises=noises)
-            ]
-        )
-    return ParityReport(differences, sampler.table.timesteps, tolerance, amplifications)
+    report = _compare(pipeline, sampler, num_inference_steps, tolerance)
+    if not report.ok:
+        with _scheduler_in_float64(pipeline):
+            in_float64 = _compare(pipeline, sampler, num_inference_steps, tolerance)
+        report = dataclasses.replace(report, in_float64=in_float64)
+    return report
 
 
 def compare_sampler(bundle: str | os.PathLike) -> float:
@@ -94,32 +154,127 @@ def compare_sampler(bundle: str | os.PathLike) -> float:
     )
 
 
-def _record(
-    pipeline: DiffusionPipeline, batch_size: int, num_inference_steps: int, nudge: float = 0.0
-) -> tuple[np.ndarray, list[np.ndarray | None], list[np.ndarray]]:
-    """The pipeline's initial sample, the noise that it drew in each step (`None`: none), and each step's outcome.
+def _compare(
+    pipeline: DiffusionPipeline, sampler: OnnxSampler, num_inference_steps: int, tolerance: float
+) -> ParityReport:
+    differences, amplifications, single_steps, cancellations = {}, {}, [], []
+    for size in BATCH_SIZES:
+        run = _SideBySide(pipeline, sampler, size)
+        final = run(num_inference_steps)
+        differences[size], *others = np.transpose(run.rows)
+        single_steps.append(others[0])
+        cancellations.append(others[1])
+        moved = final
 
-    That is what the network sees next, and at last the sample. With a `nudge`, the initial sample is moved by normal
-    noise of that standard deviation.
-    """
+        def keep_last(pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
+            nonlocal moved
+            moved = tensors["latents"].numpy()
+            return {}
+
+        latents, generator = _start(pipeline, size, NUDGE * tolerance)
+        pipeline(size, generator, num_inference_steps, latents=latents, callback_on_step_end=keep_last)
+        amplifications[size] = _largest(moved - final)
+    return ParityReport(
+        differences,
+        sampler.table.timesteps,
+        tolerance,
+        amplifications,
+        np.max(single_steps, axis=0),
+        np.max(cancellations, axis=0),
+    )
+
+
+def _start(pipeline: DiffusionPipeline, batch_size: int, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Generator]:
+    """The initial sample, moved by normal noise of that standard deviation, and the generator of all later noise."""
     generator = torch.Generator().manual_seed(batch_size)
     latents = torch.randn((batch_size, *pipeline.sample_shape), generator=generator)
-    latents += nudge * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    again = torch.Generator()
-    state = generator.get_state()
-    noises, inputs, samples = [], [], []
+    return latents + nudge * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), generator
 
-    def record(pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
-        nonlocal state
-        drew = not torch.equal(state, generator.get_state())
-        noises.append(torch.randn(latents.shape, generator=again.set_state(state)).numpy() if drew else None)
-        samples.append(tensors["latents"].numpy())
-        state = generator.get_state()
-        return {}
 
-    hook = pipeline.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0].numpy()))
+@contextlib.contextmanager
+def _scheduler_in_float64(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Have the scheduler's steps take and give float64; the network's numbers stay float32."""
+    scheduler, step = pipeline.scheduler, pipeline.scheduler.step
+    own = vars(scheduler).get("step")  # where it has options
+
+    @functools.wraps(step)
+    def step_in_float64(eps: torch.Tensor, t: torch.Tensor, sample: torch.Tensor, **options: Any) -> Any:
+        return step(eps.double(), t, sample.double(), **options)
+
+    hook = pipeline.unet.register_forward_pre_hook(lambda network, args: (args[0].float(), *args[1:]))
+    scheduler.step = step_in_float64
     try:
-        pipeline(batch_size, generator, num_inference_steps, latents=latents, callback_on_step_end=record)
+        yield
     finally:
         hook.remove()
-    return latents.numpy(), noises, [*inputs[1:], samples[-1]]
+        del scheduler.step
+        if own is not None:
+            scheduler.step = own
+
+
+class _SideBySide:
+    """A run of the pipeline in which the bundle takes each step as soon as the pipeline has taken it, and twice: from
+    its own sample, and from the pipeline's.
+
+    Attributes:
+        rows: for each step, the difference of the first to the pipeline's; that of the second, over the size of the
+            step's terms; and that size over the outcome's.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int):
+        self.pipeline, self.table = pipeline, sampler.table
+        self.latents, self.generator = _start(pipeline, batch_size)
+        self.state = self.generator.get_state()
+        self.x = self.sample = self.z = self.outcomes = None
+        noises = (self.z for _ in itertools.count())  # always that of the step which is being taken
+        self.alone, self.beside = (
+            sampler.steps(batch_size, latents=self.latents.numpy(), noises=noises) for _ in range(2)
+        )
+        self.sizes = deque(maxlen=self.table.history)  # of what the coefficients multiply, the newest call's first
+        self.rows: list[tuple[float, float, float]] = []
+
+    def __call__(self, num_inference_steps: int) -> np.ndarray:
+        """Run both; return the pipeline's final sample."""
+        hook = self.pipeline.unet.register_forward_hook(self._network_called)
+        try:
+            self.pipeline(
+                *(len(self.latents), self.generator, num_inference_steps),
+                latents=self.latents,
+                callback_on_step_end=self._step_taken,
+            )
+        finally:
+            hook.remove()
+        self._compare(self.sample)
+        return self.sample
+
+    def _network_called(self, network: torch.nn.Module, args: tuple, output: Any) -> None:
+        # What the network sees is the outcome of the step before: some schedulers scale it.
+        x, eps = args[0].numpy(), output[0].numpy()
+        if self.outcomes is not None:
+            self._compare(x)
+        self.x = x
+        sizes = _largest(x), _largest(eps[:, : x.shape[1]])
+        # The prediction of x_0 has the rounding of the sum that it is, before it is clipped.
+        self.sizes.appendleft([*sizes, np.abs(self.table.to_x_0[len(self.rows)]) @ sizes, 0.0])
+
+    def _step_taken(
+        self, pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict:
+        z = noise_drawn(self.generator, self.state, self.latents.shape)
+        self.state = self.generator.get_state()
+        if z is not None:
+            self.z = z.numpy()
+            self.sizes[0][Z] = _largest(self.z)
+        self.sample = tensors["latents"].numpy()
+        self.outcomes = next(self.alone).sample, self.beside.send(self.x if self.rows else None).sample
+        return {}
+
+    def _compare(self, expected: np.ndarray) -> None:
+        alone, beside = (_largest(outcome - expected) for outcome in self.outcomes)
+        coefficients = np.abs(self.table.to_next[len(self.rows), : len(self.sizes)])
+        size = max((coefficients * self.sizes).sum(), SMALLEST)
+        self.rows.append((alone, beside / size, size / max(_largest(expected), SMALLEST)))
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max())

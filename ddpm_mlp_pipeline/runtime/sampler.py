@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from ..errors import BundleError, ConfigurationError, DivergenceError
 from .bundle import read_file, read_info
+from .external_data import has_external_data
 from .noise import normal
 from .step_table import EPS, X_0, StepTable, X, Z
 
@@ -62,8 +63,9 @@ class OnnxSampler:
             raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
         self.num_threads = num_threads or _num_cores()
         self.info = read_info(self.folder / "bundle.json")
-        read_file(self.folder, "step_table.json", self.info)
-        self.table = StepTable.load(self.folder / "step_table.json")
+        path = self.folder / "step_table.json"
+        self.table = StepTable.parse(read_file(self.folder, path.name, self.info), path)
+        self._network = self._read_network()
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
         self.is_points = len(self.sample_shape) == 1
         self._on_step_lock = threading.Lock()
@@ -150,8 +152,10 @@ class OnnxSampler:
         *,
         latents: np.ndarray | None = None,
         noises: Iterable[np.ndarray] | None = None,
-    ) -> Iterator[DenoisingStep]:
+    ) -> Generator[DenoisingStep, np.ndarray | None, None]:
         """Sample one batch, and yield what every step makes of it: the process, to be drawn or measured.
+
+        Send the generator a sample, and the next step starts from that instead of the one that it has yielded.
 
         Args:
             num_samples: size of the batch.
@@ -169,10 +173,10 @@ class OnnxSampler:
                 f"latents must have the shape {(num_samples, *self.sample_shape)}, got {latents.shape}"
             )
         session = self._session(self.num_threads)
-        for k, x in enumerate(
-            self._steps(session, range(num_samples), seed, latents, None if noises is None else iter(noises))
-        ):
-            yield DenoisingStep(k, float(self.table.timesteps[k]), x)
+        samples = self._steps(session, range(num_samples), seed, latents, None if noises is None else iter(noises))
+        replacement = None
+        for k, t in enumerate(self.table.timesteps.tolist()):
+            replacement = yield DenoisingStep(k, t, samples.send(replacement))
 
     def first_input(self, num_samples: int = 1, seed: int = 0) -> np.ndarray:
         """What the network sees in the first call, float32 `[num_samples, *sample_shape]`."""
@@ -215,8 +219,8 @@ class OnnxSampler:
         seed: int,
         latents: np.ndarray | None = None,
         noises: Iterator[np.ndarray] | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Yield the sample after each step."""
+    ) -> Generator[np.ndarray, np.ndarray | None, None]:
+        """Yield the sample after each step; one that is sent takes its place."""
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
         table, shape = self.table, (len(samples), *self.sample_shape)
@@ -257,7 +261,8 @@ class OnnxSampler:
                 now[Z].reshape(shape)[...] = next(noises)
             x = to_next[k].dot(terms)
             history[(k + 1) % table.history, X] = x
-            yield x.reshape(shape)
+            if (replacement := (yield x.reshape(shape))) is not None:
+                history[(k + 1) % table.history, X] = replacement.ravel()
 
     def to_data_units(self, sample: np.ndarray) -> np.ndarray:
         """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as `sample` returns."""
@@ -266,19 +271,27 @@ class OnnxSampler:
             return sample * std + mean
         return np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
+    def _read_network(self) -> bytes:
+        path = self.folder / "unet.onnx"
+        network = read_file(self.folder, path.name, self.info)
+        try:
+            refers_elsewhere = has_external_data(network)
+        except ValueError as error:
+            raise BundleError(f"can't load {path}: {error}") from None
+        if refers_elsewhere:
+            raise BundleError(f"{path} gives the location of weights in other files: refused")
+        return network
+
     def _session(self, num_threads: int) -> ort.InferenceSession:
         if num_threads not in self._sessions:
-            path = self.folder / "unet.onnx"
-            model = read_file(self.folder, path.name, self.info)
-            if b"location" in model:
-                raise BundleError(f"{path} has a 'location', as ONNX calls a path to weights in other files: refused")
             options = ort.SessionOptions()
             options.intra_op_num_threads = num_threads
             options.log_severity_level = 4  # the error is raised; there is no need to log it, too
+            options.add_session_config_entry("session.load_model_format", "ONNX")
             try:
-                session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(self._network, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's errors have no base class but this
-                raise BundleError(f"can't load {path}: {error}") from None
+                raise BundleError(f"can't load {self.folder / 'unet.onnx'}: {error}") from None
             self._sessions[num_threads] = session
         return self._sessions[num_threads]
 

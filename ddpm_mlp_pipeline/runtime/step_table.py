@@ -133,10 +133,25 @@ class StepTable:
             BundleError: if the file is missing, or is not such a table.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (content["format"], content["version"]) != (FORMAT, VERSION):
+            content = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise BundleError(f"the bundle lacks its step table, {path}") from None
+        except OSError as error:
+            raise BundleError(f"can't read {path}: {error.strerror}") from None
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: str | os.PathLike) -> StepTable:
+        """Turn what the file at `path` holds into a table.
+
+        Raises:
+            BundleError: if it is not a table that `save` wrote.
+        """
+        try:
+            table = json.loads(content.decode("utf-8"))
+            if (table["format"], table["version"]) != (FORMAT, VERSION):
                 raise BundleError(f"{path} is not a step table of version {VERSION}")
-            steps = content["steps"]
+            steps = table["steps"]
             rows = [np.array(step["to_next"], dtype=np.float64).reshape(-1, 4) for step in steps]
             history = max((len(row) for row in rows), default=0)
             if (
@@ -147,18 +162,14 @@ class StepTable:
             for k, row in enumerate(rows):
                 to_next[k, : len(row)] = row
             return cls(
-                scheduler=str(content["scheduler"]),
-                initial_scale=float(content["initial_scale"]),
+                scheduler=str(table["scheduler"]),
+                initial_scale=float(table["initial_scale"]),
                 timesteps=np.array([step["timestep"] for step in steps], dtype=np.float32),
                 to_x_0=np.array([step["to_x_0"] for step in steps], dtype=np.float64),
                 to_next=to_next,
-                clip_range=None if content["clip_range"] is None else float(content["clip_range"]),
+                clip_range=None if table["clip_range"] is None else float(table["clip_range"]),
             )
-        except FileNotFoundError:
-            raise BundleError(f"the bundle lacks its step table, {path}") from None
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
-        except OSError as error:
-            raise BundleError(f"can't read {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # no JSON, or other JSON
             raise BundleError(f"{path} is not a step table: {type(error).__name__}: {error}") from None

@@ -1,0 +1,71 @@
+"""Whether an ONNX file refers to weights in other files: a walk through its bytes, since the runtime has no onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+# The messages that lead to tensors, and in which of their fields: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3
+TENSORS_IN = {
+    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "TrainingInfo": {1: "Graph", 2: "Graph"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Node": {5: "Attribute"},
+    "Attribute": {
+        **{5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph"},
+        **{22: "SparseTensor", 23: "SparseTensor"},
+    },
+    "Tensor": {},
+}
+EXTERNAL_DATA, DATA_LOCATION = 13, 14  # of a tensor: where its numbers are, and whether they are elsewhere
+
+
+def has_external_data(model: bytes) -> bool:
+    """Return whether any tensor of an ONNX model says that its numbers are in another file.
+
+    Raises:
+        ValueError: if the bytes are not a protobuf message.
+    """
+    waiting = [("Model", memoryview(model))]
+    while waiting:
+        kind, message = waiting.pop()
+        for field, value in _fields(message):
+            if kind == "Tensor" and (field == EXTERNAL_DATA or (field == DATA_LOCATION and value != 0)):
+                return True
+            if field in TENSORS_IN[kind] and isinstance(value, memoryview):
+                waiting.append((TENSORS_IN[kind][field], value))
+    return False
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield number and value of each field (https://protobuf.dev/programming-guides/encoding)."""
+    place = 0
+    while place < len(message):
+        tag, place = _varint(message, place)
+        tag %= 2**32  # as parsers in C++ have it
+        wire_type = tag % 8
+        if wire_type == 0:
+            value, place = _varint(message, place)
+        elif wire_type in (1, 2, 5):
+            size, place = _varint(message, place) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], place)
+            if size > len(message) - place:
+                raise ValueError("it ends too early")
+            value, place = message[place : place + size], place + size
+        else:
+            raise ValueError(f"it has a field of the wire type {wire_type}")
+        yield tag // 8, value
+
+
+def _varint(message: memoryview, place: int) -> tuple[int, int]:
+    """A number of 7 bits a byte, the lowest first, and the place after it."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if place == len(message):
+            raise ValueError("it ends too early")
+        byte = message[place]
+        place += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, place
+    raise ValueError("it has a number of more than 64 bits")
