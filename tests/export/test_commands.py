@@ -27,7 +27,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
 sys.meta_path.insert(0, Absent())
 """
-SAMPLE = BASE_INSTALL + "from ddpm_mlp_pipeline.export.sample import main; sys.exit(main())"
+SAMPLE = BASE_INSTALL + "from ddpm_mlp_pipeline.commands.sample import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_mlp_pipeline import OnnxSampler
 from ddpm_mlp_pipeline.errors import BundleError
-from ddpm_mlp_pipeline.export import runtime
+from ddpm_mlp_pipeline.runtime import sampler as runtime
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.external_data import has_external_data
 
