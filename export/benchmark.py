@@ -221,10 +221,9 @@ def _seconds(num_samples: int) -> float:
 
 def _ddpm(like: SchedulerMixin) -> SchedulerMixin:
     """DDPM for a network that was trained with another scheduler: with a fixed variance, which both sides can draw."""
-    from .compile import make_scheduler
+    from .compile import ddpm_options, make_scheduler
 
-    learned = "learned" in like.config.get("variance_type", "")
-    return make_scheduler("ddpm", like, **({"variance_type": "fixed_large"} if learned else {}))
+    return make_scheduler("ddpm", like, **ddpm_options(like))
 
 
 def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:
