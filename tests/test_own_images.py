@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, assert_one_line_error
 from PIL import Image
 
-from ddpm_mlp_pipeline import bound, doctor, evaluate
+from ddpm_mlp_pipeline.commands import bound, doctor, evaluate
 from ddpm_mlp_pipeline.export import compare
 
 

@@ -19,11 +19,10 @@ from PIL import Image
 from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
-from ddpm_mlp_pipeline.commands import bound, evaluate, plot
+from ddpm_mlp_pipeline.commands import bound, doctor, evaluate, plot
 from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.figures import plot_losses
-from ddpm_mlp_pipeline.judge import checks as doctor
 from ddpm_mlp_pipeline.training.loop import _will_be_skipped
 from ddpm_mlp_pipeline.training.losses import min_snr_weights, training_target
 from ddpm_mlp_pipeline.training.options import PREDICTION_TYPES
