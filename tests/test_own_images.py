@@ -8,8 +8,7 @@ import pytest
 from helpers import ROOT, assert_one_line_error
 from PIL import Image
 
-from ddpm_mlp_pipeline.commands import bound, doctor, evaluate
-from ddpm_mlp_pipeline.export import compare
+from ddpm_mlp_pipeline.commands import bound, compare, doctor, evaluate
 
 
 @pytest.fixture
