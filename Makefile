@@ -4,12 +4,14 @@ BIN := .venv/bin
 DEMO ?= demo
 LAUNCH := $(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2
+FAST_TESTS := tests/data tests/models tests/test_files.py tests/test_metrics.py tests/test_package.py tests/test_sources.py \
+	tests/export/test_golden.py tests/export/test_noise.py tests/export/test_runtime.py tests/export/test_step_table.py
 SHIPPED := heart swiss_roll swiss_roll_2015 mnist
 MNIST ?= ylecun/mnist
 CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-lowest test-pythons lint pretrained features pictures schedulers clean
+.PHONY: demo check test test-lowest test-pythons lint docs dist pretrained features pictures schedulers clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -24,10 +26,27 @@ demo: .venv/installed
 	@echo "  $(DEMO)/heart-onnx/          the bundle: all that a machine without PyTorch needs"
 	@echo "  $(DEMO)/heart.png            2,000 points that ONNX Runtime drew from the bundle"
 
-test: .venv/installed
+# For those who work on it: everything that takes no training and no other process, in under two minutes.
+check: checks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(FAST_TESTS)
+
+# The whole: what CI runs. It ends by naming what was skipped, and what would un-skip it.
+test: checks docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)  # two processes of one thread, for two cores
+
+checks: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)  # two processes of one thread, for two cores
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+dist: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 # With the lowest versions that setup.cfg allows: all tests but the slow ones, of which those of several processes are run,
 # and but the page's and the ports', whose JavaScript is the same.
@@ -85,22 +104,22 @@ features: .venv/installed
 # The pictures that the README shows.
 pictures: .venv/installed
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/heart runs/heart-onnx --overwrite
-	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/heart.png --overwrite
-	cp runs/heart/process.gif docs/heart.gif
+	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/images/heart.png --overwrite
+	cp runs/heart/process.gif docs/images/heart.gif
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx --overwrite
-	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/mnist.png --overwrite
+	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/images/mnist.png --overwrite
 	$(BIN)/ddpm-plot drift ddpm_mlp_pipeline/checkpoints/swiss_roll_2015 --dataset swiss_roll --dataset_noise 0.001 \
-		--output docs/swiss_roll_2015.png --overwrite
-	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/mnist_reverse.png --overwrite
+		--output docs/images/swiss_roll_2015.png --overwrite
+	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/images/mnist_reverse.png --overwrite
 	$(BIN)/ddpm-plot forward ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) \
-		--output docs/mnist_forward.png --overwrite
-	PAGE_PICTURE=docs/page.png $(BIN)/python -m pytest -q tests/export/test_page.py -k picture
+		--output docs/images/mnist_forward.png --overwrite
+	PAGE_PICTURE=docs/images/page.png $(BIN)/python -m pytest -q tests/export/test_page.py -k picture
 	SCHEDULERS_TABLE=docs/schedulers.txt $(BIN)/python -m pytest -q tests/export/test_compile.py
 
 # How good each sampler is on MNIST's weights, and how fast: half an hour on two cores, resumed where it was.
 schedulers: .venv/installed
 	$(BIN)/ddpm-compare ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) --output runs/schedulers.json \
-		--figure docs/schedulers.png --overwrite
+		--figure docs/images/schedulers.png --overwrite
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -115,4 +134,4 @@ schedulers: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lowest $(DEMO) build dist *.egg-info
+	rm -rf .venv .venv-lowest $(DEMO) build dist site *.egg-info
