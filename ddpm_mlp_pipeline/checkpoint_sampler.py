@@ -34,7 +34,7 @@ class CheckpointSampler:
     """
 
     def __init__(
-        self, checkpoint: str | os.PathLike, scheduler: str | None = None, num_inference_steps: int | None = None
+        self, checkpoint: str | os.PathLike[str], scheduler: str | None = None, num_inference_steps: int | None = None
     ):
         self.pipeline = load_checkpoint(checkpoint)
         if scheduler is not None:

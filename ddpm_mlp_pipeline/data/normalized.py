@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -13,7 +14,17 @@ from .images import ImageBatches, load_images
 from .points import POINT_SETS, load_points, to_array
 
 
-class TensorBatches(Dataset):
+class Batches(Protocol):
+    """Samples that come in batches of the network's units: what `train` and `variational_bound` take."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        """Return the samples of these indices, `[batch, *sample_shape]`."""
+
+
+class TensorBatches(Dataset[torch.Tensor]):
     """Samples in memory as one tensor, of which a batch is one indexing instead of one for each sample."""
 
     def __init__(self, samples: torch.Tensor):
@@ -36,7 +47,7 @@ def load_normalized(
     noise: float | None = None,
     seed: int = 0,
     on_corrupt: Callable[[str], None] | None = None,
-) -> Dataset:
+) -> Batches:
     """Load a data set for a pipeline that was trained on it, or on its like.
 
     Args:
@@ -55,8 +66,9 @@ def load_normalized(
     """
     shape = pipeline.sample_shape
     if not pipeline.is_points:
-        channels, *size = shape
-        return ImageBatches(load_images(name, split, tuple(size), fit, channels, number, seed, on_corrupt=on_corrupt))
+        channels, height, width = shape
+        images = load_images(name, split, (height, width), fit, channels, number, seed, on_corrupt=on_corrupt)
+        return ImageBatches(images)
     drawn = number if name in POINT_SETS else None
     points = torch.tensor(to_array(load_points(name, drawn, noise, seed, columns=pipeline.config.data_columns)))
     if points.shape[1:] != shape:

@@ -71,8 +71,8 @@ class ExportReport:
 
 
 def export_bundle(
-    checkpoint: str | os.PathLike,
-    bundle: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
+    bundle: str | os.PathLike[str],
     scheduler: str | None = None,
     num_inference_steps: int | None = None,
     tolerance: float = 1e-4,

@@ -42,9 +42,9 @@ PAGE_ENTRIES = {
 
 
 def write_page(
-    bundle: str | os.PathLike,
-    folder: str | os.PathLike,
-    onnxruntime_web: str | os.PathLike | None = None,
+    bundle: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    onnxruntime_web: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a static page that draws a bundle's samples in the browser.

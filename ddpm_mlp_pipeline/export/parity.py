@@ -128,7 +128,7 @@ class ParityReport:
 
 
 def compare(
-    pipeline: DiffusionPipeline, bundle: str | os.PathLike, num_inference_steps: int, tolerance: float
+    pipeline: DiffusionPipeline, bundle: str | os.PathLike[str], num_inference_steps: int, tolerance: float
 ) -> ParityReport:
     """Run both on the same noise, at batches of 1, 3 and 8, side by side: no step is kept."""
     sampler = OnnxSampler(bundle)
@@ -140,7 +140,7 @@ def compare(
     return report
 
 
-def compare_sampler(bundle: str | os.PathLike) -> float:
+def compare_sampler(bundle: str | os.PathLike[str]) -> float:
     """Largest difference between a bundle's `sampler.onnx` and the runtime, in the network's units."""
     runtime = OnnxSampler(bundle)
     graph = onnxruntime.InferenceSession(Path(bundle) / "sampler.onnx", providers=["CPUExecutionProvider"])

@@ -19,7 +19,7 @@ CALIBRATION_SAMPLES, CALIBRATION_STEPS = 16, 25
 MIN_SIZE = 1024  # of weights worth halving: the frequencies of the timestep's embedding, say, need their digits
 
 
-def reduce_precision(bundle: str | os.PathLike, precision: str) -> float:
+def reduce_precision(bundle: str | os.PathLike[str], precision: str) -> float:
     """Replace a bundle's network with one of fewer bits.
 
     `fp16` keeps the weights in half precision; ONNX Runtime turns them back when it loads them, so that samples take

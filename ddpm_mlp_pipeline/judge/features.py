@@ -93,7 +93,7 @@ class PixelFeatures(nn.Module):
         return pixels / pixels.shape[1] ** 0.5
 
 
-def load_features(path: str | os.PathLike) -> nn.Module:
+def load_features(path: str | os.PathLike[str]) -> nn.Module:
     """Load a network that turns uint8 images, `[batch, channels, height, width]`, into `[batch, num_features]`.
 
     Args:
@@ -118,7 +118,7 @@ def load_features(path: str | os.PathLike) -> nn.Module:
     return network.eval()
 
 
-def _load_inception(weights: str | os.PathLike) -> nn.Module:
+def _load_inception(weights: str | os.PathLike[str]) -> nn.Module:
     try:
         torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
     except (pickle.UnpicklingError, EOFError):

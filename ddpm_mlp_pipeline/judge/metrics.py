@@ -80,8 +80,8 @@ def to_uint8(images: np.ndarray) -> torch.Tensor:
 
 
 def choose_features(
-    path: str | os.PathLike | None, channels: int, *numbers: int
-) -> tuple[str | os.PathLike, torch.nn.Module]:
+    path: str | os.PathLike[str] | None, channels: int, *numbers: int
+) -> tuple[str | os.PathLike[str], torch.nn.Module]:
     """Load a feature network that suits images, before any of them is decoded or drawn.
 
     Args:
