@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
-from ddpm_mlp_pipeline.data.normalized import TensorBatches
+from ddpm_mlp_pipeline.data.batches import TensorBatches
 
 
 def training_options(folder: Path, **changes: object) -> TrainingArguments:

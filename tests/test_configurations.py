@@ -24,7 +24,7 @@ from ddpm_mlp_pipeline import (
     load_checkpoint,
     train,
 )
-from ddpm_mlp_pipeline.data.normalized import TensorBatches
+from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError, UnsupportedSchedulerError
 from ddpm_mlp_pipeline.export.compile import make_scheduler
 

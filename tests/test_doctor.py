@@ -13,7 +13,8 @@ from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, pretrained, train
 from ddpm_mlp_pipeline.commands.doctor import main
-from ddpm_mlp_pipeline.data.normalized import TensorBatches, load_normalized
+from ddpm_mlp_pipeline.data.batches import TensorBatches
+from ddpm_mlp_pipeline.data.normalized import load_normalized
 from ddpm_mlp_pipeline.judge.checks import Patient, examine
 
 

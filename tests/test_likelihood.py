@@ -23,8 +23,8 @@ from ddpm_mlp_pipeline import (
     train,
 )
 from ddpm_mlp_pipeline.bound import VariationalBound, discretized_log_likelihood
+from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.data.images import ImageBatches
-from ddpm_mlp_pipeline.data.normalized import TensorBatches
 from ddpm_mlp_pipeline.data.points import load_points, to_array
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
 from ddpm_mlp_pipeline.judge.likelihood import variational_bound

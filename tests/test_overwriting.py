@@ -19,7 +19,7 @@ from ddpm_mlp_pipeline.commands.bound import main as bound
 from ddpm_mlp_pipeline.commands.compare import main as compare
 from ddpm_mlp_pipeline.commands.export import main as export
 from ddpm_mlp_pipeline.commands.plot import main as plot
-from ddpm_mlp_pipeline.data.normalized import TensorBatches
+from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.errors import OutputExistsError
 from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.training.loop import check_output_dir

@@ -17,7 +17,7 @@ from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import pretrained, train
 from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
-from ddpm_mlp_pipeline.data.normalized import TensorBatches
+from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.errors import CheckpointError
 from ddpm_mlp_pipeline.training.state import _checksums
 

@@ -20,7 +20,7 @@ from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, train
 from ddpm_mlp_pipeline.commands import bound, evaluate, plot
-from ddpm_mlp_pipeline.data.normalized import TensorBatches
+from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.figures import plot_losses
 from ddpm_mlp_pipeline.judge import checks as doctor

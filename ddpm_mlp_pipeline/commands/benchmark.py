@@ -25,10 +25,12 @@ from .parser import CommandParser, command, positive_int
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 # Largest relative error of the outputs of the same weights: half precision makes 1e-3, 8 bits 0.1, other weights 1.
 SAME_WEIGHTS = {"float": 5e-3, "int8": 0.2}
+DDPM_STEPS, DDIM_STEPS = 1000, 50  # or all that a network was trained with
 PAUSE = 0.2  # seconds
 PRODUCT_SIZE = 2048  # of the square matrices whose product shows the machine's peak
 # What a user without the bundle would run, from a fresh process to a picture.
@@ -39,7 +41,7 @@ from ddpm_mlp_pipeline.pipeline import DDPMMLPPipeline
 from ddpm_mlp_pipeline.runtime.pictures import draw_points, image_grid
 pipeline = DDPMMLPPipeline.from_pretrained(sys.argv[1])
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-samples = pipeline(int(sys.argv[2]), num_inference_steps=50, output_type="np")[0]
+samples = pipeline(int(sys.argv[2]), num_inference_steps=int(sys.argv[4]), output_type="np")[0]
 picture = draw_points(samples) if samples.ndim == 2 else image_grid([samples], len(samples))
 picture.save(sys.argv[3])
 """
@@ -62,30 +64,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--batch_sizes", type=positive_int, nargs="+", default=[1, 1000], metavar="N", help="(default: 1 1000)"
     )
-    parser.add_argument("--num_inference_steps", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
+    parser.add_argument(
+        "--num_inference_steps",
+        type=positive_int,
+        metavar="N",
+        help="DDPM steps (default: 1000, or all that the network was trained with)",
+    )
     parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="medians of so many (default: 5)")
     args = parser.parse_args(argv)
     with explain_missing_extra("ddpm-benchmark", "export"):
         import torch
-        from diffusers import DDIMScheduler, DDPMScheduler
+        from diffusers import DDIMScheduler
 
         from ..export.compile import compile_scheduler
         from ..loading import load_checkpoint
 
     pipeline = load_checkpoint(args.checkpoint)
     _check_same_weights(pipeline, args.bundle)
+    trained = pipeline.scheduler.config.num_train_timesteps
+    ddpm_steps, ddim_steps = args.num_inference_steps or min(DDPM_STEPS, trained), min(DDIM_STEPS, trained)
+    pipeline.scheduler = _ddpm(pipeline.scheduler)
+    table = compile_scheduler(pipeline.scheduler, ddpm_steps)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         # The bundle's network, with a table of the benchmark's own choice
         bundle = Path(folder) / "bundle"
         shutil.copytree(args.bundle, bundle)
-        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        compile_scheduler(pipeline.scheduler, args.num_inference_steps).save(bundle / "step_table.json")
+        table.save(bundle / "step_table.json")
         seal(bundle)
         own = OnnxSampler(args.bundle)
         own_steps = f"{len(own)} {own.table.scheduler.removesuffix('Scheduler')} steps"
         with (
-            Contender(_torch_sampler, args.checkpoint, args.num_inference_steps) as torch_contender,
+            Contender(_torch_sampler, args.checkpoint, ddpm_steps) as torch_contender,
             Contender(_bundle_sampler, bundle) as bundle_contender,
             Contender(_bundle_sampler, args.bundle) as own_contender,
         ):
@@ -94,22 +104,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                 works = [functools.partial(contender.seconds, size) for contender in contenders]
                 torch_time, bundle_time, own_time = (1000 * time / size for time in _alternate(works, args.repeats))
                 what = "one at a time" if size == 1 else f"{size} together"
-                steps = f"{args.num_inference_steps} DDPM steps"
+                steps = f"{ddpm_steps} DDPM steps"
                 rows.append((f"{what}, {steps}, ms per sample", torch_time, bundle_time))
                 rows.append((f"{what}, {steps} against {own_steps}", torch_time, own_time))
 
-        compile_scheduler(DDIMScheduler.from_config(pipeline.scheduler.config), 50).save(bundle / "step_table.json")
+        table = compile_scheduler(DDIMScheduler.from_config(pipeline.scheduler.config), ddim_steps)
+        table.save(bundle / "step_table.json")
         seal(bundle)
         number = 2000 if own.is_points else 16
         picture = Path(folder) / "samples.png"
         torch_process = [sys.executable, "-c", TORCH_PROCESS]
-        torch_process += [str(args.checkpoint), str(number), str(picture)]
+        torch_process += [str(args.checkpoint), str(number), str(picture), str(ddim_steps)]
         bundle_process = [sys.executable, "-m", f"{__package__}.sample", str(bundle), "--num_samples", str(number)]
         bundle_process += ["--output", str(picture), "--overwrite"]
         torch_run, bundle_run = _alternate(
             [lambda: _process(torch_process), lambda: _process(bundle_process)], args.repeats
         )
-        what = f"process start to picture of {number}, 50 DDIM steps"
+        what = f"process start to picture of {number}, {ddim_steps} DDIM steps"
         rows.append((f"{what}, s", torch_run[0], bundle_run[0]))
         rows.append((f"{what}, peak MiB", torch_run[1], bundle_run[1]))
 
@@ -205,13 +216,18 @@ def _seconds(num_samples: int) -> float:
     return time.perf_counter() - start
 
 
-def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:
-    from diffusers import DDPMScheduler
+def _ddpm(like: SchedulerMixin) -> SchedulerMixin:
+    """DDPM for a network that was trained with another scheduler: with a fixed variance, which both sides can draw."""
+    from ..export.compile import ddpm_options, make_scheduler
 
+    return make_scheduler("ddpm", like, **ddpm_options(like))
+
+
+def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:
     from ..loading import load_checkpoint
 
     pipeline = load_checkpoint(checkpoint)
-    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = _ddpm(pipeline.scheduler)
     return lambda num_samples: pipeline(num_samples, None, num_inference_steps, "np")
 
 
@@ -241,7 +257,8 @@ def _check_same_weights(pipeline: DiffusionPipeline, bundle: Path) -> None:
     if sampler.sample_shape == pipeline.sample_shape:
         x = np.random.default_rng(0).standard_normal((2, *sampler.sample_shape)).astype(np.float32)
         with torch.no_grad():
-            expected = pipeline.unet(torch.from_numpy(x), 500).sample.numpy()
+            # Without the variance that it may predict beside
+            expected = pipeline.unet(torch.from_numpy(x), 500).sample[:, : x.shape[1]].numpy()
         error = np.sqrt(np.square(sampler.predict(x, 500) - expected).mean() / np.square(expected).mean())
         precision = sampler.info.get("provenance", {}).get("precision")
         if error < SAME_WEIGHTS["int8" if precision == "int8" else "float"]:

@@ -79,7 +79,7 @@ def _take(dataset: torch.utils.data.Dataset) -> torch.Tensor:
     """All of it, in random order: the losses' timesteps rise from sample to sample."""
     if len(dataset) < MIN_SAMPLES:
         raise DatasetError(f"losses by timestep need at least {MIN_SAMPLES} samples, got {len(dataset)}")
-    return dataset.__getitems__(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
+    return dataset.__getitems__(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()).x_0
 
 
 def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:

@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--scheduler",
         choices=SCHEDULERS,
-        help="sampler (default: ddim for points; for images dpmsolver_multistep with algorithm_type=sde-dpmsolver++)",
+        help="sampler (default: ddim for points; for images dpmsolver_multistep with algorithm_type=sde-dpmsolver++; "
+        "ddpm where these blow up)",
     )
     parser.add_argument(
         "--scheduler_options",

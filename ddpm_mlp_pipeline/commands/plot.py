@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise}
         with leaving_out(args.skip_corrupt) as on_corrupt:
             dataset = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
-        x_0 = dataset.__getitems__(list(range(len(dataset))))
+        x_0 = dataset.__getitems__(list(range(len(dataset)))).x_0
         if args.kind == "drift":
             figure = figures.plot_drift(pipeline, x_0, args.seed)
         else:

@@ -11,7 +11,7 @@ with command_imports("training", __name__):
     from accelerate.utils import set_seed
 
     from .. import figures
-    from ..data.normalized import TensorBatches
+    from ..data.batches import TensorBatches
     from ..data.points import warn_of_columns
     from ..training import model_card
     from ..training.loop import check_output_dir, train

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from ..errors import DatasetError
 from ..progress import progress_bar
+from .batches import Batch
 from .points import is_point_set
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for each number of channels
@@ -159,7 +160,7 @@ def to_network_units(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-class ImageBatches(torch.utils.data.Dataset[torch.Tensor]):
+class ImageBatches(torch.utils.data.Dataset[Batch]):
     """Images in memory, handed out in batches as the network is to see them: in [-1, 1].
 
     Args:
@@ -172,8 +173,8 @@ class ImageBatches(torch.utils.data.Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        return to_network_units(self.images[indices])
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return Batch(to_network_units(self.images[indices]))
 
 
 def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
-from torch.utils.data import Dataset
 
 from ..errors import DatasetError
 from ..pipeline import DDPMMLPPipeline
+from .batches import BatchDataset, TensorBatches
 from .images import ImageBatches, load_images
 from .points import POINT_SETS, load_points, to_array
-
-
-class Batches(Protocol):
-    """Samples that come in batches of the network's units: what `train` and `variational_bound` take."""
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        """Return the samples of these indices, `[batch, *sample_shape]`."""
-
-
-class TensorBatches(Dataset[torch.Tensor]):
-    """Samples in memory as one tensor, of which a batch is one indexing instead of one for each sample."""
-
-    def __init__(self, samples: torch.Tensor):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        return self.samples[indices]
 
 
 def load_normalized(
@@ -47,7 +23,7 @@ def load_normalized(
     noise: float | None = None,
     seed: int = 0,
     on_corrupt: Callable[[str], None] | None = None,
-) -> Batches:
+) -> BatchDataset:
     """Load a data set for a pipeline that was trained on it, or on its like.
 
     Args:
@@ -59,7 +35,7 @@ def load_normalized(
         seed: of the points, or of the choice.
 
     Returns:
-        What `train` and `variational_bound` take: its `__getitems__(indices)` is a batch.
+        What `train` and `variational_bound` take: its `__getitems__(indices)` is a `Batch`.
 
     Raises:
         DatasetError: if the data set can't be loaded, is of another shape, or lacks one of the pipeline's columns.

@@ -25,7 +25,8 @@ from ..loading import load_checkpoint, quiet
 from ..pipeline import DDPMMLPPipeline
 from ..runtime.bundle import FORMAT, VERSION, seal
 from ..runtime.sampler import OnnxSampler
-from .compile import compile_scheduler, make_scheduler, split_options
+from ..runtime.step_table import StepTable
+from .compile import compile_scheduler, ddpm_options, make_scheduler, split_options
 from .parity import ParityReport, compare, compare_sampler
 from .precision import reduce_precision
 from .sampler_graph import build_sampler
@@ -50,12 +51,14 @@ class ExportReport:
             there.
         precision_error: of a network in fewer bits, relative, in root mean square over a trajectory.
         sampler_difference: largest difference of `sampler.onnx` and the runtime, for the same seed.
+        warning: why the bundle has another scheduler than the default, where none was asked for.
     """
 
     parity: ParityReport
     strays: float
     precision_error: float | None = None
     sampler_difference: float | None = None
+    warning: str | None = None
 
     def __str__(self) -> str:
         rows = [str(self.parity)]
@@ -67,6 +70,8 @@ class ExportReport:
             )
         if self.sampler_difference is not None:
             rows.append(f"largest difference between sampler.onnx and the runtime: {self.sampler_difference:.1e}")
+        if self.warning is not None:
+            rows.append(f"warning: {self.warning}")
         return "\n".join(rows)
 
 
@@ -88,7 +93,8 @@ def export_bundle(
         bundle: the folder to write.
         scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
             so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
-            https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps.
+            https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps. Where the default
+            blows up, as it does on a network that is hardly trained, DDPM takes its place, and the report says so.
         num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler, and
             never more than the network was trained with.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
@@ -119,31 +125,39 @@ def export_bundle(
     check_folder(bundle, FILES.__contains__, overwrite)
     pipeline = load_checkpoint(checkpoint)
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
-    default_steps = DEFAULT_STEPS
+    default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
+    trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options
     if scheduler is None:
         scheduler, default_steps, default_options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
         scheduler_options = default_options | scheduler_options
     if num_inference_steps is None:
         num_inference_steps = min(default_steps, pipeline.scheduler.config.num_train_timesteps)
-    own_options, step_options = split_options(scheduler, scheduler_options)
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **own_options)
-    table = compile_scheduler(pipeline.scheduler, num_inference_steps, **step_options)
-    pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, **step_options)
+    table = _set_scheduler(pipeline, scheduler, scheduler_options, num_inference_steps)
 
     with whole_folder(bundle, FILES.__contains__, overwrite) as folder:
         export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
-        table.save(folder / "step_table.json")
-        info = _describe(pipeline, Path(checkpoint), num_inference_steps, precision)
-        (folder / "bundle.json").write_text(json.dumps(info), encoding="utf-8")
-        strays = _strays(folder, data_range)
+        _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
+        strays, warning = _strays(folder, data_range), None
+        if strays > MAX_STRAYS and is_default:
+            num_inference_steps = named_steps or min(DEFAULT_STEPS, trained_with.config.num_train_timesteps)
+            warning = (
+                f"{_blow_up(table, strays)}. It is the default, in whose place the bundle has ddpm with "
+                f"{num_inference_steps} steps: has the network been trained for long enough?"
+            )
+            pipeline.scheduler = trained_with
+            table = _set_scheduler(pipeline, "ddpm", ddpm_options(trained_with), num_inference_steps)
+            _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
+            strays = _strays(folder, data_range)
+        _check_strays(table, strays)
         parity = compare(pipeline, folder, num_inference_steps, tolerance)
         if not parity.ok:
             message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
             raise ParityError(f"{message}: {parity.explanation}", parity)
-        report = ExportReport(parity, strays)
+        report = ExportReport(parity, strays, warning=warning)
         if precision != "fp32":
             report.precision_error = reduce_precision(folder, precision)
             report.strays = _strays(folder, data_range)
+            _check_strays(table, report.strays)
         if sampler is not None:
             onnx.save(build_sampler(folder, sampler), folder / "sampler.onnx")
             report.sampler_difference = compare_sampler(folder)
@@ -155,20 +169,42 @@ def export_bundle(
     return report
 
 
+def _set_scheduler(
+    pipeline: DDPMMLPPipeline, name: str, options: dict[str, Any], num_inference_steps: int
+) -> StepTable:
+    """Give the pipeline another scheduler; return its table."""
+    own_options, step_options = split_options(name, options)
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler, **own_options)
+    table = compile_scheduler(pipeline.scheduler, num_inference_steps, **step_options)
+    pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, **step_options)
+    return table
+
+
+def _write_table(folder: Path, table: StepTable, info: dict[str, Any]) -> None:
+    table.save(folder / "step_table.json")
+    (folder / "bundle.json").write_text(json.dumps(info), encoding="utf-8")
+
+
 def _strays(bundle: Path, data_range: float) -> float:
-    """The share of a bundle's samples that have a value far outside of the data's range; an error if it is large."""
+    """Return the share of a bundle's samples that have a value far outside of the data's range."""
     sampler = OnnxSampler(bundle)
     for last in sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES):  # noqa: B007
         pass  # without keeping the steps before it
     largest = np.abs(last.sample).reshape(len(last.sample), -1).max(axis=1)
-    strays = float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
+    return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
+
+
+def _check_strays(table: StepTable, strays: float) -> None:
     if strays > MAX_STRAYS:
-        raise DivergenceError(
-            f"{sampler.table.scheduler} with {len(sampler)} network calls blows up: {strays:.0%} of its samples are "
-            f"more than {STRAY_LIMIT:g} times as large as any data. The bundle is not written; ddpm and ddim clip "
-            "what they predict to the data's range"
-        )
-    return strays
+        hint = "; ddpm and ddim clip what they predict to the data's range" if table.clip_range is None else ""
+        raise DivergenceError(f"{_blow_up(table, strays)}. The bundle is not written{hint}")
+
+
+def _blow_up(table: StepTable, strays: float) -> str:
+    return (
+        f"{table.scheduler} with {len(table)} network calls blows up: {strays:.0%} of its samples are more than "
+        f"{STRAY_LIMIT:g} times as large as any data"
+    )
 
 
 def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from diffusers import DDPMScheduler
 
+from ..data.batches import Batch
 from ..data.images import image_shapes
 from ..data.points import check_columns
 from ..pipeline import DDPMMLPPipeline
@@ -282,10 +283,9 @@ def _check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding
 @torch.no_grad()
 def losses(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor) -> torch.Tensor:
     """The simple loss of each sample, `[number]`, at timesteps that rise evenly from 0 to T − 1."""
-    x_t, eps, t = _noised(scheduler, x_0)
-    batches = zip(x_t.split(BATCH_SIZE), t.split(BATCH_SIZE), strict=True)
-    predicted = torch.cat([unet(*batch).sample[:, : x_0.shape[1]] for batch in batches])
-    return simple_loss(scheduler, predicted, x_0, eps, x_t, t)
+    _, eps, t = _noised(scheduler, x_0)
+    parts = zip(*(values.split(BATCH_SIZE) for values in (x_0, t, eps)), strict=True)
+    return torch.cat([simple_loss(scheduler, unet, Batch(x_0), t, eps) for x_0, t, eps in parts])
 
 
 def loss_share(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor) -> float:

@@ -69,7 +69,7 @@ def variational_bound(
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
     with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
         for start in range(done, number, batch_size):
-            x_0 = dataset.__getitems__(list(range(start, min(start + batch_size, number))))
+            x_0 = dataset.__getitems__(list(range(start, min(start + batch_size, number)))).x_0
             _check_data(x_0, pipeline.sample_shape, start, discretized=not pipeline.is_points)
             noise_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0]
             state.add(*_groups(bound, pipeline, x_0, timestep_stride, torch.Generator().manual_seed(int(noise_seed))))
@@ -148,5 +148,5 @@ def _check_data(x_0: torch.Tensor, sample_shape: tuple[int, ...], start: int, di
 
 def _identity(pipeline: DDPMMLPPipeline, dataset: Dataset, number: int, *options: int) -> str:
     """What makes two estimates the same. (Of the data, the first and the last sample stand for all.)"""
-    ends = dataset.__getitems__([0, number - 1])
+    ends = dataset.__getitems__([0, number - 1]).x_0
     return json.dumps([*fingerprint(pipeline, data=ends), number, options], default=list)

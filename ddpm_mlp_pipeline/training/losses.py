@@ -1,6 +1,9 @@
-"""The losses of a batch: the simple one (Ho et al. 2020, eq. 14), and the variational bound."""
+"""The losses of a network on a batch: the simple one (Ho et al. 2020, eq. 14), and the variational bound."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,32 +11,52 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from ..bound import VariationalBound
+from ..data.batches import Batch
+from ..pipeline import DDPMMLPPipeline
+
+Loss = Callable[[torch.nn.Module, Batch, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`loss(unet, batch, t, eps)` is each sample's loss, `[batch]`, at the timesteps t, `[batch]`, with the noise ε, of
+x_0's shape."""
+
+
+def make_loss(pipeline: DDPMMLPPipeline, loss_type: str) -> Loss:
+    """Return the loss of a pipeline's forward process: `"simple"`, or `"bound"`, the variational bound."""
+    scheduler = pipeline.scheduler
+    if loss_type == "simple":
+        return functools.partial(simple_loss, scheduler)
+    # What is clipped has no gradient.
+    bound = VariationalBound(scheduler, discretized=not pipeline.is_points, clip_sample=False)
+    return functools.partial(bound_loss, scheduler, bound)
 
 
 def simple_loss(
-    scheduler: DDPMScheduler,
-    model_output: torch.Tensor,
-    x_0: torch.Tensor,
-    eps: torch.Tensor,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
+    scheduler: DDPMScheduler, unet: torch.nn.Module, batch: Batch, t: torch.Tensor, eps: torch.Tensor
 ) -> torch.Tensor:
-    """L_simple (Ho et al. 2020, eq. 14), or the same of another target than ε: each sample's mean squared error,
+    """L_simple (Ho et al. 2020, eq. 14), or the same of another target than ε: the mean squared error of each sample,
     `[batch]`."""
-    target = training_target(scheduler, x_0, eps, t)
-    return F.mse_loss(model_output, target, reduction="none").flatten(1).mean(dim=1)
+    x_t = scheduler.add_noise(batch.x_0, eps, t)  # √ᾱ_t x_0 + √(1 − ᾱ_t) ε
+    prediction = _predict(unet, x_t, t, batch)[:, : x_t.shape[1]]  # without the variance that may stand beside it
+    target = training_target(scheduler, batch.x_0, eps, t)
+    return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
 
 
 def bound_loss(
+    scheduler: DDPMScheduler,
     bound: VariationalBound,
-    model_output: torch.Tensor,
-    x_0: torch.Tensor,
-    eps: torch.Tensor,
-    x_t: torch.Tensor,
+    unet: torch.nn.Module,
+    batch: Batch,
     t: torch.Tensor,
+    eps: torch.Tensor,
 ) -> torch.Tensor:
     """What the term at t says of the variational bound without its last, L_T, in bits/dim: `[batch]`."""
-    return bound.num_timesteps * bound.term(model_output, x_0, x_t, t) / x_0[0].numel()
+    x_t = scheduler.add_noise(batch.x_0, eps, t)
+    terms = bound.term(_predict(unet, x_t, t, batch), batch.x_0, x_t, t)
+    return bound.num_timesteps * terms / batch.x_0[0].numel()
+
+
+def _predict(unet: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Call the network: no other place in training does."""
+    return unet(x_t, t, **batch.known).sample.float()
 
 
 def training_target(scheduler: DDPMScheduler, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -44,8 +67,10 @@ def training_target(scheduler: DDPMScheduler, x_0: torch.Tensor, eps: torch.Tens
 
 
 def min_snr_weights(scheduler: DDPMScheduler, t: torch.Tensor, gamma: float) -> torch.Tensor:
-    """min(SNR, γ) is the weight of x_0's squared error (Hang et al. 2023, section 3.4), which is 1 / SNR times ε's,
-    and 1 / (SNR + 1) times v's."""
+    """Weights of the simple loss, `[batch]` (Hang et al. 2023, section 3.4).
+
+    min(SNR, γ) is the weight of x_0's squared error, which is 1 / SNR times ε's, and 1 / (SNR + 1) times v's.
+    """
     snr = compute_snr(scheduler, t)
     of_x_0 = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
     return snr.clamp(max=gamma) / of_x_0[scheduler.config.prediction_type]

@@ -201,7 +201,7 @@ def test_resizing_keeps_a_constant_image_constant(tmp_path):
 def test_batches_are_as_the_network_sees_them():
     images = torch.tensor([[[[0, 255]]], [[[255, 0]]]], dtype=torch.uint8)
     batches = ImageBatches(images)
-    torch.testing.assert_close(batches.__getitems__([1, 0]).flatten(), torch.tensor([1.0, -1, -1, 1]))
+    torch.testing.assert_close(batches.__getitems__([1, 0]).x_0.flatten(), torch.tensor([1.0, -1, -1, 1]))
 
 
 def test_half_of_the_images_are_mirrored():
@@ -283,4 +283,4 @@ def test_the_split_that_there_is(folder):
 
 def test_data_take_the_form_of_a_network_that_is_not_square(folder):
     pipeline = DDPMMLPPipeline(SmallUNet2DModel(sample_size=(8, 16), in_channels=3, out_channels=3), DDPMScheduler())
-    assert load_normalized(pipeline, folder).__getitems__([0, 1]).shape == (2, 3, 8, 16)
+    assert load_normalized(pipeline, folder).__getitems__([0, 1]).x_0.shape == (2, 3, 8, 16)

@@ -162,6 +162,19 @@ def test_the_benchmark_prints_a_table(run, ddim_bundle):
     assert all(row.endswith("×") for row in rows)
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_a_network_that_predicts_a_variance_beside(run, tmp_path):
+    """It was trained with 40 timesteps, which are fewer than the benchmark's defaults."""
+    checkpoint = pretrained("swiss_roll_2015")
+    export_bundle(checkpoint, tmp_path / "bundle")
+    result = run("ddpm-benchmark", checkpoint, tmp_path / "bundle", "--repeats", 1, "--batch_sizes", 2)
+    assert result.returncode == 0, result.stderr
+    assert "2 together, 40 DDPM steps, ms per sample" in result.stdout
+    assert "process start to picture of 2000, 40 DDIM steps, s" in result.stdout
+    result = run("ddpm-benchmark", checkpoint, tmp_path / "bundle", "--num_inference_steps", 41)
+    assert_one_line_error(result, "from 1 to 40")
+
+
 def test_the_benchmark_compares_a_bundle_with_its_own_checkpoint(run, ddim_bundle):
     result = run("ddpm-benchmark", pretrained("swiss_roll"), ddim_bundle)
     assert_one_line_error(result, "was not exported from this checkpoint")

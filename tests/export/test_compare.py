@@ -43,6 +43,7 @@ def compare(tmp_path, capsys):
     return compare
 
 
+@pytest.mark.slow
 def test_a_network_that_takes_anothers_place_is_measured_anew(compare):
     """On few colour pictures, which are not square and have no test split."""
     status, output, _, rows = compare(0, "--schedulers", "ddpm")

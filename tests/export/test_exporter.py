@@ -128,6 +128,56 @@ def test_nan_is_a_blow_up(tmp_path, heart):
         export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 5)
 
 
+@pytest.fixture
+def hardly_trained(tmp_path):
+    """Images from a network that has learned nothing."""
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    DDPMMLPPipeline(MLPModel(1, 8, hidden_dim=32), scheduler).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_where_the_default_blows_up_ddpm_takes_its_place(run, hardly_trained, tmp_path):
+    result = run("ddpm-export", hardly_trained, tmp_path / "bundle")
+    assert result.returncode == 0, result.stderr
+    (warning,) = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    assert "DPMSolverMultistepScheduler with 20 network calls blows up: 100% of its samples" in warning
+    assert "the bundle has ddpm with 50 steps" in warning
+    assert "DDPMScheduler, 50 network calls, x̂_0 clipped" in result.stdout.splitlines()[-1]
+    provenance = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["provenance"]
+    assert (provenance["scheduler"], provenance["num_inference_steps"]) == ("DDPMScheduler", 50)
+    assert np.abs(OnnxSampler(tmp_path / "bundle").sample(20) - 0.5).max() <= 0.5
+
+    export_bundle(hardly_trained, tmp_path / "bundle", num_inference_steps=7)
+    assert len(OnnxSampler(tmp_path / "bundle")) == 7
+
+
+def test_what_was_asked_for_is_not_replaced(hardly_trained, tmp_path):
+    for arguments in (
+        {"scheduler": "dpmsolver_multistep"},
+        {"scheduler_options": {"solver_order": 3}},
+    ):
+        with pytest.raises(DivergenceError, match=r"DPMSolver.* blows up"):
+            export_bundle(hardly_trained, tmp_path / "bundle", **arguments)
+    assert export_bundle(pretrained("heart"), tmp_path / "bundle").warning is None
+
+
+def test_where_ddpm_blows_up_as_well_there_is_no_bundle(hardly_trained, tmp_path):
+    path = hardly_trained / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    with pytest.raises(DivergenceError, match="DDPMScheduler with 50 network calls blows up"):
+        export_bundle(hardly_trained, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_variance_that_points_networks_predict_beside_is_no_obstacle(tmp_path):
+    torch.manual_seed(0)
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=False)
+    DDPMMLPPipeline(MLPModel(2, hidden_dim=8, out_channels=4), scheduler).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(DivergenceError, match="DDPMScheduler with 50 network calls blows up"):
+        export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
+
+
 def test_few_strays_are_reported(tmp_path):
     report = export_bundle(pretrained("heart"), tmp_path / "bundle", "euler", 30)
     assert "as large as any data" not in str(dataclasses.replace(report, strays=0.0))
