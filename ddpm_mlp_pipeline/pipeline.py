@@ -108,7 +108,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return_dict: bool = True,
         *,
         latents: torch.Tensor | None = None,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
+        | None = None,
     ) -> ImagePipelineOutput | PointPipelineOutput | tuple[Any]:
         r"""
         Draw samples.
@@ -187,7 +188,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
     # trust_remote_code=True; with the plugin installed, the plugin's code is used, and none of the folder's runs.
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "DDPMMLPPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "DDPMMLPPipeline":
         """As of any diffusers pipeline, but pickled weights are refused unless `use_safetensors` allows them."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 

@@ -106,7 +106,9 @@ def load_images(
     return torch.from_numpy(images[:done])
 
 
-def image_shapes(name: str | os.PathLike[str], split: str = "train", number: int | None = None) -> Counter[tuple[int, int, int]]:
+def image_shapes(
+    name: str | os.PathLike[str], split: str = "train", number: int | None = None
+) -> Counter[tuple[int, int, int]]:
     """Count the shapes, `(channels, height, width)`, that a data set's images come in.
 
     Args:
@@ -182,7 +184,9 @@ def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.where(u[:, None, None, None] < 0.5, x_0.flip(-1), x_0)
 
 
-def _load_column(name: str | os.PathLike[str], split: str, feature_type: type, what: str) -> tuple[datasets.Dataset, str]:
+def _load_column(
+    name: str | os.PathLike[str], split: str, feature_type: type, what: str
+) -> tuple[datasets.Dataset, str]:
     """A data set's first column of a type, which may have any name, and that name."""
     rows = _load(name, split)
     columns = [column for column, feature in rows.features.items() if isinstance(feature, feature_type)]

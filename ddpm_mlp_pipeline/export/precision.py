@@ -35,7 +35,7 @@ def reduce_precision(bundle: str | os.PathLike[str], precision: str) -> float:
     sampler = OnnxSampler(bundle)
     path = Path(bundle) / "unet.onnx"
     feeds = list(_trajectory(sampler))
-    expected = np.stack([sampler.predict(**feed) for feed in feeds])
+    expected = np.stack([sampler.predict(feed["sample"], feed["timestep"].item()) for feed in feeds])
     if precision == "fp16":
         _halve(path)
     elif any(node.op_type == "Conv" for node in onnx.load(path).graph.node):
@@ -43,7 +43,7 @@ def reduce_precision(bundle: str | os.PathLike[str], precision: str) -> float:
     else:
         raise ConfigurationError("int8 pays for convolutions only, and this network has none")
     reduced = OnnxSampler(bundle)
-    error = np.stack([reduced.predict(**feed) for feed in feeds]) - expected
+    error = np.stack([reduced.predict(feed["sample"], feed["timestep"].item()) for feed in feeds]) - expected
     return float(np.sqrt((error**2).mean() / (expected**2).mean()))
 
 

@@ -141,7 +141,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         for i, resnets in enumerate(self.down_blocks):
             if i > 0:
                 h = self.downsamplers[i - 1](h)
-            for resnet in resnets:
+            for resnet in resnets:  # type: ignore[attr-defined]  # a ModuleList
                 h = resnet(h, temb)
             skips.append(h)
         if self.mid_attention is not None:
@@ -150,7 +150,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             if i > 0:
                 h = self.upsamplers[i - 1](h)
             h = h + skips.pop()
-            for resnet in resnets:
+            for resnet in resnets:  # type: ignore[attr-defined]  # a ModuleList
                 h = resnet(h, temb)
 
         eps = self.conv_out(F.silu(self.norm_out(h)))[..., :height, :width]

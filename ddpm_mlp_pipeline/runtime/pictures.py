@@ -63,4 +63,6 @@ def image_grid(batches: Iterable[npt.NDArray[np.floating]], number: int) -> Imag
                 grid = Image.new(picture.mode, size)
             grid.paste(picture, (i % columns * picture.width, i // columns * picture.height))
             i += 1
+    if grid is None:
+        raise ValueError("there are no images to show")
     return grid

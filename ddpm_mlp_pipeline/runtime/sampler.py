@@ -79,6 +79,11 @@ class OnnxSampler:
         columns: list[str] = self.info["data_columns"]
         return columns
 
+    @property
+    def scheduler_name(self) -> str:
+        """Name of the scheduler's class."""
+        return self.table.scheduler
+
     def __len__(self) -> int:
         """Number of the sampling steps."""
         return len(self.table)
@@ -115,7 +120,7 @@ class OnnxSampler:
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
-    ) -> Iterator[npt.NDArray[np.float32]]:
+    ) -> Generator[npt.NDArray[np.float32], None, None]:
         """Draw samples, as [`sample`][OnnxSampler.sample] does, and yield them batch by batch, in order.
 
         Batches are independent, so they run side by side, one thread each: that keeps the cores busier than sharing
