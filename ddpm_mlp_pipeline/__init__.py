@@ -5,11 +5,39 @@ can import the package and sample from a bundle.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import explain_missing_extra
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what editors and type checkers see in place of `__getattr__`
+    from .checkpoints import pretrained as pretrained
+    from .data.images import load_images as load_images
+    from .data.points import load_points as load_points
+    from .errors import (
+        BundleError as BundleError,
+        CheckpointError as CheckpointError,
+        ConfigurationError as ConfigurationError,
+        DatasetError as DatasetError,
+        DDPMPipelineError as DDPMPipelineError,
+        DivergenceError as DivergenceError,
+        MissingExtraError as MissingExtraError,
+        OutputExistsError as OutputExistsError,
+        ParityError as ParityError,
+        StoppedBySignal as StoppedBySignal,
+        UnsupportedSchedulerError as UnsupportedSchedulerError,
+    )
+    from .export.compile import compile_scheduler as compile_scheduler
+    from .export.exporter import export_bundle as export_bundle
+    from .loading import load_checkpoint as load_checkpoint
+    from .models.mlp import MLPModel as MLPModel
+    from .models.unet import SmallUNet2DModel as SmallUNet2DModel
+    from .pipeline import DDPMMLPPipeline as DDPMMLPPipeline, PointPipelineOutput as PointPipelineOutput
+    from .runtime.sampler import OnnxSampler as OnnxSampler
+    from .runtime.step_table import StepTable as StepTable
+    from .training.loop import train as train
+    from .training.options import TrainingArguments as TrainingArguments
 
 _MODULE_OF_NAME = {
     "DDPMMLPPipeline": "pipeline",
@@ -26,19 +54,32 @@ _MODULE_OF_NAME = {
     "pretrained": "checkpoints",
     "train": "training.loop",
     "TrainingArguments": "training.options",
+    "BundleError": "errors",
+    "CheckpointError": "errors",
+    "ConfigurationError": "errors",
+    "DDPMPipelineError": "errors",
+    "DatasetError": "errors",
+    "DivergenceError": "errors",
+    "MissingExtraError": "errors",
+    "OutputExistsError": "errors",
+    "ParityError": "errors",
+    "StoppedBySignal": "errors",
+    "UnsupportedSchedulerError": "errors",
 }
 
 __all__ = sorted(_MODULE_OF_NAME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF_NAME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    extra = "export" if _MODULE_OF_NAME[name].startswith("export.") else None
-    with explain_missing_extra(name, extra):
-        module = importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}")
-    value = globals()[name] = getattr(module, name)
-    return value
+if not TYPE_CHECKING:  # for type checkers, other names than those above would be there, too
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF_NAME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        extra = "export" if _MODULE_OF_NAME[name].startswith("export.") else None
+        with explain_missing_extra(name, extra):
+            module = importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}")
+        value = globals()[name] = getattr(module, name)
+        return value
 
 
 def __dir__() -> list[str]:

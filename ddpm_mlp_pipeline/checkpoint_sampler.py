@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class CheckpointSampler:
     """
 
     def __init__(
-        self, checkpoint: str | os.PathLike, scheduler: str | None = None, num_inference_steps: int | None = None
+        self, checkpoint: str | os.PathLike[str], scheduler: str | None = None, num_inference_steps: int | None = None
     ):
         self.pipeline = load_checkpoint(checkpoint)
         if scheduler is not None:
@@ -49,6 +49,11 @@ class CheckpointSampler:
         """Names of the points' coordinates."""
         return self.pipeline.data_columns
 
+    @property
+    def scheduler_name(self) -> str:
+        """Name of the scheduler's class."""
+        return type(self.pipeline.scheduler).__name__
+
     def __len__(self) -> int:
         """Number of the sampling steps."""
         self.pipeline.scheduler.set_timesteps(self.num_inference_steps)
@@ -56,7 +61,7 @@ class CheckpointSampler:
 
     def batches(
         self, num_samples: int, seed: int = 0, batch_size: int = 512, on_step: Callable[[int], Any] | None = None
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """As [`OnnxSampler.batches`]; every process yields all of them, in the same order."""
         process = this_process()
         batches = [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
@@ -66,8 +71,8 @@ class CheckpointSampler:
             number = sum(map(len, together))
 
             def step_done(
-                pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict, number: int = number
-            ) -> dict:
+                pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, Any], number: int = number
+            ) -> dict[str, Any]:
                 if not state["latents"].isfinite().all():
                     raise DivergenceError.at_step(step, float(t))
                 if on_step is not None:
@@ -78,7 +83,7 @@ class CheckpointSampler:
             drawn = [self._draw(batch, seed, step_done) for batch in own]
             yield from gather_object(drawn)
 
-    def _draw(self, batch: range, seed: int, step_done: Callable[..., dict]) -> np.ndarray:
+    def _draw(self, batch: range, seed: int, step_done: Callable[..., dict[str, Any]]) -> np.ndarray:
         seeds = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64) for i in batch)
         generators = [torch.Generator().manual_seed(int(state[0] >> np.uint64(1))) for state in seeds]
         return self.pipeline(

@@ -38,7 +38,7 @@ def draw_training_run(
     losses: Sequence[float],
     folder: Path,
     seed: int = 0,
-    num_inference_steps: int = 100,
+    num_inference_steps: int | None = 100,
 ) -> list[str]:
     """Draw all that a training run leaves behind.
 
@@ -126,7 +126,7 @@ def reverse_process(
     wanted = {min([T, *after_step], key=lambda t: abs(t - t_shown)) for t_shown in shown}
     frames = {T: _to_show(pipeline, latents)} if T in wanted else {}
 
-    def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict:
+    def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         if not state["latents"].isfinite().all():
             raise DivergenceError.at_step(step, float(t))
         if on_step is not None:
@@ -139,7 +139,9 @@ def reverse_process(
     return frames
 
 
-def draw_samples(pipeline: DDPMMLPPipeline, num_inference_steps: int, seed: int, number: int = 36) -> np.ndarray:
+def draw_samples(
+    pipeline: DDPMMLPPipeline, num_inference_steps: int | None, seed: int, number: int = 36
+) -> np.ndarray:
     """Samples as they are shown, from the pipeline's scheduler with some of its steps."""
     return pipeline(number, torch.Generator().manual_seed(seed), num_inference_steps, "np")[0]
 
@@ -234,6 +236,7 @@ def plot_drift(pipeline: DDPMMLPPipeline, x_0: torch.Tensor, seed: int = 0) -> F
     forward = forward_process(pipeline, x_0, seed, timesteps)
     reverse = reverse_process(pipeline, len(x_0), seed, timesteps)
     limits = _limits([*forward.values(), *reverse.values()])
+    assert limits is not None  # which are those of points
     columns = (np.linspace(low, high, 25)[1:-1] for low, high in zip(*limits, strict=True))
     grid = torch.tensor(np.stack(np.meshgrid(*columns), axis=-1).reshape(-1, 2), dtype=torch.float32)
     mean = pipeline.to_data_units(torch.zeros(1, 2))

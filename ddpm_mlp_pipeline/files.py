@@ -35,7 +35,7 @@ Own = Callable[[str], object]
 """Whether a command writes entries of that path, relative to its output folder; a folder's ends with `/`."""
 
 
-def check_file(path: str | os.PathLike, overwrite: bool = False) -> None:
+def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Refuse a place for a file that is taken, or doesn't exist.
 
     Raises:
@@ -51,7 +51,7 @@ def check_file(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise OutputExistsError(f"{path} exists: pass --overwrite to replace it")
 
 
-def check_folder(path: str | os.PathLike, own: Own, overwrite: bool = False) -> None:
+def check_folder(path: str | os.PathLike[str], own: Own, overwrite: bool = False) -> None:
     """Refuse a place for a folder that is taken.
 
     Args:
@@ -111,7 +111,7 @@ def check_names(folder: Path, names: Iterable[str], overwrite: bool = False) -> 
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with its ending; it becomes `path` if the block ends without an error.
 
     Entering the block creates the temporary file, so a place that can't be written to is found before the work.
@@ -140,7 +140,7 @@ def whole_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike, own: Own, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(path: str | os.PathLike[str], own: Own, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it becomes `path` if the block ends without an error.
 
     Args:
@@ -186,7 +186,7 @@ def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         file = error.filename
-        is_of_another = None not in (temporary, file) and not Path(str(file)).is_relative_to(temporary)
+        is_of_another = not (temporary is None or file is None or Path(str(file)).is_relative_to(temporary))
         if error.errno is None or is_of_another:
             raise
         raise OSError(error.errno, f"can't be written: {error.strerror or error}", str(path)) from error

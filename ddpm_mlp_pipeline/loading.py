@@ -27,7 +27,7 @@ from .pipeline import DDPMMLPPipeline
 MAX_TIMESTEPS, MAX_SIZE = 10**6, 2**26  # of a scheduler; of a sample, in numbers
 
 
-def load_checkpoint(folder: str | os.PathLike) -> DDPMMLPPipeline:
+def load_checkpoint(folder: str | os.PathLike[str]) -> DDPMMLPPipeline:
     """Load a checkpoint folder, running no code that it carries.
 
     Raises:
@@ -71,7 +71,7 @@ def explain_loading(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {str(error) or type(error).__name__}") from None
 
 
-def _named_class(entry: list[str]) -> type:
+def _named_class(entry: list[str]) -> Any:
     """The class that an entry of `model_index.json` names, which the pipeline has found harmless."""
     module, name = entry
     return getattr(importlib.import_module(module), name)

@@ -108,8 +108,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return_dict: bool = True,
         *,
         latents: torch.Tensor | None = None,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
-    ) -> ImagePipelineOutput | PointPipelineOutput | tuple:
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
+        | None = None,
+    ) -> ImagePipelineOutput | PointPipelineOutput | tuple[Any]:
         r"""
         Draw samples.
 
@@ -171,9 +172,10 @@ class DDPMMLPPipeline(DiffusionPipeline):
             points = self.to_data_units(x_0)
             return (points if output_type == "pt" else points.cpu().numpy()), PointPipelineOutput
         images = (x_0 / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return (self.numpy_to_pil(images) if output_type == "pil" else images), ImagePipelineOutput
+        if output_type == "pt":
+            return images, ImagePipelineOutput
+        array = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return (self.numpy_to_pil(array) if output_type == "pil" else array), ImagePipelineOutput
 
     def to_data_units(self, x: torch.Tensor) -> torch.Tensor:
         """Undo the normalisation of points, `[batch, dimension]`."""
@@ -186,11 +188,13 @@ class DDPMMLPPipeline(DiffusionPipeline):
     # trust_remote_code=True; with the plugin installed, the plugin's code is used, and none of the folder's runs.
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DDPMMLPPipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "DDPMMLPPipeline":
         """As of any diffusers pipeline, but pickled weights are refused unless `use_safetensors` allows them."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `model_index.json`, and beside it the code that it names."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
@@ -206,7 +210,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Like `DiffusionPipeline.load_config`, but with the installed classes in place of those that a folder
         carries."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
@@ -216,7 +220,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return loaded
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         # Both load_config (for folders) and download (for the hub) read model_index.json here. What it names is
         # imported: so nothing may be named but models and schedulers of diffusers' and of the installed plugin's.
         index = super()._dict_from_json_file(json_file, **kwargs)
@@ -250,7 +254,7 @@ def _installed(entry: Any, kind: type) -> list[str] | None:
 
 def _carry_code(cls: type, folder: Path) -> list[str]:
     """Copy the file that defines `cls` into `folder`; return what `model_index.json` says of it."""
-    source = Path(inspect.getsourcefile(cls))
+    source = Path(inspect.getfile(cls))
     if not (folder / source.name).exists() or not source.samefile(folder / source.name):
         shutil.copyfile(source, folder / source.name)
     return [source.stem, cls.__name__]

@@ -10,7 +10,7 @@ from tqdm import tqdm  # and not tqdm.auto, which takes twice as long to import
 SECONDS_BETWEEN_LINES = 10
 
 
-def progress_bar(**options: Any) -> tqdm:
+def progress_bar(**options: Any) -> tqdm[Any]:
     """Return a tqdm bar on stderr.
 
     Where stderr is neither a terminal nor a notebook's, the bar writes lines, at least ten seconds apart.

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
 from ddpm_mlp_pipeline import (
     DDPMMLPPipeline,

@@ -173,7 +173,7 @@ def _share_of_peak(pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size
     )
 
 
-def _alternate(works: Sequence[Callable], repeats: int) -> tuple:
+def _alternate(works: Sequence[Callable[[], Any]], repeats: int) -> tuple[Any, ...]:
     """Medians of what each returns, run in turn, so that a busy moment of the machine hits all; one run to warm up."""
     runs = [[work() for work in works] for _ in range(repeats + 1)][1:]
     return tuple(np.median(np.array(results), axis=0) for results in zip(*runs, strict=True))
@@ -205,7 +205,10 @@ class Contender:
         self._process.shutdown()
 
 
-def _open(open_sampler: Callable[..., Callable[[int], object]], args: tuple) -> None:
+_draw: Callable[[int], object]  # of a contender's process
+
+
+def _open(open_sampler: Callable[..., Callable[[int], object]], args: tuple[Any, ...]) -> None:
     global _draw
     _draw = open_sampler(*args)
 

@@ -130,7 +130,7 @@ def _distance(args: argparse.Namespace, run: ImageTrainingArguments, pipeline: D
         generator = torch.Generator().manual_seed(0)
         for start in range(0, args.num_samples, SAMPLING_BATCH_SIZE):
             size = min(SAMPLING_BATCH_SIZE, args.num_samples - start)
-            yield to_uint8(pipeline(size, generator, args.num_inference_steps, "np").images)
+            yield to_uint8(pipeline(size, generator, args.num_inference_steps, "np")[0])
 
     references = load_images_once(run.dataset_name, args.split, run.resolution, run.fit, run.channels)
     network = load_features(args.features)

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = load_checkpoint(args.checkpoint)
     if pipeline.is_points:
         raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
-    channels, *size = pipeline.sample_shape
+    channels, height, width = pipeline.sample_shape
     split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
     features, network = choose_features(args.features, channels, args.num_samples, count_images(args.dataset, split))
     measure, distance = "frechet_distance", frechet_distance
@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigurationError("there is nothing to compare")
     with leaving_out(args.skip_corrupt) as on_corrupt:
         number = MAX_PIXEL_REFERENCES if features == PIXELS else None
-        images = load_images(*(args.dataset, split, tuple(size), args.fit, channels, number), on_corrupt=on_corrupt)
+        form = args.dataset, split, (height, width), args.fit, channels, number
+        images = load_images(*form, on_corrupt=on_corrupt)
     references = image_features([images], network)
     sha256, scheduler_config = fingerprint(pipeline, images=images, **network.state_dict())
     run = {

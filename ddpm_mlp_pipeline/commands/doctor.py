@@ -17,6 +17,7 @@ with command_imports("ddpm-doctor", __name__):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from ..data.batches import BatchDataset
     from ..data.images import load_images, to_network_units
     from ..data.normalized import load_normalized
     from ..data.points import POINT_SETS, is_point_set
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _take(dataset: torch.utils.data.Dataset) -> torch.Tensor:
+def _take(dataset: BatchDataset) -> torch.Tensor:
     """All of it, in random order: the losses' timesteps rise from sample to sample."""
     if len(dataset) < MIN_SAMPLES:
         raise DatasetError(f"losses by timestep need at least {MIN_SAMPLES} samples, got {len(dataset)}")
@@ -131,6 +132,7 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
         typed = {"dataset": args.dataset, "dataset_noise": args.dataset_noise}
     argv = ["--config", args.patient, "--output_dir", "none"]
     argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
+    options: PointTrainingArguments | ImageTrainingArguments
     if is_points:
         options = parse_options(PointTrainingArguments, argv, "", PRESETS)
         pipeline, x_0 = make_point_pipeline(options)

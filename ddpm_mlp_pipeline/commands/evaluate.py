@@ -143,14 +143,14 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     n, num_references = _choose_numbers(source, args, split, train_split)
     seeds = range(args.repeats or IMAGE_REPEATS)
     data_seeds = [DATA_SEED + i for i in range(IMAGE_FLOOR_REPEATS)]
-    channels, *size = source.shape
+    channels, height, width = source.shape
     features, network = choose_features(args.features, channels, n, num_references)
     measure, max_references = _measure_images, None
     if features == PIXELS:  # all pairs are compared
         measure, max_references = _measure_pixels, NUM_IMAGES
 
     def load(split: str, number: int | None, seed: int) -> torch.Tensor:
-        form = args.dataset, split, tuple(size), args.fit, channels, number, seed
+        form = args.dataset, split, (height, width), args.fit, channels, number, seed
         images = load_images(*form, on_corrupt=on_corrupt).numpy()
         return image_features([torch.from_numpy(_varied(images, args.dataset))], network)
 

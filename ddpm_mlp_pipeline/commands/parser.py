@@ -8,7 +8,7 @@ import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 from ..errors import ConfigurationError, DDPMPipelineError, ParityError, explain_missing_extra
 
@@ -43,7 +43,13 @@ def one_line_errors() -> Iterator[None]:
     raise SystemExit(1)
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
+class Command(Protocol):
+    """A command's `main`, with the arguments after its name, or by default `sys.argv`'s."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None: ...
+
+
+def command(main: Command) -> Command:
     """Decorate a command's `main(argv)`, so that its errors become one line."""
 
     @functools.wraps(main)
@@ -94,7 +100,7 @@ def command_imports(name: str, module: str) -> Iterator[None]:
 class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line, without the usage: that is what --help is for."""
 
-    def __init__(self, **kwargs: object):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:

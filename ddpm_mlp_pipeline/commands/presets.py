@@ -9,14 +9,17 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from ..errors import ConfigurationError
 from .parser import CommandParser
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def parse_options(
@@ -67,7 +70,7 @@ class _PresetLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _argument(field: dataclasses.Field, type_: Any) -> dict[str, Any]:
+def _argument(field: dataclasses.Field[Any], type_: Any) -> dict[str, Any]:
     """argparse's description of a field."""
     argument: dict[str, Any] = {"help": field.metadata.get("help", "")}
     if field.default is dataclasses.MISSING:

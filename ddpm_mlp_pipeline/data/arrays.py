@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import DatasetError
 
 
-def read_array(path: str | os.PathLike) -> np.ndarray:
+def read_array(path: str | os.PathLike[str]) -> np.ndarray:
     """The numbers of a `.npy` file, as a view of it: no memory is taken for what its header says but it does not hold.
 
     Raises:

@@ -30,7 +30,7 @@ HELD_OUT_SPLITS = ("test", "validation", "train")  # the first that a set has
 
 
 def load_images(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     split: str = "train",
     resolution: int | tuple[int, int] | None = None,
     fit: str = "resize",
@@ -106,7 +106,9 @@ def load_images(
     return torch.from_numpy(images[:done])
 
 
-def image_shapes(name: str | os.PathLike, split: str = "train", number: int | None = None) -> Counter:
+def image_shapes(
+    name: str | os.PathLike[str], split: str = "train", number: int | None = None
+) -> Counter[tuple[int, int, int]]:
     """Count the shapes, `(channels, height, width)`, that a data set's images come in.
 
     Args:
@@ -115,7 +117,7 @@ def image_shapes(name: str | os.PathLike, split: str = "train", number: int | No
     Raises:
         DatasetError: if the set can't be loaded, is empty or has no column of images.
     """
-    shapes: Counter = Counter()
+    shapes: Counter[tuple[int, int, int]] = Counter()
     rows, column, _ = _open_rows(name, split, number)
     for row in rows:
         try:
@@ -126,7 +128,7 @@ def image_shapes(name: str | os.PathLike, split: str = "train", number: int | No
     return shapes
 
 
-def count_images(name: str | os.PathLike, split: str) -> int:
+def count_images(name: str | os.PathLike[str], split: str) -> int:
     """Return the number of images in a split, without decoding any.
 
     Raises:
@@ -135,7 +137,7 @@ def count_images(name: str | os.PathLike, split: str) -> int:
     return len(_open_rows(name, split)[0])
 
 
-def choose_split(name: str | os.PathLike, wanted: Sequence[str]) -> str:
+def choose_split(name: str | os.PathLike[str], wanted: Sequence[str]) -> str:
     """Return the first of the splits in `wanted` that a data set has; if it has none of them, its own first split.
 
     Raises:
@@ -145,7 +147,7 @@ def choose_split(name: str | os.PathLike, wanted: Sequence[str]) -> str:
     return next((split for split in wanted if split in splits), splits[0])
 
 
-def load_labels(name: str | os.PathLike, split: str = "train") -> torch.Tensor:
+def load_labels(name: str | os.PathLike[str], split: str = "train") -> torch.Tensor:
     """The classes of a data set's rows, int64, `[number of rows]`, from its column of type `ClassLabel`.
 
     Raises:
@@ -182,7 +184,9 @@ def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.where(u[:, None, None, None] < 0.5, x_0.flip(-1), x_0)
 
 
-def _load_column(name: str | os.PathLike, split: str, feature_type: type, what: str) -> tuple[datasets.Dataset, str]:
+def _load_column(
+    name: str | os.PathLike[str], split: str, feature_type: type, what: str
+) -> tuple[datasets.Dataset, str]:
     """A data set's first column of a type, which may have any name, and that name."""
     rows = _load(name, split)
     columns = [column for column, feature in rows.features.items() if isinstance(feature, feature_type)]
@@ -194,7 +198,7 @@ def _load_column(name: str | os.PathLike, split: str, feature_type: type, what: 
 
 
 def _open_rows(
-    name: str | os.PathLike, split: str, number: int | None = None, seed: int = 0
+    name: str | os.PathLike[str], split: str, number: int | None = None, seed: int = 0
 ) -> tuple[datasets.Dataset, str, np.ndarray]:
     """A split's images, not decoded, or `number` of them at random; their column; and their rows in the split."""
     rows, column = _load_column(name, split, datasets.Image, "images")
@@ -205,7 +209,7 @@ def _open_rows(
     return rows.cast_column(column, datasets.Image(decode=False)), column, indices
 
 
-def _name(name: str | os.PathLike, index: int, path: str | None) -> str:
+def _name(name: str | os.PathLike[str], index: int, path: str | None) -> str:
     return f"row {index} of {name}" + (f" ({path})" if path else "")
 
 
@@ -247,7 +251,7 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(MODES[channels])
 
 
-def _load(name: str | os.PathLike, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
+def _load(name: str | os.PathLike[str], split: str | None) -> datasets.Dataset | datasets.DatasetDict:
     """Load a split, or, without a name, all of them."""
     if is_point_set(name):  # which the hub would be asked for, for half a minute
         raise DatasetError(f"{name} is a point set, but images are needed: a folder, or a data set on the hub")

@@ -42,8 +42,9 @@ def load_normalized(
     """
     shape = pipeline.sample_shape
     if not pipeline.is_points:
-        channels, *size = shape
-        return ImageBatches(load_images(name, split, tuple(size), fit, channels, number, seed, on_corrupt=on_corrupt))
+        channels, height, width = shape
+        images = load_images(name, split, (height, width), fit, channels, number, seed, on_corrupt=on_corrupt)
+        return ImageBatches(images)
     drawn = number if name in POINT_SETS else None
     points = torch.tensor(to_array(load_points(name, drawn, noise, seed, columns=pipeline.config.data_columns)))
     if points.shape[1:] != shape:

@@ -79,13 +79,13 @@ POINT_SETS: dict[str, tuple[Callable[[int, np.random.Generator], np.ndarray], fl
 }
 
 
-def is_point_set(name: str | os.PathLike) -> bool:
+def is_point_set(name: str | os.PathLike[str]) -> bool:
     """Return whether a data set's name is that of a point set or of a file of points, and so of no image data set."""
     return (str(name) in POINT_SETS or Path(name).suffix in SUFFIXES) and not Path(name).is_dir()
 
 
 def load_points(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     num_samples: int | None = None,
     noise: float | None = None,
     seed: int = 0,
@@ -159,7 +159,7 @@ class ColumnWarning:
     remedy: str
 
 
-def check_columns(name: str | os.PathLike, columns: Sequence[str] | None = None) -> Iterator[ColumnWarning]:
+def check_columns(name: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Iterator[ColumnWarning]:
     """Look for heavy tails and whole numbers in the columns of a file of points; the named sets have neither.
 
     A tail is heavy if a value is more than twice as many standard deviations from the mean as any of a Gaussian
@@ -193,7 +193,7 @@ def check_columns(name: str | os.PathLike, columns: Sequence[str] | None = None)
         )
 
 
-def warn_of_columns(name: str | os.PathLike, columns: Sequence[str] | None = None) -> None:
+def warn_of_columns(name: str | os.PathLike[str], columns: Sequence[str] | None = None) -> None:
     """Print, to stderr, what `check_columns` finds."""
     for warning in check_columns(name, columns):
         print(f"warning: {warning.check}: {warning.message}: {warning.remedy}", file=sys.stderr)
@@ -271,7 +271,7 @@ def _is_numbered(names: Iterable[str]) -> bool:
 
 
 def _choose_columns(
-    table: pd.DataFrame, name: str | os.PathLike, exclude: Sequence[str], columns: Sequence[str] | None
+    table: pd.DataFrame, name: str | os.PathLike[str], exclude: Sequence[str], columns: Sequence[str] | None
 ) -> pd.DataFrame:
     missing = [column for column in exclude if column not in table.columns]
     if missing:
@@ -289,7 +289,7 @@ def _choose_columns(
     raise DatasetError(f"{name} has no column {_quoted(missing)}, only {_quoted(table.columns)}")
 
 
-def _finite_numbers(table: pd.DataFrame, name: str | os.PathLike) -> np.ndarray:
+def _finite_numbers(table: pd.DataFrame, name: str | os.PathLike[str]) -> np.ndarray:
     numbers = table.apply(_to_numbers).to_numpy(dtype=np.float64)
     is_bad = ~np.isfinite(numbers)
     faults = []

@@ -126,9 +126,11 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     except WRONG_OPTION as error:
         reason = str(error) or "it breaks its own assertions"
         raise ConfigurationError(f"{name} can't take {num_inference_steps} such steps: {reason}") from None
-    fits = ((_to_next(steps, probes.x_0, fit), replay) for fit, replay in TOLERANCES)
-    to_next, replay_tolerance = next(((found, replay) for found, replay in fits if found is not None), (None, None))
-    if to_next is None:
+    for fit_tolerance, replay_tolerance in TOLERANCES:  # noqa: B007
+        to_next = _to_next(steps, probes.x_0, fit_tolerance)
+        if to_next is not None:
+            break
+    else:
         raise UnsupportedSchedulerError(
             f"{name} can't be compiled: its steps are no sums of samples, network outputs and noise"
         )
@@ -191,12 +193,13 @@ def _steps(
         z = noise_drawn(generator, state, sample.shape)
         x_next = scheduler.scale_model_input(sample, timesteps[k + 1]) if k + 1 < len(timesteps) else sample
         _check_finite(scheduler, t, x_next)
-        yield _Step(float(t), *(_numbers(values) for values in (x, eps, z, x_next)), initial_scale)
+        z_drawn = None if z is None else _numbers(z)
+        yield _Step(float(t), _numbers(x), _numbers(eps), z_drawn, _numbers(x_next), initial_scale)
         x = x_next
 
 
-def _numbers(values: torch.Tensor | None) -> np.ndarray | None:
-    return None if values is None else values.double().numpy().ravel()
+def _numbers(values: torch.Tensor) -> np.ndarray:
+    return values.double().numpy().ravel()
 
 
 def _check_finite(scheduler: SchedulerMixin, t: torch.Tensor, values: torch.Tensor) -> None:
@@ -244,7 +247,9 @@ class _Probes:
                 if getattr(output, "pred_original_sample", None) is not None:
                     break
 
-    def __call__(self, scheduler: SchedulerMixin, t: torch.Tensor, sample: torch.Tensor, x: torch.Tensor):
+    def __call__(
+        self, scheduler: SchedulerMixin, t: torch.Tensor, sample: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
         eps = torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
         if self.clip_range is None:
             return eps
@@ -265,12 +270,14 @@ def _to_next(steps: list[_Step], x_0: list[np.ndarray], tolerance: float) -> np.
     to_next = np.zeros((len(steps), MAX_HISTORY, 4))
     for k, step in enumerate(steps):
         for history in range(1, min(k + 1, MAX_HISTORY) + 1):
-            columns = {}
+            columns: dict[tuple[int, int], np.ndarray] = {}
             for i in reversed(range(history)):  # the oldest first
                 past = steps[k - i]
-                columns[i, Z], columns[i, X], columns[i, EPS] = past.z, past.x, past.eps
-                columns[i, X_0] = x_0[k - i] if x_0 else None
-            columns = {place: values for place, values in columns.items() if values is not None}
+                if past.z is not None:
+                    columns[i, Z] = past.z
+                columns[i, X], columns[i, EPS] = past.x, past.eps
+                if x_0:
+                    columns[i, X_0] = x_0[k - i]
             coefficients = _shortest_sum(columns, step.x_next, tolerance)
             if coefficients is not None:
                 break

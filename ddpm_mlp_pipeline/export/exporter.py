@@ -35,8 +35,8 @@ FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
 # Scheduler, steps and options where none are named: ddpm-compare and ddpm-evaluate measure them.
 DEFAULT_STEPS = 50
-DEFAULT_OF_POINTS = "ddim", DEFAULT_STEPS, {}
-DEFAULT_OF_IMAGES = "dpmsolver_multistep", 20, {"algorithm_type": "sde-dpmsolver++"}
+DEFAULT_OF_POINTS: tuple[str, int, dict[str, Any]] = "ddim", DEFAULT_STEPS, {}
+DEFAULT_OF_IMAGES: tuple[str, int, dict[str, Any]] = "dpmsolver_multistep", 20, {"algorithm_type": "sde-dpmsolver++"}
 # A sampler that blows up is refused: one of whose samples too many have values that are too large.
 STRAY_POINTS, STRAY_IMAGES, STRAY_LIMIT, MAX_STRAYS = 512, 16, 2.0, 0.01
 
@@ -76,8 +76,8 @@ class ExportReport:
 
 
 def export_bundle(
-    checkpoint: str | os.PathLike,
-    bundle: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
+    bundle: str | os.PathLike[str],
     scheduler: str | None = None,
     num_inference_steps: int | None = None,
     tolerance: float = 1e-4,
@@ -215,7 +215,7 @@ def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: P
     """
 
     class Network(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.unet = unet
 
@@ -236,6 +236,7 @@ def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: P
             dynamo=True,
             verbose=False,
         )
+    assert program is not None  # which it is only for the older exporter
     model = program.model_proto
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]  # the exporter notes each node's place in the source files of this machine
@@ -243,7 +244,7 @@ def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: P
     onnx.save(model, path)
 
 
-def _group_norm(x, num_groups, weight, bias, eps=1e-5, cudnn_enabled=True):
+def _group_norm(x, num_groups, weight, bias, eps=1e-5, cudnn_enabled=True):  # type: ignore[no-untyped-def]  # the exporter reads annotations as ONNX types
     """Group norm (Wu & He 2018, https://arxiv.org/abs/1803.08494) of `[batch, channels, *size]` in four nodes.
 
     The exporter's own translation asks for shapes at run time, and scales and shifts in a node each: nodes that cost
@@ -257,7 +258,7 @@ def _group_norm(x, num_groups, weight, bias, eps=1e-5, cudnn_enabled=True):
     return op.BatchNormalization(normalized, weight, bias, _filled(channels, 0), _filled(channels, 1), epsilon=0.0)
 
 
-def _filled(size: int, value: float):
+def _filled(size: int, value: float) -> Any:
     return op.Constant(value=onnx.numpy_helper.from_array(np.full(size, value, dtype=np.float32)))
 
 

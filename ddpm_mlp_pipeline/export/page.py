@@ -42,9 +42,9 @@ PAGE_ENTRIES = {
 
 
 def write_page(
-    bundle: str | os.PathLike,
-    folder: str | os.PathLike,
-    onnxruntime_web: str | os.PathLike | None = None,
+    bundle: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    onnxruntime_web: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a static page that draws a bundle's samples in the browser.
@@ -140,10 +140,9 @@ def _download(archive: BinaryIO) -> None:
         if base64.b64encode(sha.digest()).decode() != INTEGRITY:
             raise ValueError("what it sends has another SHA-512 than the published package")
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        if isinstance(error, http.client.InvalidURL):
-            error = "its address is not valid"
+        reason = "its address is not valid" if isinstance(error, http.client.InvalidURL) else error
         raise ConfigurationError(
-            f"can't download {PACKAGE} {VERSION} from the npm registry {host}: {error}; "
+            f"can't download {PACKAGE} {VERSION} from the npm registry {host}: {reason}; "
             "without a network, name an unpacked package by --onnxruntime_web"
         ) from None
 
@@ -155,6 +154,8 @@ def _extract(archive: BinaryIO, folder: Path) -> None:
         with tarfile.open(fileobj=archive, mode="r:gz") as tar:
             for name in NEEDED:
                 (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(tar.extractfile(f"package/{name}").read())
+                file = tar.extractfile(f"package/{name}")
+                assert file is not None  # no folder, in the published package
+                (folder / name).write_bytes(file.read())
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"the archive of {PACKAGE} {VERSION} can't be unpacked: {error}") from None

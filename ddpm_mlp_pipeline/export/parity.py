@@ -85,7 +85,7 @@ class ParityReport:
         single_step = f"step {k + 1} alone differs by {self.single_steps[k]:.1e} of its terms"
         if not self.ok:
             return f"{single_step}, more than the {ROUNDING * self.tolerance:.0e} that rounding explains"
-        if not self._steps_agree:
+        if not self._steps_agree and self.in_float64 is not None:
             final = max(difference[-1] for difference in self.in_float64.differences.values())
             why = self.in_float64.explanation
             return (
@@ -128,7 +128,7 @@ class ParityReport:
 
 
 def compare(
-    pipeline: DiffusionPipeline, bundle: str | os.PathLike, num_inference_steps: int, tolerance: float
+    pipeline: DiffusionPipeline, bundle: str | os.PathLike[str], num_inference_steps: int, tolerance: float
 ) -> ParityReport:
     """Run both on the same noise, at batches of 1, 3 and 8, side by side: no step is kept."""
     sampler = OnnxSampler(bundle)
@@ -140,7 +140,7 @@ def compare(
     return report
 
 
-def compare_sampler(bundle: str | os.PathLike) -> float:
+def compare_sampler(bundle: str | os.PathLike[str]) -> float:
     """Largest difference between a bundle's `sampler.onnx` and the runtime, in the network's units."""
     runtime = OnnxSampler(bundle)
     graph = onnxruntime.InferenceSession(Path(bundle) / "sampler.onnx", providers=["CPUExecutionProvider"])
@@ -166,7 +166,9 @@ def _compare(
         cancellations.append(others[1])
         moved = final
 
-        def keep_last(pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
+        def keep_last(
+            pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
+        ) -> dict[str, Any]:
             nonlocal moved
             moved = tensors["latents"].numpy()
             return {}
@@ -225,12 +227,16 @@ class _SideBySide:
         self.pipeline, self.table = pipeline, sampler.table
         self.latents, self.generator = _start(pipeline, batch_size)
         self.state = self.generator.get_state()
-        self.x = self.sample = self.z = self.outcomes = None
+        self.x = self.sample = self.latents.numpy()
+        self.z = np.full(self.latents.shape, np.nan, dtype=np.float32)  # until there is any
+        self.outcomes: tuple[np.ndarray, np.ndarray] | None = None
         noises = (self.z for _ in itertools.count())  # always that of the step which is being taken
         self.alone, self.beside = (
             sampler.steps(batch_size, latents=self.latents.numpy(), noises=noises) for _ in range(2)
         )
-        self.sizes = deque(maxlen=self.table.history)  # of what the coefficients multiply, the newest call's first
+        self.sizes: deque[list[float]] = deque(
+            maxlen=self.table.history
+        )  # of what the coefficients multiply, the newest call's first
         self.rows: list[tuple[float, float, float]] = []
 
     def __call__(self, num_inference_steps: int) -> np.ndarray:
@@ -247,11 +253,10 @@ class _SideBySide:
         self._compare(self.sample)
         return self.sample
 
-    def _network_called(self, network: torch.nn.Module, args: tuple, output: Any) -> None:
+    def _network_called(self, network: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # What the network sees is the outcome of the step before: some schedulers scale it.
         x, eps = args[0].numpy(), output[0].numpy()
-        if self.outcomes is not None:
-            self._compare(x)
+        self._compare(x)
         self.x = x
         sizes = _largest(x), _largest(eps[:, : x.shape[1]])
         # The prediction of x_0 has the rounding of the sum that it is, before it is clipped.
@@ -259,7 +264,7 @@ class _SideBySide:
 
     def _step_taken(
         self, pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
-    ) -> dict:
+    ) -> dict[str, Any]:
         z = noise_drawn(self.generator, self.state, self.latents.shape)
         self.state = self.generator.get_state()
         if z is not None:
@@ -270,6 +275,8 @@ class _SideBySide:
         return {}
 
     def _compare(self, expected: np.ndarray) -> None:
+        if self.outcomes is None:
+            return  # before the first step
         alone, beside = (_largest(outcome - expected) for outcome in self.outcomes)
         coefficients = np.abs(self.table.to_next[len(self.rows), : len(self.sizes)])
         size = max((coefficients * self.sizes).sum(), SMALLEST)

@@ -19,7 +19,7 @@ CALIBRATION_SAMPLES, CALIBRATION_STEPS = 16, 25
 MIN_SIZE = 1024  # of weights worth halving: the frequencies of the timestep's embedding, say, need their digits
 
 
-def reduce_precision(bundle: str | os.PathLike, precision: str) -> float:
+def reduce_precision(bundle: str | os.PathLike[str], precision: str) -> float:
     """Replace a bundle's network with one of fewer bits.
 
     `fp16` keeps the weights in half precision; ONNX Runtime turns them back when it loads them, so that samples take
@@ -35,7 +35,7 @@ def reduce_precision(bundle: str | os.PathLike, precision: str) -> float:
     sampler = OnnxSampler(bundle)
     path = Path(bundle) / "unet.onnx"
     feeds = list(_trajectory(sampler))
-    expected = np.stack([sampler.predict(**feed) for feed in feeds])
+    expected = np.stack([sampler.predict(feed["sample"], feed["timestep"].item()) for feed in feeds])
     if precision == "fp16":
         _halve(path)
     elif any(node.op_type == "Conv" for node in onnx.load(path).graph.node):
@@ -43,7 +43,7 @@ def reduce_precision(bundle: str | os.PathLike, precision: str) -> float:
     else:
         raise ConfigurationError("int8 pays for convolutions only, and this network has none")
     reduced = OnnxSampler(bundle)
-    error = np.stack([reduced.predict(**feed) for feed in feeds]) - expected
+    error = np.stack([reduced.predict(feed["sample"], feed["timestep"].item()) for feed in feeds]) - expected
     return float(np.sqrt((error**2).mean() / (expected**2).mean()))
 
 

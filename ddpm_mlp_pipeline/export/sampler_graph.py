@@ -29,7 +29,7 @@ from ..runtime.step_table import EPS, X_0, StepTable, X, Z
 Values = Sequence[ir.Value]
 
 
-def build_sampler(bundle: str | os.PathLike, dtype: str = "float32") -> onnx.ModelProto:
+def build_sampler(bundle: str | os.PathLike[str], dtype: str = "float32") -> onnx.ModelProto:
     """The whole sampler of a bundle.
 
     Args:

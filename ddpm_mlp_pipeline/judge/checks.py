@@ -211,7 +211,7 @@ def check_conventions(patient: Patient) -> Finding:
     }
     if not patient.pipeline.is_points:
         shares[IN_UNIT_INTERVAL] = loss_share(unet, patient.scheduler, (x_0 + 1) / 2)
-    best = min(shares, key=shares.get)
+    best = min(shares, key=shares.__getitem__)
     if shares[best] < CLEARLY_LESS * said:
         message = f"the loss would be {shares[best] / said:.1g} times as large with {best}"
         if best == IN_UNIT_INTERVAL:
@@ -252,7 +252,7 @@ def check_generalisation(patient: Patient) -> Finding:
 
 def check_ema(patient: Patient) -> Finding:
     """Whether the averaged weights have caught up with the raw ones."""
-    if patient.options is not None:
+    if patient.options is not None and patient.dataset_size is not None:
         return _check_planned_ema(patient.options, patient.dataset_size)
     if patient.raw is None:
         return Finding("EMA", "the folder holds no checkpoint-<step> with raw weights to compare", is_open=True)
@@ -272,7 +272,7 @@ def _check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding
     if not options.use_ema:
         return Finding("EMA", "none")
     steps_per_epoch = math.ceil(dataset_size // options.train_batch_size / options.gradient_accumulation_steps)
-    steps = options.max_train_steps or options.num_epochs * steps_per_epoch
+    steps = options.num_steps(steps_per_epoch)
     window = 1 / (1 - options.ema_max_decay)
     message = f"averages over {window:,.0f} of {steps:,} steps"
     if steps < 5 * window:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,22 @@ from ..errors import explain_missing_extra
 from ..loading import check_weights, empty_network, explain_loading
 
 PIXELS, PIXEL_SIZE = "pixels", 32  # the name of these features; their greatest height and width
+
+
+class Features(Protocol):
+    """A network that turns uint8 images, `[batch, channels, height, width]`, into `[batch, num_features]`."""
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The numbers of channels that it takes."""
+
+    @property
+    def num_features(self) -> int | None:
+        """`None` if it depends on the images' size."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 class FeatureNetwork(ModelMixin, ConfigMixin):
@@ -85,16 +102,17 @@ class PixelFeatures(nn.Module):
     """
 
     channels = (1, 3, 4)  # that it takes
+    num_features = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         r"""The features, `[batch, numbers]`, of images, uint8 `[batch, channels, height, width]`."""
-        size = [min(length, PIXEL_SIZE) for length in images.shape[-2:]]
-        pixels = F.adaptive_avg_pool2d(images.float(), size).flatten(1)
+        height, width = (min(length, PIXEL_SIZE) for length in images.shape[-2:])
+        pixels = F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
         return pixels / pixels.shape[1] ** 0.5
 
 
-def load_features(path: str | os.PathLike) -> nn.Module:
-    """Load a network that turns uint8 images, `[batch, channels, height, width]`, into `[batch, num_features]`.
+def load_features(path: str | os.PathLike[str]) -> Features:
+    """Load a feature network.
 
     Args:
         path: the folder of a [`FeatureNetwork`], torch-fidelity's file of Inception's weights, or `"pixels"`.
@@ -118,7 +136,7 @@ def load_features(path: str | os.PathLike) -> nn.Module:
     return network.eval()
 
 
-def _load_inception(weights: str | os.PathLike) -> nn.Module:
+def _load_inception(weights: str | os.PathLike[str]) -> Features:
     try:
         torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
     except (pickle.UnpicklingError, EOFError):

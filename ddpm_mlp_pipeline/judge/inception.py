@@ -13,14 +13,14 @@ class InceptionNetwork(FeatureExtractorInceptionV3):
     torch-fidelity's Inception v3, called as [`FeatureNetwork`] is. Images of any size are brought to 299 × 299.
 
     Parameters:
-        weights (`str` or `os.PathLike`):
+        weights (`str` or `os.PathLike[str]`):
             torch-fidelity's file of weights, of which [`load_features`] has seen that it is safe to load.
     """
 
     channels = (1, 3)  # that it takes
     num_features = 2048
 
-    def __init__(self, weights: str | os.PathLike):
+    def __init__(self, weights: str | os.PathLike[str]):
         super().__init__("inception-v3-compat", ["2048"], os.fspath(weights))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

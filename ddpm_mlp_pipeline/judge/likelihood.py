@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from ..bound import BoundEstimate, VariationalBound
+from ..data.batches import BatchDataset
 from ..errors import ConfigurationError, DatasetError, DivergenceError
 from ..files import whole_file
 from ..loading import fingerprint
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_SAVES = 10
 
 def variational_bound(
     pipeline: DDPMMLPPipeline,
-    dataset: Dataset,
+    dataset: BatchDataset,
     *,
     batch_size: int = 100,
     timestep_stride: int = 1,
@@ -65,7 +65,7 @@ def variational_bound(
     batch_size -= batch_size % timestep_stride
     identity = _identity(pipeline, dataset, number, batch_size, timestep_stride, seed)
     is_begun = state_path is not None and state_path.exists()
-    state = _State.load(state_path, identity) if is_begun else _State()
+    state = _State.load(state_path, identity) if state_path is not None and is_begun else _State()
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
     with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
         for start in range(done, number, batch_size):
@@ -87,7 +87,7 @@ class _State:
     """What has been estimated so far, which another call can go on from."""
 
     def __init__(self, term_sums: np.ndarray | float = 0.0, totals: Iterable[float] = (), nulls: Iterable[float] = ()):
-        self.term_sums, self.totals, self.nulls = term_sums, list(totals), list(nulls)
+        self.term_sums, self.totals, self.nulls = np.asarray(term_sums), list(totals), list(nulls)
 
     def add(self, terms: np.ndarray, nulls: np.ndarray) -> None:
         """Add groups: their terms, `[number, T + 1]`, and their −L_null, `[number]`."""
@@ -146,7 +146,7 @@ def _check_data(x_0: torch.Tensor, sample_shape: tuple[int, ...], start: int, di
             )
 
 
-def _identity(pipeline: DDPMMLPPipeline, dataset: Dataset, number: int, *options: int) -> str:
+def _identity(pipeline: DDPMMLPPipeline, dataset: BatchDataset, number: int, *options: int) -> str:
     """What makes two estimates the same. (Of the data, the first and the last sample stand for all.)"""
     ends = dataset.__getitems__([0, number - 1]).x_0
     return json.dumps([*fingerprint(pipeline, data=ends), number, options], default=list)

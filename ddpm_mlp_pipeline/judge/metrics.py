@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from ..runtime.pictures import to_pixels
 
 if TYPE_CHECKING:
     import torch
+
+    from .features import Features
 
 
 BATCH_SIZE = 50  # of images whose features are taken at once, at most 299 × 299 pixels each
@@ -80,8 +82,8 @@ def to_uint8(images: np.ndarray) -> torch.Tensor:
 
 
 def choose_features(
-    path: str | os.PathLike | None, channels: int, *numbers: int
-) -> tuple[str | os.PathLike, torch.nn.Module]:
+    path: str | os.PathLike[str] | None, channels: int, *numbers: int
+) -> tuple[str | os.PathLike[str], Features]:
     """Load a feature network that suits images, before any of them is decoded or drawn.
 
     Args:
@@ -104,10 +106,10 @@ def choose_features(
     network = load_features(FEATURES if path is None else path)
     if path is None:
         path = FEATURES
-        if channels not in network.channels or min(numbers) <= network.num_features:
+        if channels not in network.channels or min(numbers) <= (network.num_features or 0):
             path, network = PIXELS, load_features(PIXELS)
     _check_channels(network, channels)
-    if str(path) != PIXELS:
+    if network.num_features is not None:
         check_numbers_of_images(network.num_features, *numbers)
     elif min(numbers) <= NEIGHBOUR:
         raise DatasetError(
@@ -116,7 +118,7 @@ def choose_features(
     return path, network
 
 
-def image_features(batches: Iterable[torch.Tensor], network: torch.nn.Module) -> torch.Tensor:
+def image_features(batches: Iterable[torch.Tensor], network: Features) -> torch.Tensor:
     """The features of images, on which all distances between sets of images are taken.
 
     Args:
@@ -139,7 +141,7 @@ def image_features(batches: Iterable[torch.Tensor], network: torch.nn.Module) ->
     return torch.cat(features)
 
 
-def _check_channels(network: torch.nn.Module, channels: int) -> None:
+def _check_channels(network: Features, channels: int) -> None:
     if channels not in network.channels:
         raise ConfigurationError(
             f"the images have {channels} channels, but the feature network takes "
@@ -232,11 +234,11 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, seed: int = 0) -> tuple[fl
     return float(mean), float(deviation)
 
 
-def _features_as_they_are(num_features: int) -> torch.nn.Module:
+def _features_as_they_are(num_features: int) -> Any:
     """A feature network for torchmetrics, which would run one on images, where there are features already."""
     import torch
 
-    network = torch.nn.Identity()
+    network: Any = torch.nn.Identity()
     network.num_features = num_features
     return network
 

@@ -29,6 +29,9 @@ class FourierFeatures(nn.Module):
         min_frequency, max_frequency: in radians per unit of the normalised data, spaced geometrically.
     """
 
+    B: torch.Tensor
+    phases: torch.Tensor
+
     def __init__(
         self, num_coordinates: int, embedding_dim: int, min_frequency: float = 0.16, max_frequency: float = 16.0
     ):
@@ -103,7 +106,7 @@ class MLPModel(ModelMixin, ConfigMixin):
         self.time_proj = Timesteps(embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(embedding_dim, hidden_dim, out_dim=hidden_dim * num_hidden_layers)
         if sample_size is None:
-            self.embedding = FourierFeatures(in_channels, embedding_dim)
+            self.embedding: nn.Module = FourierFeatures(in_channels, embedding_dim)
             num_pixels, embedded_dim = 1, in_channels * embedding_dim
         else:
             height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size

@@ -86,8 +86,8 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, time_dim, out_dim=None if temb_channels else first)
-        patches = {"kernel_size": 3 * patch_size, "stride": patch_size, "padding": patch_size}
-        self.conv_in = nn.Conv2d(in_channels, first, **patches)
+        patches = (3 * patch_size, patch_size, patch_size)  # kernel, stride and padding
+        self.conv_in = nn.Conv2d(in_channels, first, *patches)
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for width, next_width in zip(block_out_channels, (*block_out_channels[1:], None), strict=True):
@@ -111,7 +111,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             _zero(self.mid_attention.to_out[0])
         self.norm_out = nn.GroupNorm(norm_num_groups, first)
         out_channels = in_channels if out_channels is None else out_channels
-        self.conv_out = nn.ConvTranspose2d(first, out_channels, **patches)
+        self.conv_out = nn.ConvTranspose2d(first, out_channels, *patches)
         _zero(self.conv_out)
 
     def forward(
@@ -141,7 +141,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         for i, resnets in enumerate(self.down_blocks):
             if i > 0:
                 h = self.downsamplers[i - 1](h)
-            for resnet in resnets:
+            for resnet in resnets:  # type: ignore[attr-defined]  # a ModuleList
                 h = resnet(h, temb)
             skips.append(h)
         if self.mid_attention is not None:
@@ -150,14 +150,15 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             if i > 0:
                 h = self.upsamplers[i - 1](h)
             h = h + skips.pop()
-            for resnet in resnets:
+            for resnet in resnets:  # type: ignore[attr-defined]  # a ModuleList
                 h = resnet(h, temb)
 
         eps = self.conv_out(F.silu(self.norm_out(h)))[..., :height, :width]
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
 
-def _zero(layer: nn.Module) -> None:
+def _zero(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
     """What a residual block adds begins at zero, and so does ε_θ (as in the code of Ho et al. 2020)."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -24,7 +24,7 @@ def read_info(path: Path) -> dict[str, Any]:
         BundleError: if it can't be read, or describes no bundle of this version.
     """
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if (info["format"], info["version"]) != (FORMAT, VERSION):
             raise BundleError(f"{path} does not describe a bundle of version {VERSION}")
         shape = info["sample_shape"]

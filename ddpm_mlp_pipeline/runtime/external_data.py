@@ -46,15 +46,16 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         tag %= 2**32  # as parsers in C++ have it
         wire_type = tag % 8
         if wire_type == 0:
-            value, place = _varint(message, place)
+            number, place = _varint(message, place)
+            yield tag // 8, number
         elif wire_type in (1, 2, 5):
             size, place = _varint(message, place) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], place)
             if size > len(message) - place:
                 raise ValueError("it ends too early")
-            value, place = message[place : place + size], place + size
+            yield tag // 8, message[place : place + size]
+            place += size
         else:
             raise ValueError(f"it has a field of the wire type {wire_type}")
-        yield tag // 8, value
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:

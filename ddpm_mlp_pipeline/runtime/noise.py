@@ -9,7 +9,10 @@ noise of step 0, 1, 2 … So a sample depends on the seed and on its index alone
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 KEY_INCREMENTS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))  # the golden ratio, and √3 − 1
@@ -17,8 +20,11 @@ ROUNDS = 10
 _MASK = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
+Words: TypeAlias = npt.NDArray[np.uint64]
+"""32-bit words in 64-bit arrays, so that products are whole."""
 
-def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
+
+def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
     """Philox-4×32-10.
 
     Args:
@@ -38,7 +44,7 @@ def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.nd
     return c0, c1, c2, c3
 
 
-def _box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _box_muller(a: Words, b: Words) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Two 32-bit words to two standard normals. Of each word the upper 24 bits count, which float32 holds exactly."""
     unit = np.float32(2.0**-24)
     u = ((a >> np.uint64(8)) + np.uint64(1)).astype(np.float32) * unit  # in (0, 1], so that the logarithm is finite
@@ -47,7 +53,7 @@ def _box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return radius * np.cos(angle), radius * np.sin(angle)
 
 
-def normal(seed: int, samples: range, dimension: int, draws: range) -> np.ndarray:
+def normal(seed: int, samples: range, dimension: int, draws: range) -> npt.NDArray[np.float32]:
     """Standard normals for some draws of some samples.
 
     Args:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 SIZE = 800  # pixels
 INK = (255, 127, 14)
 
 
-def draw_points(points: np.ndarray) -> Image.Image:
+def draw_points(points: npt.NDArray[np.floating]) -> Image.Image:
     """A scatter plot of the first two coordinates, in one scale.
 
     Args:
@@ -33,18 +34,19 @@ def draw_points(points: np.ndarray) -> Image.Image:
     return Image.composite(Image.new("RGB", dots.size, INK), Image.new("RGB", dots.size, "white"), dots)
 
 
-def to_pixels(images: np.ndarray) -> np.ndarray:
+def to_pixels(images: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """Numbers in [0, 1] as uint8."""
-    return np.rint(images * 255).astype(np.uint8)
+    pixels: npt.NDArray[np.uint8] = np.rint(images * 255).astype(np.uint8)
+    return pixels
 
 
-def to_picture(image: np.ndarray) -> Image.Image:
+def to_picture(image: npt.NDArray[np.floating]) -> Image.Image:
     """An image `[height, width, 1 or 3]` in [0, 1] as a picture."""
     pixels = to_pixels(image)
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def image_grid(batches: Iterable[np.ndarray], number: int) -> Image.Image:
+def image_grid(batches: Iterable[npt.NDArray[np.floating]], number: int) -> Image.Image:
     """Images side by side, in a grid about as wide as high.
 
     Args:
@@ -61,4 +63,6 @@ def image_grid(batches: Iterable[np.ndarray], number: int) -> Image.Image:
                 grid = Image.new(picture.mode, size)
             grid.paste(picture, (i % columns * picture.width, i // columns * picture.height))
             i += 1
+    if grid is None:
+        raise ValueError("there are no images to show")
     return grid

@@ -7,12 +7,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from ..errors import BundleError, ConfigurationError, DivergenceError
@@ -41,7 +42,7 @@ class DenoisingStep:
 
     index: int
     timestep: float
-    sample: np.ndarray
+    sample: npt.NDArray[np.float32]
 
 
 class OnnxSampler:
@@ -57,7 +58,7 @@ class OnnxSampler:
         BundleError: if a file is missing, can't be read, or doesn't fit the others.
     """
 
-    def __init__(self, bundle: str | os.PathLike, num_threads: int | None = None):
+    def __init__(self, bundle: str | os.PathLike[str], num_threads: int | None = None):
         self.folder = Path(bundle)
         if num_threads is not None and num_threads < 1:
             raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
@@ -75,7 +76,13 @@ class OnnxSampler:
     @property
     def data_columns(self) -> list[str]:
         """Names of the points' coordinates."""
-        return self.info["data_columns"]
+        columns: list[str] = self.info["data_columns"]
+        return columns
+
+    @property
+    def scheduler_name(self) -> str:
+        """Name of the scheduler's class."""
+        return self.table.scheduler
 
     def __len__(self) -> int:
         """Number of the sampling steps."""
@@ -87,7 +94,7 @@ class OnnxSampler:
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
-    ) -> np.ndarray:
+    ) -> npt.NDArray[np.float32]:
         """Draw samples.
 
         Args:
@@ -113,7 +120,7 @@ class OnnxSampler:
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[npt.NDArray[np.float32], None, None]:
         """Draw samples, as [`sample`][OnnxSampler.sample] does, and yield them batch by batch, in order.
 
         Batches are independent, so they run side by side, one thread each: that keeps the cores busier than sharing
@@ -132,7 +139,7 @@ class OnnxSampler:
             return
         stop = threading.Event()
         with ThreadPoolExecutor(workers) as pool:
-            waiting = deque()
+            waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
             try:
                 for part in samples:
                     waiting.append(pool.submit(self._draw, session, part, seed, on_step, stop))
@@ -150,9 +157,9 @@ class OnnxSampler:
         num_samples: int = 1,
         seed: int = 0,
         *,
-        latents: np.ndarray | None = None,
-        noises: Iterable[np.ndarray] | None = None,
-    ) -> Generator[DenoisingStep, np.ndarray | None, None]:
+        latents: npt.NDArray[np.float32] | None = None,
+        noises: Iterable[npt.NDArray[np.float32]] | None = None,
+    ) -> Generator[DenoisingStep, npt.NDArray[np.float32] | None, None]:
         """Sample one batch, and yield what every step makes of it: the process, to be drawn or measured.
 
         Send the generator a sample, and the next step starts from that instead of the one that it has yielded.
@@ -178,19 +185,21 @@ class OnnxSampler:
         for k, t in enumerate(self.table.timesteps.tolist()):
             replacement = yield DenoisingStep(k, t, samples.send(replacement))
 
-    def first_input(self, num_samples: int = 1, seed: int = 0) -> np.ndarray:
+    def first_input(self, num_samples: int = 1, seed: int = 0) -> npt.NDArray[np.float32]:
         """What the network sees in the first call, float32 `[num_samples, *sample_shape]`."""
         return self._latents(range(num_samples), seed) * np.float32(self.table.initial_scale)
 
-    def _latents(self, samples: range, seed: int) -> np.ndarray:
+    def _latents(self, samples: range, seed: int) -> npt.NDArray[np.float32]:
         """x_T, of variance 1."""
         latents = normal(seed, samples, math.prod(self.sample_shape), range(1))
         return latents.reshape(len(samples), *self.sample_shape)
 
-    def predict(self, sample: np.ndarray, timestep: float) -> np.ndarray:
+    def predict(self, sample: npt.NDArray[np.floating], timestep: float) -> npt.NDArray[np.float32]:
         """The network alone: ε for x_t, float32 `[batch, *sample_shape]`, both in the network's units."""
         feeds = {"sample": sample.astype(np.float32), "timestep": np.array(timestep, dtype=np.float32)}
-        return self._session(self.num_threads).run(["out_sample"], feeds)[0]
+        eps: npt.NDArray[np.float32]
+        (eps,) = self._session(self.num_threads).run(["out_sample"], feeds)
+        return eps
 
     def _draw(
         self,
@@ -199,7 +208,7 @@ class OnnxSampler:
         seed: int,
         on_step: Callable[[int], Any] | None,
         stop: threading.Event | None = None,
-    ) -> np.ndarray:
+    ) -> npt.NDArray[np.float32]:
         for x in self._steps(session, samples, seed):  # noqa: B007
             if stop is not None and stop.is_set():
                 break
@@ -217,9 +226,9 @@ class OnnxSampler:
         session: ort.InferenceSession,
         samples: range,
         seed: int,
-        latents: np.ndarray | None = None,
-        noises: Iterator[np.ndarray] | None = None,
-    ) -> Generator[np.ndarray, np.ndarray | None, None]:
+        latents: npt.NDArray[np.float32] | None = None,
+        noises: Iterator[npt.NDArray[np.float32]] | None = None,
+    ) -> Generator[npt.NDArray[np.float32], npt.NDArray[np.float32] | None, None]:
         """Yield the sample after each step; one that is sent takes its place."""
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
@@ -264,12 +273,12 @@ class OnnxSampler:
             if (replacement := (yield x.reshape(shape))) is not None:
                 history[(k + 1) % table.history, X] = replacement.ravel()
 
-    def to_data_units(self, sample: np.ndarray) -> np.ndarray:
+    def to_data_units(self, sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as `sample` returns."""
         if self.is_points:
             mean, std = (np.asarray(self.info[name], dtype=np.float32) for name in ("data_mean", "data_std"))
             return sample * std + mean
-        return np.clip(sample / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+        return (sample / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
 
     def _read_network(self) -> bytes:
         path = self.folder / "unet.onnx"
@@ -315,8 +324,8 @@ class OnnxSampler:
 
 
 def _noise_of_steps(
-    seed: int, samples: range, sample_shape: tuple[int, ...], is_stochastic: np.ndarray
-) -> Iterator[np.ndarray]:
+    seed: int, samples: range, sample_shape: tuple[int, ...], is_stochastic: npt.NDArray[np.bool_]
+) -> Iterator[npt.NDArray[np.float32]]:
     """The noise of each step that adds any, `[len(samples), *sample_shape]`, drawn for many steps at once."""
     dimension = math.prod(sample_shape)
     steps = len(is_stochastic)

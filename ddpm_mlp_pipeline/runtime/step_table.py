@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import BundleError
 
@@ -47,9 +48,9 @@ class StepTable:
 
     scheduler: str
     initial_scale: float
-    timesteps: np.ndarray
-    to_x_0: np.ndarray
-    to_next: np.ndarray
+    timesteps: npt.NDArray[np.float32]
+    to_x_0: npt.NDArray[np.float64]
+    to_next: npt.NDArray[np.float64]
     clip_range: float | None
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ class StepTable:
         return [(i, term) for i in range(self.history) for term in range(4) if self.to_next[:, i, term].any()]
 
     @property
-    def is_stochastic(self) -> np.ndarray:
+    def is_stochastic(self) -> npt.NDArray[np.bool_]:
         """bool `[calls]`: whether the noise of the call is used, by its own step or a later one."""
         used = np.zeros(len(self), dtype=bool)
         for i in range(self.history):
@@ -114,7 +115,7 @@ class StepTable:
             rows.append(f"{k:>4} {self.timesteps[k]:>7g} │{cells}")
         return "\n".join(rows)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, one line for each call."""
         head = {"format": FORMAT, "version": VERSION, "scheduler": self.scheduler}
         head |= {"initial_scale": self.initial_scale, "clip_range": self.clip_range}
@@ -126,7 +127,7 @@ class StepTable:
         Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> StepTable:
+    def load(cls, path: str | os.PathLike[str]) -> StepTable:
         """Read a table that `save` wrote.
 
         Raises:
@@ -141,7 +142,7 @@ class StepTable:
         return cls.parse(content, path)
 
     @classmethod
-    def parse(cls, content: bytes, path: str | os.PathLike) -> StepTable:
+    def parse(cls, content: bytes, path: str | os.PathLike[str]) -> StepTable:
         """Turn what the file at `path` holds into a table.
 
         Raises:

@@ -261,8 +261,8 @@ def _prepare(
     if accelerator.distributed_type == DistributedType.FSDP:
         unet.to(memory_format=torch.contiguous_format)  # FSDP can divide no other
     optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate, fused=True)
-    dataloader = DataLoader(
-        dataset,
+    dataloader: DataLoader[Batch] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # it takes whatever has a length and `__getitems__`
         batch_size=args.train_batch_size,
         shuffle=True,
         drop_last=True,
@@ -272,7 +272,7 @@ def _prepare(
     )
     unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or args.num_epochs * steps_per_epoch
+    max_train_steps = args.num_steps(steps_per_epoch)
     lr_scheduler = accelerator.prepare(
         get_scheduler(
             args.lr_scheduler,
@@ -344,5 +344,5 @@ def _remedy(accelerator: Accelerator, unet: torch.nn.Module, x_t: torch.Tensor, 
     return "a lower --learning_rate may help"
 
 
-def _identity(batch: Batch) -> Batch:
+def _identity(batch: Any) -> Any:
     return batch

@@ -106,6 +106,10 @@ class TrainingArguments:
         """How many numbers the network predicts for each of a sample's: ε or the like, and perhaps the variance."""
         return 2 if self.variance_type == "learned_range" else 1
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """How many optimizer steps the run takes."""
+        return self.max_train_steps or (self.num_epochs or 0) * steps_per_epoch  # one of them is given
+
     def make_scheduler(self, clip_sample_range: float) -> DDPMScheduler:
         """The forward process, for data of at most that magnitude.
 
@@ -144,7 +148,7 @@ class PointTrainingArguments(TrainingArguments):
     hidden_dim: int = option(64, "width of the network")
     num_hidden_layers: int = option(4, "number of residual blocks")
 
-    train_batch_size: int | None = option(
+    train_batch_size: int | None = option(  # type: ignore[assignment]  # None until the data are known
         None, "batch size of each process; by default 2,048, or all of a smaller set"
     )
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs (8,000 if neither is given)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 import torch
 from diffusers import UNet2DModel
@@ -44,7 +45,7 @@ def default_batch_size(dataset_size: int) -> int:
     return min(2048, dataset_size)
 
 
-def make_image_pipeline(args: ImageTrainingArguments, sample_shape: tuple[int, int, int]) -> DDPMMLPPipeline:
+def make_image_pipeline(args: ImageTrainingArguments, sample_shape: Sequence[int]) -> DDPMMLPPipeline:
     """The untrained pipeline, for images of `(channels, height, width)`."""
     channels, *size = sample_shape
     out_channels = args.num_predictions * channels

@@ -89,8 +89,8 @@ class Checkpoints:
                 number of processes; or if there are later ones, of which this run would make a muddle.
         """
         if self.accelerator.is_main_process:
-            for folder in (self.output_dir, self.output_dir / "samples"):
-                remove_partial(folder)
+            for written in (self.output_dir, self.output_dir / "samples"):
+                remove_partial(written)
         folder = self._latest() if name == "latest" else self._named(name)
         losses = [] if folder is None else self._load(folder)
         later = [path for path in find_states(self.output_dir) if _step(path) > len(losses)]

@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
-from hypothesis import assume, example, given
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, strategies as st
 
 from ddpm_mlp_pipeline import load_points
 from ddpm_mlp_pipeline.commands.sample import csv_header

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 from helpers import PHILOX_ANSWERS
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from ddpm_mlp_pipeline.runtime.noise import normal, philox
