@@ -24,6 +24,7 @@ _EXTRA_OF_MODULE = {
     "onnxscript": "export",
     "ot": "evaluate",
     "scipy": "evaluate",
+    "tabulate": "evaluate",
     "torch_fidelity": "inception",
     "torchvision": "inception",
 }

@@ -19,9 +19,9 @@ def progress_bar(**options: Any) -> tqdm[Any]:
         options: tqdm's, but `file`, `mininterval` and `miniters`.
     """
     if "ipykernel" in sys.modules:
-        from tqdm.notebook import tqdm as notebook_tqdm
+        from tqdm.auto import tqdm as auto_tqdm  # a widget where there are ipywidgets, else text
 
-        return notebook_tqdm(**options)
+        return auto_tqdm(**options)
     if sys.stderr.isatty():
         return tqdm(**options)
     # With miniters=1, every update looks at the clock; else tqdm learns how many updates to pass over, and a slow

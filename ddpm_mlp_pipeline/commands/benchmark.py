@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explain_missing_extra("ddpm-benchmark", "export"):
         import torch
         from diffusers import DDIMScheduler
+        from tabulate import tabulate
 
         from ..export.compile import compile_scheduler
         from ..loading import load_checkpoint
@@ -128,10 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
     print(f"{versions}, {own.num_threads} cores; medians of {args.repeats}")
-    width = max(len(row[0]) for row in rows)
-    print(f"{'':{width}} {'torch':>9} {'bundle':>9} {'ratio':>7}")
-    for what, torch_value, bundle_value in rows:
-        print(f"{what:{width}} {torch_value:>9.4g} {bundle_value:>9.4g} {torch_value / bundle_value:>6.1f}×")
+    cells = [(*row, f"{row[1] / row[2]:.1f}×") for row in rows]
+    alignment = ("left", "right", "right", "right")
+    print(tabulate(cells, ("", "torch", "bundle", "ratio"), "plain", ".4g", colalign=alignment))
     print(share)
 
 

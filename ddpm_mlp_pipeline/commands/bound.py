@@ -25,6 +25,7 @@ from .parser import (
 
 with command_imports("ddpm-bound", __name__):
     from diffusers import DDPMScheduler
+    from tabulate import tabulate
 
     from .. import figures
     from ..bound import VARIANCE_TYPES, BoundEstimate
@@ -123,13 +124,9 @@ def _table(estimate: BoundEstimate) -> str:
         ("a standard Gaussian, −L_null", estimate.nulls.mean(), None),
         ("K − L_null", estimate.gain, estimate.gain_standard_error),
     ]
-    lines = [f"{'':31}{'bits':>12}{'bits/dim':>26}"]
-    for name, bits, error in rows:
-        cells = (
-            f"{bits / d:12.4f}" + ("" if error is None else f" ± {error / d:.4f}") for d in (1, estimate.dimension)
-        )
-        lines.append(f"  {name:29}" + "".join(f"{cell:26}" for cell in cells).rstrip())
-    return "\n".join(lines)
+    headers, d = ("", "bits", "±", "bits/dim", "±"), estimate.dimension
+    cells = [(name, bits, error, bits / d, error and error / d) for name, bits, error in rows]
+    return tabulate(cells, headers, "plain", floatfmt=".4f")
 
 
 def _report(args: Namespace, estimate: BoundEstimate, scheduler: DDPMScheduler, num_samples: int) -> dict[str, Any]:

@@ -197,16 +197,13 @@ def _milliseconds(sampler: OnnxSampler, size: int) -> float:
 
 
 def _table(rows: list[dict[str, Any]], measure: str) -> str:
-    width = max(len(row["scheduler"]) for row in rows)
-    sizes = "".join(f"{f'ms, batch {size}':>14}" for size in BATCH_SIZES)
-    lines = [f"{'':{width}} {'steps':>6} {'calls':>6} {'distance':>9}{sizes}"]
-    for row in sorted(rows, key=lambda row: row[measure]):
-        times = "".join(f"{row['ms_per_image'][str(size)]:>14.2f}" for size in BATCH_SIZES)
-        lines.append(
-            f"{row['scheduler']:{width}} {row['num_inference_steps']:>6} {row['network_calls']:>6} "
-            f"{row[measure]:>9.2f}{times}"
-        )
-    return "\n".join(lines)
+    from tabulate import tabulate
+
+    headers = ("", "steps", "calls", "distance", *(f"ms, batch {size}" for size in BATCH_SIZES))
+    columns = ("scheduler", "num_inference_steps", "network_calls", measure)
+    best_first = sorted(rows, key=lambda row: row[measure])
+    cells = [[*(row[column] for column in columns), *row["ms_per_image"].values()] for row in best_first]
+    return tabulate(cells, headers, "plain", floatfmt=".2f")
 
 
 def _draw(rows: list[dict[str, Any]], path: Path, measure: str, overwrite: bool) -> None:

@@ -16,7 +16,19 @@ from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..export.schedulers import SCHEDULERS
 from ..files import whole_file
 from ..judge.sources import Source, open_source
-from .parser import FEATURES_HELP, CommandParser, add_image_options, add_overwrite, command, leaving_out, positive_int
+from .parser import (
+    FEATURES_HELP,
+    CommandParser,
+    add_image_options,
+    add_overwrite,
+    command,
+    command_imports,
+    leaving_out,
+    positive_int,
+)
+
+with command_imports("ddpm-evaluate", __name__):
+    from tabulate import tabulate
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +43,7 @@ LABELS = {  # of the measures, by their keys in the report
     "squared_energy_distance": "energy distance, squared",
     "frechet_distance": "Fréchet distance",
     "kernel_distance": "kernel distance (KID)",
-    "kernel_distance_deviation": "  its deviation over subsets",
+    "kernel_distance_deviation": "– its deviation over subsets",
     "precision": "precision",
     "recall": "recall",
 }
@@ -283,11 +295,9 @@ def _image_heading(report: dict[str, Any]) -> str:
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = [f"{'':30}{'samples':>19}{'floor':>19}{'ratio':>9}"]
-    for key, row in rows.items():
-        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(f"{LABELS[key]:29} {_mean(row['samples']):>18} {_mean(row['floor']):>18} {ratio:>8}")
-    return "\n".join(lines)
+    cells = ((LABELS[key], _mean(row["samples"]), _mean(row["floor"]), row["ratio"]) for key, row in rows.items())
+    headers, alignment = ("", "samples", "floor", "ratio"), ("left", "right", "right", "right")
+    return tabulate(cells, headers, "plain", floatfmt=("", ".4f", ".4f", ".2f"), missingval="–", colalign=alignment)
 
 
 def _mean(values: list[float]) -> str:

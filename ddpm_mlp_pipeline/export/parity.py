@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 import torch
 from diffusers import DiffusionPipeline
+from tabulate import tabulate
 
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import Z
@@ -107,16 +108,14 @@ class ParityReport:
     def __str__(self) -> str:
         steps = len(self.timesteps)
         shown = range(steps) if steps <= 50 else sorted({round(i) for i in np.linspace(0, steps - 1, 21)})
+        differences = self.differences.values()
+        table = [(k + 1, f"{self.timesteps[k]:g}", *(difference[k] for difference in differences)) for k in shown]
+        table.append((None, "worst", *(difference.max() for difference in differences)))
+        headers = ("step", "t", *(f"batch {size}" for size in self.differences))
         rows = [
             f"largest difference between pipeline and bundle (tolerance {self.tolerance:g} at the end)",
-            f"{'step':>6} {'t':>6}" + "".join(f"{f'batch {size}':>11}" for size in self.differences),
+            tabulate(table, headers, "plain", floatfmt=".1e", numalign="right", stralign="right"),
         ]
-        for k in shown:
-            cells = "".join(f"{difference[k]:>11.1e}" for difference in self.differences.values())
-            rows.append(f"{k + 1:>6} {self.timesteps[k]:>6g}{cells}")
-        rows.append(
-            f"{'worst':>13}" + "".join(f"{difference.max():>11.1e}" for difference in self.differences.values())
-        )
         moved = f"torch, noise ± {NUDGE * self.tolerance:.0e}"
         rows.append(f"{moved}:" + "".join(f" batch {n}: {a:.1e}" for n, a in self.amplifications.items()))
         rows.append(
