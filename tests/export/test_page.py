@@ -1,6 +1,6 @@
 """The page, in a headless Chromium, against the Python runtime; and what `write_page` writes and refuses.
 
-`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k picture` makes the picture that the README shows.
+`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k picture` makes the picture of the README.
 """
 
 import base64
