@@ -9,7 +9,7 @@ MNIST ?= ylecun/mnist
 CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-lowest test-pythons lint pretrained features pictures schedulers clean
+.PHONY: demo test test-lowest test-pythons lint types pretrained features pictures schedulers clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -43,6 +43,11 @@ test-pythons: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+# What [tool.mypy] in pyproject.toml asks: a minute, then seconds, since it keeps what it has read.
+types: .venv/installed
+	$(BIN)/mypy
 
 # Images come from the hub, unless MNIST and CIFAR10 name folders that load_dataset takes.
 pretrained results-% features pictures schedulers: HF_HUB_OFFLINE := 0
