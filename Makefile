@@ -62,7 +62,9 @@ test-pythons: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mypy
 
+# What [tool.mypy] in pyproject.toml asks: a minute, then seconds, since it keeps what it has read.
 # Images come from the hub, unless MNIST and CIFAR10 name folders that load_dataset takes.
 pretrained results-% features pictures schedulers: HF_HUB_OFFLINE := 0
 

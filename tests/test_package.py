@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +26,31 @@ def test_importing_the_package_imports_neither_torch_nor_diffusers():
 def test_every_public_name_is_there(name):
     assert getattr(ddpm_mlp_pipeline, name).__doc__
     assert name in dir(ddpm_mlp_pipeline)
+
+
+@pytest.mark.slow
+def test_type_checkers_see_every_public_name_from_outside(tmp_path):
+    script = tmp_path / "script.py"
+    lines = [
+        "from pathlib import Path",
+        "from typing import assert_type",
+        "import numpy as np",
+        "import numpy.typing as npt",
+        "import ddpm_mlp_pipeline as ddpm",
+        "assert_type(ddpm.OnnxSampler('bundle').sample(3), npt.NDArray[np.float32])",
+        "assert_type(ddpm.pretrained('heart'), Path)",
+        "assert_type(ddpm.BundleError('no'), ddpm.BundleError)",
+        *(f"ddpm.{name}" for name in ddpm_mlp_pipeline.__all__),
+        "ddpm.nonsense",
+    ]
+    script.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", script]
+    environment = os.environ | {"MYPYPATH": str(ROOT)}  # a checkout's own install is a hook that mypy does not run
+    checked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    (error,) = [line for line in checked.stdout.splitlines() if ": error: " in line]
+    assert error.startswith(f"{script}:{len(lines)}: ")
+    assert "has no attribute" in error
+    assert (ROOT / "ddpm_mlp_pipeline" / "py.typed").is_file()
 
 
 def test_other_names_are_not():

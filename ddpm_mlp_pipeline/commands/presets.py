@@ -9,17 +9,18 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
 
 from ..errors import ConfigurationError
 from .parser import CommandParser
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+Options = TypeVar("Options", bound="_Dataclass")
 
-Options = TypeVar("Options", bound="DataclassInstance")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 def parse_options(

@@ -23,7 +23,7 @@ from ..errors import ConfigurationError, DivergenceError, ParityError
 from ..files import check_folder, whole_folder
 from ..loading import load_checkpoint, quiet
 from ..pipeline import DDPMMLPPipeline
-from ..runtime.bundle import FORMAT, VERSION, seal
+from ..runtime.bundle import FORMAT, INPUTS, VERSION, seal
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
 from .compile import compile_scheduler, ddpm_options, make_scheduler, split_options
@@ -84,6 +84,7 @@ def export_bundle(
     sampler: str | None = None,
     precision: str = "fp32",
     scheduler_options: dict[str, Any] | None = None,
+    table: StepTable | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
@@ -106,6 +107,8 @@ def export_bundle(
             comparison.
         scheduler_options: of the stock scheduler's own, where they are to differ from those of training, or of its
             steps, such as `eta`.
+        table: the steps of the checkpoint's own scheduler, where they need not be compiled; in place of `scheduler`
+            and its options. The bundle is compared with the pipeline as always.
         overwrite: whether a bundle that is there already is replaced; a folder of anything else never is.
 
     Returns:
@@ -121,18 +124,23 @@ def export_bundle(
     if precision not in ("fp32", "fp16", "int8"):
         raise ConfigurationError(f"precision must be fp32, fp16 or int8, got {precision!r}")
     scheduler_options = scheduler_options or {}
+    if table is not None and (scheduler is not None or scheduler_options):
+        raise ConfigurationError("a table stands for the checkpoint's own scheduler: name no other, and no options")
     bundle = Path(bundle)
     check_folder(bundle, FILES.__contains__, overwrite)
     pipeline = load_checkpoint(checkpoint)
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
-    trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options
-    if scheduler is None:
-        scheduler, default_steps, default_options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
-        scheduler_options = default_options | scheduler_options
-    if num_inference_steps is None:
-        num_inference_steps = min(default_steps, pipeline.scheduler.config.num_train_timesteps)
-    table = _set_scheduler(pipeline, scheduler, scheduler_options, num_inference_steps)
+    trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options and table is None
+    if table is not None:
+        num_inference_steps = num_inference_steps or len(table)
+    else:
+        if scheduler is None:
+            scheduler, default_steps, default_options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
+            scheduler_options = default_options | scheduler_options
+        if num_inference_steps is None:
+            num_inference_steps = min(default_steps, pipeline.scheduler.config.num_train_timesteps)
+        table = _set_scheduler(pipeline, scheduler, scheduler_options, num_inference_steps)
 
     with whole_folder(bundle, FILES.__contains__, overwrite) as folder:
         export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
@@ -228,7 +236,7 @@ def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: P
         program = torch.onnx.export(
             Network().eval(),
             example,
-            input_names=["sample", "timestep"],
+            input_names=list(INPUTS),
             output_names=["out_sample"],
             dynamic_shapes={"sample": {0: torch.export.Dim("batch")}, "timestep": {}},
             opset_version=OPSET,
@@ -265,7 +273,7 @@ def _filled(size: int, value: float) -> Any:
 def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: int, precision: str) -> dict[str, Any]:
     """bundle.json: what the runtime must know of the data, and where the bundle comes from."""
     shape, config = pipeline.sample_shape, pipeline.config
-    info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "sample_shape": list(shape)}
+    info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "inputs": list(INPUTS), "sample_shape": list(shape)}
     if pipeline.is_points:
         info["data_mean"] = config.data_mean or [0.0] * shape[0]
         info["data_std"] = config.data_std or [1.0] * shape[0]

@@ -14,6 +14,7 @@ from ..errors import BundleError
 
 FORMAT, VERSION = "ddpm-bundle", 1
 FILES = {"unet.onnx": "network", "step_table.json": "step table"}  # which samples come out depends on these
+INPUTS = ("sample", "timestep")  # of the network
 MAX_SIZE = 2**26  # of a sample, in numbers
 
 
@@ -42,6 +43,8 @@ def read_info(path: Path) -> dict[str, Any]:
             columns = info["data_columns"]
             if len(columns) != shape[0] or not all(isinstance(column, str) for column in columns):
                 raise BundleError(f"{path}: data_columns must hold {shape[0]} names")
+        if (inputs := info.get("inputs", list(INPUTS))) != list(INPUTS):
+            raise BundleError(f"{path}: the network needs the inputs {inputs}, of which this version knows {INPUTS}")
         if not isinstance(info.get("sha256", {}), dict):
             raise BundleError(f"{path}: sha256 must hold the checksum of each file")
         return info

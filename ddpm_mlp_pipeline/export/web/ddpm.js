@@ -143,6 +143,9 @@ const areNumbers = (value, length) => Array.isArray(value) && value.length === l
 export function parseInfo(bytes) {
   const fail = (message) => { throw new BundleError(`bundle.json: ${message}`); };
   const info = parseJson("bundle.json", bytes);
+  if (info.inputs !== undefined && String(info.inputs) !== "sample,timestep") {
+    fail(`the network needs the inputs ${info.inputs}, of which this version knows sample and timestep`);
+  }
   const shape = info.sample_shape;
   const isShape = Array.isArray(shape) && [1, 3].includes(shape.length);
   if (!isShape || !shape.every((size) => Number.isInteger(size) && size > 0)) {
