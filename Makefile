@@ -44,7 +44,7 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 dist: .venv/installed
-	rm -rf dist
+	rm -rf dist build
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
 
