@@ -10,13 +10,12 @@ from ..files import check_file
 from ..runtime.step_table import StepTable
 from .parser import (
     CommandParser,
-    add_image_options,
+    add_data_options,
     add_overwrite,
     command,
     command_imports,
     leaving_out,
     noise_seed,
-    positive_int,
 )
 
 with command_imports("ddpm-plot", __name__):
@@ -33,11 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder; for a table, a bundle")
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
-    parser.add_argument("--dataset", help="for forward, drift: the point set or image set whose data turn into noise")
-    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
-    parser.add_argument("--split", default="train", help="of an image data set (default: train)")
-    add_image_options(parser)
-    parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
+    dataset = "for forward, drift: the point set or image set whose data turn into noise"
+    add_data_options(parser, "points (3000) or images (16) to draw", "train", dataset=dataset, required=False)
+    parser.set_defaults(split="train")
     parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
     add_overwrite(parser)
