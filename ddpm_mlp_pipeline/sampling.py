@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import ConfigurationError, explain_missing_extra
-from .runtime.sampler import OnnxSampler
+from .runtime.sampler import OnnxSampler, Sampler
 
 
-def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> OnnxSampler:
+def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> Sampler:
     """What draws from a bundle, or in the same way from a checkpoint, with torch.
 
     Raises:

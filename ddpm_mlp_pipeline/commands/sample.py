@@ -15,7 +15,7 @@ from ..errors import ConfigurationError
 from ..export.schedulers import SCHEDULERS
 from ..files import check_file, check_folder, whole_file, whole_folder
 from ..progress import progress_bar
-from ..runtime.sampler import OnnxSampler
+from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
 from .parser import CommandParser, add_overwrite, command, noise_seed, positive_int
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.output}: {args.num_samples} {'points' if sampler.is_points else 'images'}")
 
 
-def _is_first(sampler: OnnxSampler) -> bool:
+def _is_first(sampler: Sampler) -> bool:
     """Whether this process writes the samples: of several that draw from a checkpoint together, the first does."""
     if isinstance(sampler, OnnxSampler):
         return True
@@ -105,7 +105,7 @@ def find_writer(sample_shape: tuple[int, ...], suffix: str, number: int):
     return _write_grid if suffix else _write_folder
 
 
-def _write_npy(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+def _write_npy(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
     with path.open("wb") as file:
         for i, batch in enumerate(batches):
             if i == 0:
@@ -115,7 +115,7 @@ def _write_npy(path: Path, batches: Iterable[np.ndarray], number: int, sampler: 
             file.write(np.ascontiguousarray(batch).tobytes())
 
 
-def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(csv_header(sampler.data_columns) + "\n")
         for batch in batches:
@@ -131,19 +131,19 @@ def csv_header(names: Iterable[str]) -> str:
     return ",".join(name if PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"' for name in names)
 
 
-def _write_scatter(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+def _write_scatter(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
     from ..runtime.pictures import draw_points
 
     draw_points(np.concatenate([batch[:, :2] for batch in batches])).save(path)
 
 
-def _write_grid(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+def _write_grid(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
     from ..runtime.pictures import image_grid
 
     image_grid(batches, number).save(path)
 
 
-def _write_folder(path: Path, batches: Iterable[np.ndarray], number: int, sampler: OnnxSampler) -> None:
+def _write_folder(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
     from ..runtime.pictures import to_picture
 
     images = (image for batch in batches for image in batch)

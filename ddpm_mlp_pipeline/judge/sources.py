@@ -52,9 +52,8 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
         DatasetError: if a file holds something else than points or images.
         DDPMPipelineError: what the loaders of each kind raise.
     """
-    is_checkpoint = (path / "model_index.json").is_file()
-    if is_checkpoint or (path / "bundle.json").is_file():
-        return _open_sampler(path, is_checkpoint, scheduler, num_inference_steps)
+    if (path / "model_index.json").is_file() or (path / "bundle.json").is_file():
+        return _open_sampler(path, scheduler, num_inference_steps)
     if scheduler is not None or num_inference_steps is not None:
         raise ConfigurationError(f"a scheduler and its steps are for a checkpoint, but {path} is none")
     if path.is_dir():
@@ -75,7 +74,7 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
     return dataclasses.replace(_choose_from(to_array(points), path), columns=points.column_names)
 
 
-def _open_sampler(path: Path, is_checkpoint: bool, scheduler: str | None, num_inference_steps: int | None) -> Source:
+def _open_sampler(path: Path, scheduler: str | None, num_inference_steps: int | None) -> Source:
     from ..sampling import open_sampler
 
     sampler = open_sampler(path, scheduler, num_inference_steps)
@@ -86,9 +85,8 @@ def _open_sampler(path: Path, is_checkpoint: bool, scheduler: str | None, num_in
             return np.concatenate([*batches])
         return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])
 
-    name = type(sampler.pipeline.scheduler).__name__ if is_checkpoint else sampler.table.scheduler
-    columns = sampler.data_columns if sampler.is_points else None
-    return Source(sampler.sample_shape, draw, {"scheduler": name, "sampling_steps": len(sampler)}, columns)
+    info = {"scheduler": sampler.scheduler, "sampling_steps": len(sampler)}
+    return Source(sampler.sample_shape, draw, info, sampler.data_columns if sampler.is_points else None)
 
 
 def _open_npy(path: Path) -> np.ndarray:
