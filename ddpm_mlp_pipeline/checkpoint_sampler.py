@@ -14,10 +14,11 @@ from .errors import DivergenceError
 from .export.compile import check_num_inference_steps, make_scheduler
 from .loading import load_checkpoint
 from .pipeline import DDPMMLPPipeline
+from .runtime.sampler import Sampler
 from .training.processes import this_process
 
 
-class CheckpointSampler:
+class CheckpointSampler(Sampler):
     """Draws points or images from a checkpoint folder; the batches are divided among the processes that there are.
 
     Every sample has a generator of its own, so that it is the same in any batch; it is not the sample that a bundle
@@ -42,20 +43,16 @@ class CheckpointSampler:
         self.num_inference_steps = num_inference_steps or self.pipeline.scheduler.config.num_train_timesteps
         check_num_inference_steps(self.pipeline.scheduler, self.num_inference_steps)
         self.sample_shape = self.pipeline.sample_shape
-        self.is_points = self.pipeline.is_points
 
     @property
     def data_columns(self) -> list[str]:
-        """Names of the points' coordinates."""
         return self.pipeline.data_columns
 
     @property
-    def scheduler_name(self) -> str:
-        """Name of the scheduler's class."""
+    def scheduler(self) -> str:
         return type(self.pipeline.scheduler).__name__
 
     def __len__(self) -> int:
-        """Number of the sampling steps."""
         self.pipeline.scheduler.set_timesteps(self.num_inference_steps)
         return len(self.pipeline.scheduler.timesteps)
 

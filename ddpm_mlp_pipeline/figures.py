@@ -22,6 +22,7 @@ from .errors import ConfigurationError, DivergenceError
 from .files import whole_file
 from .pipeline import DDPMMLPPipeline
 from .progress import progress_bar
+from .runtime.pictures import image_grid
 from .runtime.step_table import TERMS, StepTable
 
 # Enough to show a density of points or a variety of images; few enough to see single ones
@@ -321,18 +322,6 @@ def animate_process(processes: Sequence[tuple[str, Frames]], path: Path, overwri
         )
 
 
-def tile(images: np.ndarray) -> np.ndarray:
-    """Images `[number, height, width, channels]` in one, about as wide as high, with a pixel between them."""
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    _, height, width, channels = images.shape
-    grid = np.ones((rows, columns, height + 1, width + 1, channels), dtype=images.dtype)
-    for i, image in enumerate(images):
-        grid[i // columns, i % columns, :height, :width] = image
-    grid = grid.swapaxes(1, 2).reshape(rows * (height + 1), columns * (width + 1), channels)
-    return grid[:-1, :-1]
-
-
 def save(figure: Figure, path: Path, overwrite: bool = False) -> None:
     """Write a figure, whole or not at all.
 
@@ -357,11 +346,7 @@ def _limits(clouds: Iterable[np.ndarray]) -> Limits:
 
 def _panel(axes: Axes, x: np.ndarray, limits: Limits, color: str, title: str) -> None:
     if limits is None:
-        image = tile(x)
-        if image.shape[2] == 1:
-            axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=1)
-        else:
-            axes.imshow(image)
+        axes.imshow(image_grid([x], len(x), gap=1, background="white"), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
     else:
         axes.scatter(*x.T, s=2, color=color, linewidths=0)

@@ -2,36 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
 
 from .errors import ConfigurationError, explain_missing_extra
-from .runtime.sampler import OnnxSampler
-
-
-class Sampler(Protocol):
-    """What `OnnxSampler` and `CheckpointSampler` have in common."""
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def is_points(self) -> bool: ...
-
-    @property
-    def data_columns(self) -> list[str]: ...
-
-    @property
-    def scheduler_name(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self, num_samples: int, seed: int = 0, batch_size: int = 512, on_step: Callable[[int], Any] | None = None
-    ) -> Generator[np.ndarray, None, None]: ...
+from .runtime.sampler import OnnxSampler, Sampler
 
 
 def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> Sampler:

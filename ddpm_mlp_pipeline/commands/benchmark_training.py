@@ -24,14 +24,14 @@ with command_imports("training", __name__):
     import torch
     from accelerate.utils import set_seed
 
-    from ..data.images import ImageBatches, load_images, mirror_half
+    from ..data.images import load_images
     from ..judge.features import load_features
     from ..judge.metrics import frechet_distance, image_features, to_uint8
     from ..pipeline import DDPMMLPPipeline
-    from ..training.loop import check_output_dir, train
+    from ..training.loop import check_output_dir
     from ..training.options import PRESETS, ImageTrainingArguments
-    from ..training.pipelines import make_image_pipeline
     from .presets import parse_options
+    from .train_images import train_on_images
 
 
 SHORT, LONG = 10, 40  # steps of the two runs whose difference in time is what steps cost
@@ -118,10 +118,8 @@ def _timed_training(run: ImageTrainingArguments, steps: int) -> tuple[DDPMMLPPip
     run.max_train_steps = steps
     set_seed(run.seed)
     images = load_images_once(run.dataset_name, run.split, run.resolution, run.fit, run.channels)
-    pipeline = make_image_pipeline(run, tuple(images.shape[1:]))
-    pipeline.set_progress_bar_config(disable=True)
     start = time.perf_counter()
-    train(pipeline, ImageBatches(images), run, augment=mirror_half if run.random_flip else None)
+    pipeline, _ = train_on_images(run, images)
     return pipeline, time.perf_counter() - start
 
 

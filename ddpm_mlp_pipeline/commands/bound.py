@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..files import check_file, whole_file
 from .parser import (
     CommandParser,
-    add_image_options,
+    add_data_options,
     add_overwrite,
     command,
     command_imports,
@@ -42,13 +42,7 @@ NUM_POINTS = 10_000
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-bound", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    parser.add_argument("--dataset", required=True, help="a point set's name, a file of points, or an image data set")
-    parser.add_argument(
-        "--num_samples", type=positive_int, metavar="N", help=f"(default: {NUM_POINTS} points, all images)"
-    )
-    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
-    parser.add_argument("--split", help="of an image data set (default: test, or train where there is none)")
-    add_image_options(parser)
+    add_data_options(parser, f"(default: {NUM_POINTS} points, all images)", "test, or train where there is none")
     parser.add_argument(
         "--variance_type", choices=VARIANCE_TYPES, help="of the reverse steps (default: the checkpoint's)"
     )

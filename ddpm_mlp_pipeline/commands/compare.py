@@ -18,7 +18,7 @@ from ..export.schedulers import scheduler_option
 from ..files import check_file, whole_file
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
-from .parser import FEATURES_HELP, CommandParser, add_image_options, add_overwrite, command, leaving_out, positive_int
+from .parser import FEATURES_HELP, CommandParser, add_data_options, add_overwrite, command, leaving_out, positive_int
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -46,9 +46,14 @@ REPEATS = 5
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-compare", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    parser.add_argument("--dataset", required=True, help="an image data set, to whose images samples are compared")
-    parser.add_argument("--split", help="its split (default: test, or train where there is none)")
-    add_image_options(parser)
+    add_data_options(
+        parser,
+        "(default: 2000)",
+        "test, or train where there is none",
+        dataset="an image data set, to whose images samples are compared",
+        points=False,
+    )
+    parser.set_defaults(num_samples=2000)
     parser.add_argument(
         "--schedulers",
         nargs="+",
@@ -64,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help=f"(default: {' '.join(map(str, STEPS))})",
     )
-    parser.add_argument("--num_samples", type=positive_int, default=2000, metavar="N", help="(default: 2000)")
     parser.add_argument("--features", help=FEATURES_HELP)
     parser.add_argument(
         "--output", type=Path, required=True, help="a .json file; what this command wrote there isn't measured again"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigurationError, DatasetError
-from .parser import CommandParser, command, command_imports, leaving_out, positive_int
+from .parser import CommandParser, add_data_options, command, command_imports, leaving_out, positive_int
 
 with command_imports("ddpm-doctor", __name__):
     import torch
@@ -42,22 +42,13 @@ with command_imports("ddpm-doctor", __name__):
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-doctor", description=__doc__)
     parser.add_argument("patient", help="a checkpoint folder, or a preset: a YAML file, or a shipped one's name")
-    parser.add_argument(
-        "--dataset", help="a point set's name, a file of points, or an image data set (default: the preset's)"
-    )
-    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
-    parser.add_argument("--split", help="of an image data set (default: train)")
+    dataset = "a point set's name, a file of points, or an image data set (default: the preset's)"
+    number = f"to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)"
+    add_data_options(parser, number, "train", dataset=dataset, required=False, fit="the preset's, or resize")
+    parser.set_defaults(fit=None)
     parser.add_argument("--held_out_split", help="to look for overfitting (default: test, where there is one)")
     parser.add_argument("--resolution", type=positive_int, metavar="N", help="of a preset's images, as in training")
     parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="of a preset's images, as in training")
-    parser.add_argument("--fit", choices=["resize", "pad"], help="as in training (default: the preset's, or resize)")
-    parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
-    parser.add_argument(
-        "--num_samples",
-        type=positive_int,
-        metavar="N",
-        help=f"to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)",
-    )
     args = parser.parse_args(argv)
     with leaving_out(args.skip_corrupt) as on_corrupt:
         if Path(args.patient).is_dir():

@@ -19,7 +19,7 @@ from ..judge.sources import Source, open_source
 from .parser import (
     FEATURES_HELP,
     CommandParser,
-    add_image_options,
+    add_data_options,
     add_overwrite,
     command,
     command_imports,
@@ -60,15 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         help="a checkpoint folder, a bundle, a .npy file, a .csv or .parquet file of points, or a folder of images",
     )
-    parser.add_argument("--dataset", required=True, help="a point set's name, a file of points, or an image data set")
-    parser.add_argument(
-        "--num_samples",
-        type=positive_int,
-        metavar="N",
-        help=f"samples, on both sides if points (default: {NUM_POINTS} points or half of a file, at most {NUM_IMAGES} "
-        "images)",
-    )
-    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
+    default = f"{NUM_POINTS} points or half of a file, at most {NUM_IMAGES} images"
+    add_data_options(parser, f"samples, on both sides if points (default: {default})", "test")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="of a checkpoint (default: its own)")
     parser.add_argument(
         "--num_inference_steps", type=positive_int, metavar="N", help="of a checkpoint (default: all timesteps)"
@@ -82,13 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="a .json file for the numbers, and how they came about")
     add_overwrite(parser)
     images = parser.add_argument_group("images")
-    images.add_argument("--split", help="the split to compare with (default: test)")
     images.add_argument(
         "--train_split",
         help="the split that the floor's come from (default: train). If there is but one split, random halves of it "
         "take the place of both",
     )
-    add_image_options(images)
     images.add_argument("--features", help=FEATURES_HELP)
     args = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:

@@ -60,9 +60,32 @@ def command(main: Command) -> Command:
     return run
 
 
-def add_image_options(parser: argparse._ActionsContainer) -> None:
-    """Add how a data set's images are read, where they are brought to the form of a network's samples."""
-    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help="as in training (default: resize)")
+def add_data_options(
+    parser: argparse.ArgumentParser,
+    num_samples: str,
+    split: str,
+    *,
+    dataset: str = "a point set's name, a file of points, or an image data set",
+    required: bool = True,
+    points: bool = True,
+    fit: str = "resize",
+) -> None:
+    """Add the options that name a data set and say how it is read.
+
+    Args:
+        parser: of a command, which sets other defaults than None and `--fit resize` itself.
+        num_samples, dataset: the help of the options of these names.
+        split, fit: the defaults of the options of these names, in words.
+        required: whether `--dataset` must be given.
+        points: whether the data may be points.
+    """
+    parser.add_argument("--dataset", required=required, help=dataset)
+    parser.add_argument("--num_samples", type=positive_int, metavar="N", help=num_samples)
+    if points:
+        noise = "of a point set, as in training (default: the set's own)"
+        parser.add_argument("--dataset_noise", type=float, help=noise)
+    parser.add_argument("--split", help=f"of an image data set (default: {split})")
+    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help=f"as in training (default: {fit})")
     parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigurationError
 from ..files import check_file
 from ..runtime.step_table import StepTable
 from .parser import (
     CommandParser,
-    add_image_options,
+    add_data_options,
     add_overwrite,
     command,
     command_imports,
     leaving_out,
     noise_seed,
-    positive_int,
 )
 
 with command_imports("ddpm-plot", __name__):
@@ -33,11 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder; for a table, a bundle")
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
-    parser.add_argument("--dataset", help="for forward, drift: the point set or image set whose data turn into noise")
-    parser.add_argument("--dataset_noise", type=float, help="of a point set, as in training (default: the set's own)")
-    parser.add_argument("--split", default="train", help="of an image data set (default: train)")
-    add_image_options(parser)
-    parser.add_argument("--num_samples", type=positive_int, metavar="N", help="points (3000) or images (16) to draw")
+    dataset = "for forward, drift: the point set or image set whose data turn into noise"
+    add_data_options(parser, "points (3000) or images (16) to draw", "train", dataset=dataset, required=False)
+    parser.set_defaults(split="train")
     parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
     add_overwrite(parser)
@@ -64,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigurationError(f"{args.kind} starts from data: name them with --dataset")
         if args.kind == "drift" and pipeline.sample_shape != (2,):
             raise ConfigurationError("the drift is drawn of points of two coordinates")
-        options = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise}
+        options: dict[str, Any] = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise}
         with leaving_out(args.skip_corrupt) as on_corrupt:
-            dataset = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
-        x_0 = dataset.__getitems__(list(range(len(dataset)))).x_0
+            data = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
+        x_0 = data.__getitems__(list(range(len(data)))).x_0
         if args.kind == "drift":
             figure = figures.plot_drift(pipeline, x_0, args.seed)
         else:

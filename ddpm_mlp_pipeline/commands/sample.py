@@ -15,8 +15,8 @@ from ..errors import ConfigurationError
 from ..export.schedulers import SCHEDULERS
 from ..files import check_file, check_folder, whole_file, whole_folder
 from ..progress import progress_bar
-from ..runtime.sampler import OnnxSampler
-from ..sampling import Sampler, open_sampler
+from ..runtime.sampler import OnnxSampler, Sampler
+from ..sampling import open_sampler
 from .parser import CommandParser, add_overwrite, command, noise_seed, positive_int
 
 MAX_POINTS, MAX_GRID = 10**6, 2**28  # of one picture: points; numbers, that is bytes

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .parser import command, command_imports, leaving_out
 
 with command_imports("training", __name__):
-    from accelerate.utils import set_seed
+    import torch
     from diffusers.training_utils import EMAModel
 
     from .. import figures
     from ..data.images import ImageBatches, load_images, mirror_half, to_network_units
     from ..pipeline import DDPMMLPPipeline
-    from ..training import model_card
-    from ..training.loop import check_output_dir, train
-    from ..training.options import PRESETS, ImageTrainingArguments
+    from ..training.loop import train
+    from ..training.options import ImageTrainingArguments
     from ..training.pipelines import make_image_pipeline
     from ..training.processes import this_process
-    from .presets import parse_options
+    from .runs import finish_run, start_run
 
 
 def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: EMAModel | None, epoch: int) -> None:
@@ -40,29 +40,26 @@ def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: E
     figures.save(figures.plot_samples(raw, averaged, titles), folder / f"epoch-{epoch:04}.png", overwrite=True)
 
 
+def train_on_images(
+    args: ImageTrainingArguments, images: torch.Tensor, draw_samples: Callable[..., None] | None = None
+) -> tuple[DDPMMLPPipeline, list[float]]:
+    """Train a new pipeline on images, uint8 `[number, channels, height, width]`; return the steps' losses, too."""
+    pipeline = make_image_pipeline(args, tuple(images.shape[1:]))
+    pipeline.set_progress_bar_config(disable=True)
+    augment = mirror_half if args.random_flip else None
+    return pipeline, train(pipeline, ImageBatches(images), args, draw_samples, augment)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_options(ImageTrainingArguments, argv, __doc__, presets=PRESETS)
-    check_output_dir(args, *figures.FIGURES, model_card.CARD_NAME)
-    set_seed(args.seed)
-    repo_id = model_card.create_repo(args) if args.push_to_hub and this_process().is_main_process else None
+    args, repo_id = start_run(ImageTrainingArguments, argv, __doc__)
     process = this_process()
     with process.local_main_process_first(), leaving_out(args.skip_corrupt, not process.is_main_process) as on_corrupt:
         form = args.resolution, args.fit, args.channels
         images = load_images(args.dataset_name, args.split, *form, on_corrupt=on_corrupt)
-    pipeline = make_image_pipeline(args, tuple(images.shape[1:]))
-    pipeline.set_progress_bar_config(disable=True)
-    augment = mirror_half if args.random_flip else None
-    losses = train(pipeline, ImageBatches(images), args, lambda *state: draw_samples(args, *state), augment)
-    if this_process().is_main_process:
-        written = ["the checkpoint", "README.md"]
-        if args.figures:
-            x_0, steps = to_network_units(images[: figures.NUM_IMAGES]), args.ddpm_num_inference_steps
-            written += figures.draw_training_run(pipeline, x_0, losses, Path(args.output_dir), args.seed, steps)
-        model_card.write_model_card(args, pipeline, len(losses), args.dataset_name)
-        print(f"{args.output_dir}: {', '.join(written)}")
-        if repo_id is not None:
-            print(model_card.push(repo_id, args))
+    pipeline, losses = train_on_images(args, images, functools.partial(draw_samples, args))
+    x_0, steps = to_network_units(images[: figures.NUM_IMAGES]), args.ddpm_num_inference_steps
+    finish_run(args, pipeline, x_0, losses, args.dataset_name, repo_id, steps)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..data.images import to_network_units
 from ..errors import explain_missing_extra
 from ..loading import check_weights, empty_network, explain_loading
 
@@ -82,7 +83,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: `[batch, num_features]`.
         """
-        x = images.to(self.dtype) / 127.5 - 1
+        x = to_network_units(images).to(self.dtype)
         size = self.config.sample_size
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)

@@ -85,9 +85,8 @@ def _open_sampler(path: Path, scheduler: str | None, num_inference_steps: int | 
             return np.concatenate([*batches])
         return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])
 
-    columns = sampler.data_columns if sampler.is_points else None
-    info = {"scheduler": sampler.scheduler_name, "sampling_steps": len(sampler)}
-    return Source(sampler.sample_shape, draw, info, columns)
+    info = {"scheduler": sampler.scheduler, "sampling_steps": len(sampler)}
+    return Source(sampler.sample_shape, draw, info, sampler.data_columns if sampler.is_points else None)
 
 
 def _open_npy(path: Path) -> np.ndarray:

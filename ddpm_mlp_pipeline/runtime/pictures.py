@@ -46,22 +46,27 @@ def to_picture(image: npt.NDArray[np.floating]) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def image_grid(batches: Iterable[npt.NDArray[np.floating]], number: int) -> Image.Image:
+def image_grid(
+    batches: Iterable[npt.NDArray[np.floating]], number: int, gap: int = 0, background: str = "black"
+) -> Image.Image:
     """Images side by side, in a grid about as wide as high.
 
     Args:
         batches: in [0, 1], each `[batch, height, width, 1 or 3]`.
         number: of images in all of them.
+        gap: pixels between two of them.
+        background: the colour of gaps, and of places without an image.
     """
     columns = math.ceil(math.sqrt(number))
+    rows = math.ceil(number / columns)
     grid, i = None, 0
     for batch in batches:
         for image in batch:
             picture = to_picture(image)
+            width, height = picture.width + gap, picture.height + gap
             if grid is None:
-                size = (columns * picture.width, math.ceil(number / columns) * picture.height)
-                grid = Image.new(picture.mode, size)
-            grid.paste(picture, (i % columns * picture.width, i // columns * picture.height))
+                grid = Image.new(picture.mode, (columns * width - gap, rows * height - gap), background)
+            grid.paste(picture, (i % columns * width, i // columns * height))
             i += 1
     if grid is None:
         raise ValueError("there are no images to show")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,42 @@ class DenoisingStep:
     sample: npt.NDArray[np.float32]
 
 
-class OnnxSampler:
+class Sampler(Protocol):
+    """Whatever draws points or images batch by batch: [`OnnxSampler`], or with torch `CheckpointSampler`.
+
+    Attributes:
+        sample_shape: of one sample: `(dimension,)` of points, `(channels, height, width)` of images.
+    """
+
+    sample_shape: tuple[int, ...]
+
+    @property
+    def is_points(self) -> bool:
+        """Whether the samples are points rather than images."""
+        return len(self.sample_shape) == 1
+
+    @property
+    def data_columns(self) -> list[str]:
+        """Names of the points' coordinates."""
+
+    @property
+    def scheduler(self) -> str:
+        """Name of the scheduler's class."""
+
+    def __len__(self) -> int:
+        """Number of the sampling steps."""
+
+    def batches(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        batch_size: int = 512,
+        on_step: Callable[[int], Any] | None = None,
+    ) -> Generator[np.ndarray, None, None]:
+        """Draw samples, and yield them batch by batch, in order: see [`OnnxSampler.sample`]."""
+
+
+class OnnxSampler(Sampler):
     """Draws points or images from a bundle folder that `ddpm-export` wrote.
 
     Sample i of a seed is the same, up to the rounding of float32, however many are asked for and in whatever batches.
@@ -68,24 +103,20 @@ class OnnxSampler:
         self.table = StepTable.parse(read_file(self.folder, path.name, self.info), path)
         self._network = self._read_network()
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
-        self.is_points = len(self.sample_shape) == 1
         self._on_step_lock = threading.Lock()
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._check_network(self._session(self.num_threads))
 
     @property
     def data_columns(self) -> list[str]:
-        """Names of the points' coordinates."""
         columns: list[str] = self.info["data_columns"]
         return columns
 
     @property
-    def scheduler_name(self) -> str:
-        """Name of the scheduler's class."""
+    def scheduler(self) -> str:
         return self.table.scheduler
 
     def __len__(self) -> int:
-        """Number of the sampling steps."""
         return len(self.table)
 
     def sample(

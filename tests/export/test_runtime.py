@@ -13,6 +13,7 @@ from ddpm_mlp_pipeline import OnnxSampler
 from ddpm_mlp_pipeline.errors import BundleError
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.noise import normal
+from ddpm_mlp_pipeline.runtime.pictures import image_grid
 
 
 @pytest.fixture(params=["ddim", "ddpm"])
@@ -156,3 +157,15 @@ def test_damaged_bundles_are_refused(ddim_bundle, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(BundleError, match=message):
         OnnxSampler(folder)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_of_images_has_each_at_its_place(channels):
+    images = np.random.default_rng(0).integers(1, 255, (7, 5, 6, channels), dtype=np.uint8)
+    grid = np.asarray(image_grid([images[:4] / 255, images[4:] / 255], 7, gap=1, background="white"))
+    assert grid.shape[:2] == (3 * 5 + 2, 3 * 6 + 2)
+    for i, image in enumerate(images):
+        row, column = divmod(i, 3)
+        place = grid[6 * row : 6 * row + 5, 7 * column : 7 * column + 6]
+        np.testing.assert_array_equal(place.reshape(image.shape), image)
+    assert (grid == 255).sum() == grid.size - images.size  # all else is background
