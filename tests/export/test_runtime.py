@@ -1,5 +1,6 @@
 """`OnnxSampler`: the same samples for the same seed, however they are drawn; bundles that don't fit are refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -49,6 +50,20 @@ def test_the_steps_lead_to_the_samples(sampler):
     np.testing.assert_array_equal([step.timestep for step in steps], sampler.table.timesteps)
     np.testing.assert_allclose(sampler.to_data_units(steps[-1].sample), sampler.sample(6, seed=4), atol=1e-5)
     assert not np.allclose(steps[0].sample, steps[-1].sample)  # each is the caller's to keep
+
+
+def test_a_sample_that_is_sent_takes_the_place_of_a_steps_own(ddim_bundle):
+    sampler = OnnxSampler(ddim_bundle)
+    x = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
+    steps = sampler.steps(3)
+    first = next(steps).sample
+    assert np.abs(first - x).max() > 0.1
+    second = steps.send(x)
+    table = sampler.table
+    rest = {name: getattr(table, name)[1:] for name in ("timesteps", "to_x_0", "to_next")}
+    sampler.table = dataclasses.replace(table, **rest)
+    np.testing.assert_allclose(second.sample, next(sampler.steps(3, latents=x)).sample, atol=1e-6)
+    assert second.timestep == table.timesteps[1]
 
 
 def test_it_is_the_stock_sampler_on_the_runtimes_noise(heart, ddpm_bundle):
