@@ -129,7 +129,7 @@ def test_evaluation_without_its_extra_says_what_to_install(run, ddim_bundle):
 
 
 def test_export_without_its_extra_says_what_to_install(run, tmp_path):
-    code = BASE_INSTALL + "from ddpm_mlp_pipeline.export.__main__ import main; sys.exit(main())"
+    code = BASE_INSTALL + "from ddpm_mlp_pipeline.commands.export import main; sys.exit(main())"
     result = run(sys.executable, "-c", code, pretrained("heart"), tmp_path / "bundle")
     assert_one_line_error(result, "pip install 'ddpm-mlp-pipeline[export]'")
 
