@@ -11,7 +11,16 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers import random_weights
 from safetensors.torch import load_file, save_file
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, SmallUNet2DModel, export_bundle, pretrained
+from ddpm_mlp_pipeline import (
+    DDPMMLPPipeline,
+    MLPModel,
+    OnnxSampler,
+    SmallUNet2DModel,
+    StepTable,
+    compile_scheduler,
+    export_bundle,
+    pretrained,
+)
 from ddpm_mlp_pipeline.errors import (
     CheckpointError,
     ConfigurationError,
@@ -182,6 +191,21 @@ def test_few_strays_are_reported(tmp_path):
     report = export_bundle(pretrained("heart"), tmp_path / "bundle", "euler", 30)
     assert "as large as any data" not in str(dataclasses.replace(report, strays=0.0))
     assert "0.2% of its samples are more than 2 times as large" in str(dataclasses.replace(report, strays=1 / 512))
+
+
+def test_a_table_need_not_be_compiled_just_now(heart, tmp_path):
+    table = compile_scheduler(heart.scheduler, 10)
+    table.save(tmp_path / "table.json")
+    export_bundle(pretrained("heart"), tmp_path / "given", table=StepTable.load(tmp_path / "table.json"))
+    export_bundle(pretrained("heart"), tmp_path / "compiled", "ddpm", 10)
+    given, compiled = (OnnxSampler(tmp_path / name).sample(20, seed=3) for name in ("given", "compiled"))
+    np.testing.assert_array_equal(given, compiled)
+    wrong = dataclasses.replace(table, to_next=table.to_next * 1.001)
+    with pytest.raises(ParityError, match="differs from the pipeline"):
+        export_bundle(pretrained("heart"), tmp_path / "wrong", table=wrong)
+    with pytest.raises(ConfigurationError, match="checkpoint's own scheduler"):
+        export_bundle(pretrained("heart"), tmp_path / "both", "ddim", table=table)
+    assert {path.name for path in tmp_path.iterdir()} == {"table.json", "given", "compiled"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -157,6 +157,7 @@ DAMAGES = [
     ("bundle.json", edit(sample_shape=[0]), "sample_shape is no shape"),
     ("bundle.json", edit(data_mean=[1]), "data_mean must hold finite numbers, 2 of them"),
     ("bundle.json", edit(data_columns=["x"]), "data_columns must hold names, 2 of them"),
+    ("bundle.json", edit(inputs=["sample", "timestep", "class_labels"]), "the network needs the inputs"),
     ("bundle.json", edit(sha256=None), "sha256 must hold the checksum of each file"),
     ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must hold the checksum of each file"),
 ]
