@@ -103,7 +103,8 @@ def push(repo_id: str, args: TrainingArguments) -> str:
     """
     ignored = ["checkpoint-*", f"{args.logging_dir}/*", f"{PARTIAL}*"]
     with _explained(f"{args.output_dir} is complete, but can't be pushed to the hub as {repo_id}"):
-        return str(HfApi().upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored))
+        commit = HfApi().upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
+    return commit.commit_url
 
 
 @contextlib.contextmanager
