@@ -356,4 +356,4 @@ def test_the_drift_is_drawn(run, tmp_path):
     assert run("ddpm-plot", "drift", pretrained("swiss_roll_2015"), *argv).returncode == 0
     with Image.open(tmp_path / "drift.png") as image:
         assert image.size == (800, 800)
-    assert_one_line_error(run("ddpm-plot", "drift", pretrained("mnist"), *argv), "two coordinates")
+    assert_one_line_error(run("ddpm-plot", "drift", pretrained("mnist"), *argv, "--overwrite"), "two coordinates")
