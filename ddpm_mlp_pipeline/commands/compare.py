@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -21,7 +22,10 @@ from ..runtime.step_table import StepTable
 from .parser import FEATURES_HELP, CommandParser, add_data_options, add_overwrite, command, leaving_out, positive_int
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    from ..judge.features import Features
 
 
 STEPS = (10, 20, 30, 50)
@@ -44,6 +48,76 @@ REPEATS = 5
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    args = _make_parser().parse_args(argv)
+    if args.figure is not None:
+        check_file(args.figure, args.overwrite)
+    with explain_missing_extra("ddpm-compare", "export"):
+        from ..export.exporter import export_bundle
+    with explain_missing_extra("ddpm-compare", "train"):
+        from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
+        from ..judge.features import PIXELS
+        from ..judge.metrics import choose_features, frechet_distance, image_features, squared_energy_distance
+        from ..loading import fingerprint, load_checkpoint
+
+    known = _read(args.output)
+    _write(known, args.output)  # a place that can't be written to is found before the work
+    pipeline = load_checkpoint(args.checkpoint)
+    if pipeline.is_points:
+        raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
+    channels, height, width = pipeline.sample_shape
+    split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
+    features, network = choose_features(args.features, channels, args.num_samples, count_images(args.dataset, split))
+    measure, distance = "frechet_distance", frechet_distance
+    if features == PIXELS:
+        measure, distance = "energy_distance", squared_energy_distance
+    tables = _compile_all(args, pipeline.scheduler)
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        number = MAX_PIXEL_REFERENCES if features == PIXELS else None
+        form = args.dataset, split, (height, width), args.fit, channels, number
+        images = load_images(*form, on_corrupt=on_corrupt)
+    references = image_features([images], network)
+    sha256, scheduler_config = fingerprint(pipeline, images=images, **network.state_dict())
+    run = {
+        "checkpoint": str(args.checkpoint),
+        "sha256": sha256,  # of network, data and features, since a path may come to hold others
+        "trained_with": json.loads(json.dumps(scheduler_config, default=list)),
+        "dataset": args.dataset,
+        "split": split,
+        "num_samples": args.num_samples,
+        "features": str(features),
+    }
+    print(f"{LABELS[measure]} to {len(images):,} images of {args.dataset}, split {split!r}, on {features}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_bundle(args.checkpoint, bundle, "ddpm", 10)
+        sampler, rows = OnnxSampler(bundle), []
+        for (scheduler, num_inference_steps), table in tables.items():
+            sampler.table = table
+            row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
+            row["network_calls"] = len(table)
+            before = next((other for other in known if row.items() <= other.items()), None)
+            if before is None:
+                try:
+                    row[measure] = distance(_features_of(sampler, args.num_samples, network), references)
+                except DivergenceError as error:
+                    print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
+                    continue
+                known.append(row)
+                _write(known, args.output)
+            else:
+                row = before
+            row["ms_per_image"] = {str(size): _milliseconds(sampler, size) for size in BATCH_SIZES}
+            rows.append(row)
+            print(f"{scheduler}, {num_inference_steps} steps: {row[measure]:.2f}", flush=True)
+    _write(known, args.output)
+    if not rows:
+        raise DivergenceError(f"no scheduler gives finite samples of {args.checkpoint}: train it longer")
+    print(_table(rows, measure))
+    if args.figure is not None:
+        _draw(rows, args.figure, measure, args.overwrite)
+
+
+def _make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-compare", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     add_data_options(
@@ -75,90 +149,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--figure", type=Path, help="a .png file")
     add_overwrite(parser)
-    args = parser.parse_args(argv)
-    if args.figure is not None:
-        check_file(args.figure, args.overwrite)
-    with explain_missing_extra("ddpm-compare", "export"):
-        from ..export.exporter import export_bundle
-    with explain_missing_extra("ddpm-compare", "train"):
-        from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
-        from ..judge.features import PIXELS
-        from ..judge.metrics import (
-            choose_features,
-            frechet_distance,
-            image_features,
-            squared_energy_distance,
-            to_uint8,
-        )
-        from ..loading import fingerprint, load_checkpoint
+    return parser
 
-    known = _read(args.output)
-    _write(known, args.output)  # a place that can't be written to is found before the work
-    pipeline = load_checkpoint(args.checkpoint)
-    if pipeline.is_points:
-        raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
-    channels, height, width = pipeline.sample_shape
-    split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
-    features, network = choose_features(args.features, channels, args.num_samples, count_images(args.dataset, split))
-    measure, distance = "frechet_distance", frechet_distance
-    if features == PIXELS:
-        measure, distance = "energy_distance", squared_energy_distance
+
+def _compile_all(args: argparse.Namespace, trained_with: SchedulerMixin) -> dict[tuple[str, int], StepTable]:
+    """Compile each scheduler with each number of steps; print those that can't be."""
     tables = {}
-    for scheduler in args.schedulers:
-        for num_inference_steps in args.num_inference_steps:
-            try:
-                tables[scheduler, num_inference_steps] = _compile(scheduler, num_inference_steps, pipeline.scheduler)
-            except UnsupportedSchedulerError as error:
-                print(error)
+    for scheduler, num_inference_steps in itertools.product(args.schedulers, args.num_inference_steps):
+        try:
+            tables[scheduler, num_inference_steps] = _compile(scheduler, num_inference_steps, trained_with)
+        except UnsupportedSchedulerError as error:
+            print(error)
     if not tables:
         raise ConfigurationError("there is nothing to compare")
-    with leaving_out(args.skip_corrupt) as on_corrupt:
-        number = MAX_PIXEL_REFERENCES if features == PIXELS else None
-        form = args.dataset, split, (height, width), args.fit, channels, number
-        images = load_images(*form, on_corrupt=on_corrupt)
-    references = image_features([images], network)
-    sha256, scheduler_config = fingerprint(pipeline, images=images, **network.state_dict())
-    run = {
-        "checkpoint": str(args.checkpoint),
-        "sha256": sha256,  # of network, data and features, since a path may come to hold others
-        "trained_with": json.loads(json.dumps(scheduler_config, default=list)),
-        "dataset": args.dataset,
-        "split": split,
-        "num_samples": args.num_samples,
-        "features": str(features),
-    }
-    print(f"{LABELS[measure]} to {len(images):,} images of {args.dataset}, split {split!r}, on {features}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
-        export_bundle(args.checkpoint, bundle, "ddpm", 10)
-        sampler = OnnxSampler(bundle)
-        rows = []
-        for (scheduler, num_inference_steps), table in tables.items():
-            row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
-            row["network_calls"] = len(table)
-            sampler.table = table
-            before = next((other for other in known if row.items() <= other.items()), None)
-            if before is None:
-                batches = sampler.batches(args.num_samples, 0, BATCH_SIZES[-1])
-                try:
-                    samples = image_features((to_uint8(batch) for batch in batches), network)
-                except DivergenceError as error:
-                    print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
-                    continue
-                row[measure] = distance(samples, references)
-                known.append(row)
-                _write(known, args.output)
-            else:
-                row = before
-            row["ms_per_image"] = {str(size): _milliseconds(sampler, size) for size in BATCH_SIZES}
-            rows.append(row)
-            print(f"{scheduler}, {num_inference_steps} steps: {row[measure]:.2f}", flush=True)
-    _write(known, args.output)
-    if not rows:
-        raise DivergenceError(f"no scheduler gives finite samples of {args.checkpoint}: train it longer")
-    print(_table(rows, measure))
-    if args.figure is not None:
-        _draw(rows, args.figure, measure, args.overwrite)
+    return tables
+
+
+def _features_of(sampler: OnnxSampler, num_samples: int, network: Features) -> torch.Tensor:
+    from ..judge.metrics import image_features, to_uint8
+
+    batches = sampler.batches(num_samples, 0, BATCH_SIZES[-1])
+    return image_features((to_uint8(batch) for batch in batches), network)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
