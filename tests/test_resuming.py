@@ -116,7 +116,8 @@ def test_a_states_bare_name_is_of_the_output_folder_first(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert train_small(tmp_path / "run", resume_from_checkpoint="checkpoint-10") == result
     (tmp_path / "run" / "checkpoint-10").rename(tmp_path / "checkpoint-10.whole")
-    assert train_small(tmp_path / "run", resume_from_checkpoint="checkpoint-10.whole") == result
+    changes = {"resume_from_checkpoint": "checkpoint-10.whole", "overwrite_output_dir": True}  # a state from elsewhere
+    assert train_small(tmp_path / "run", **changes) == result
 
 
 class Malicious:

@@ -157,7 +157,7 @@ def test_where_the_default_blows_up_ddpm_takes_its_place(run, hardly_trained, tm
     assert (provenance["scheduler"], provenance["num_inference_steps"]) == ("DDPMScheduler", 50)
     assert np.abs(OnnxSampler(tmp_path / "bundle").sample(20) - 0.5).max() <= 0.5
 
-    export_bundle(hardly_trained, tmp_path / "bundle", num_inference_steps=7)
+    export_bundle(hardly_trained, tmp_path / "bundle", num_inference_steps=7, overwrite=True)
     assert len(OnnxSampler(tmp_path / "bundle")) == 7
 
 

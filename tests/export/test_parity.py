@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     code = "import sys; from ddpm_mlp_pipeline import export_bundle; export_bundle(*sys.argv[1:4], int(sys.argv[4]))"
     peaks = []
     for steps in (5, 300):
-        argv = (sys.executable, "-c", code, tmp_path / "checkpoint", tmp_path / "bundle", "ddpm", steps)
+        argv = (sys.executable, "-c", code, tmp_path / "checkpoint", tmp_path / f"bundle-{steps}", "ddpm", steps)
         process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         assert status == 0
