@@ -238,7 +238,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         first_line, line = next(((i, line) for i, line in enumerate(file) if line.strip()), (0, ""))
         next_line = next(file, "")
     first = pd.read_csv(path, skipinitialspace=True, header=None, nrows=1)
-    has_header = not all(pd.api.types.is_numeric_dtype(dtype) for dtype in first.dtypes)
+    words = [not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype) for dtype in first.dtypes]
+    has_header = any(words) or not np.isfinite(first.to_numpy(dtype=np.float64)).any()  # a name can be "nan"
     # Numbers can be names, too ("2019", "2020"): then they are in quotes, which those in the line below are not.
     has_header |= '"' in line and '"' not in next_line
     if not has_header:

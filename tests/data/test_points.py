@@ -189,6 +189,9 @@ def test_numbered_columns_have_no_names_to_choose_by(tmp_path):
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\r\t")), min_size=1))
 @example(["price, EUR", "count"])
 @example(["2019", "2020"])
+@example(["TRUE"])
+@example(["nan"])
+@example(["inf", "NA"])
 @example([" a", "b ", 'say "x"', "a\nb", "c\r\nd", "nan", "-1"])
 def test_the_names_in_a_csv_come_back(names):
     names = [name or "empty" for name in dict.fromkeys(names)]
