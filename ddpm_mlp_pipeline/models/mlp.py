@@ -61,12 +61,29 @@ class ResidualBlock(nn.Module):
         return h + F.silu(torch.addmm(bias, h, self.linear.weight.t()))
 
 
+class ConditionEmbedding(nn.Module):
+    """Embedding of a condition, `[batch, condition_dim]` to `[batch, out_dim]`, and of its absence, a row of NaN."""
+
+    def __init__(self, condition_dim: int, out_dim: int, embedding_dim: int = 16):
+        super().__init__()
+        self.features = FourierFeatures(condition_dim, embedding_dim, max_frequency=4.0)
+        self.mlp = TimestepEmbedding(condition_dim * (embedding_dim + 1), out_dim)
+        self.null = nn.Parameter(torch.zeros(out_dim))
+
+    def forward(self, condition: torch.Tensor) -> torch.Tensor:
+        is_missing = condition.isnan().any(dim=1, keepdim=True)
+        c = torch.where(is_missing, 0.0, condition)
+        return torch.where(is_missing, self.null, self.mlp(torch.cat([c, self.features(c)], dim=1)))
+
+
 class MLPModel(ModelMixin, ConfigMixin):
     r"""
     An ε-network for vectors of any dimension, 2-D points above all, and for flattened images.
 
     The sample, and the timestep by the sinusoidal embedding of Ho et al. 2020 (https://arxiv.org/abs/2006.11239,
     appendix B), meet in residual blocks. Coordinates of points are embedded too ([`FourierFeatures`]); pixels are not.
+    A label or a condition is embedded and added where the sample enters: in sampling, the timestep's embedding is one
+    row for the whole batch, and stays one.
 
     Parameters:
         in_channels (`int`, defaults to 2):
@@ -82,6 +99,11 @@ class MLPModel(ModelMixin, ConfigMixin):
         out_channels (`int`, *optional*):
             Dimension of the prediction, or number of its channels; by default as many as the samples have. With twice
             as many, the network also predicts the variance, as a `DDPMScheduler` with `learned_range` wants it.
+        num_class_embeds (`int`, *optional*):
+            Number of classes. The class `num_class_embeds` itself, one beyond the last, stands for "no label"; it is
+            learned like the others.
+        condition_dim (`int`, *optional*):
+            Size of the condition. A row of NaN stands for "no condition", which has a learned embedding of its own.
     """
 
     @register_to_config
@@ -93,6 +115,8 @@ class MLPModel(ModelMixin, ConfigMixin):
         hidden_dim: int = 64,
         num_hidden_layers: int = 4,
         out_channels: int | None = None,
+        num_class_embeds: int | None = None,
+        condition_dim: int | None = None,
     ):
         super().__init__()
         sizes = {"in_channels": in_channels, "hidden_dim": hidden_dim, "num_hidden_layers": num_hidden_layers}
@@ -113,11 +137,18 @@ class MLPModel(ModelMixin, ConfigMixin):
             self.embedding = nn.Identity()
             num_pixels, embedded_dim = height * width, in_channels * height * width
         self.proj_in = nn.Linear(embedded_dim, hidden_dim)
+        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds + 1, hidden_dim)
+        self.condition_embedding = None if condition_dim is None else ConditionEmbedding(condition_dim, hidden_dim)
         self.blocks = nn.ModuleList(ResidualBlock(hidden_dim) for _ in range(num_hidden_layers))
         self.proj_out = nn.Linear(hidden_dim, self.out_channels * num_pixels)
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         r"""
         Predict the noise ε in `sample`.
@@ -125,16 +156,33 @@ class MLPModel(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor`): x_t, `[batch, in_channels]` or `[batch, in_channels, height, width]`.
             timestep (`torch.Tensor` or `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
+            class_labels (`torch.Tensor`, *optional*): int64, `[batch]`; `num_class_embeds` for samples without one.
+            condition (`torch.Tensor`, *optional*): `[batch, condition_dim]`; rows of NaN for samples without one.
             return_dict (`bool`, defaults to `True`): whether to return a `UNet2DOutput` rather than a tuple.
 
         Returns:
             `UNet2DOutput` or `tuple`: its `sample` is ε, of the shape of the input but for the number of channels.
+
+        Raises:
+            ValueError: if there are labels or conditions that the network has no embedding for.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         t_emb = self.time_proj(timestep).to(self.dtype)  # [1 or batch, embedding_dim], computed in float32
         biases = self.time_embedding(t_emb).chunk(len(self.blocks), dim=-1)
 
         h = self.proj_in(self.embedding(sample.flatten(start_dim=1)))
+        if class_labels is not None and self.class_embedding is None:
+            raise ValueError("class_labels: this network was made without num_class_embeds")
+        if condition is not None and self.condition_embedding is None:
+            raise ValueError("condition: this network was made without condition_dim")
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((1,), self.config.num_class_embeds, device=sample.device)
+            h = h + self.class_embedding(class_labels)
+        if self.condition_embedding is not None:
+            if condition is None:
+                condition = sample.new_full((1, self.config.condition_dim), math.nan)
+            h = h + self.condition_embedding(condition)
         for block, bias in zip(self.blocks, biases, strict=True):
             h = block(h, bias)
         eps = self.proj_out(h).reshape(-1, self.out_channels, *sample.shape[2:])

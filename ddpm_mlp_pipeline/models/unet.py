@@ -3,6 +3,8 @@
 This file needs torch and diffusers only, because a checkpoint carries a copy of it.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -12,6 +14,19 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
+
+
+class ConditionEmbedding(nn.Module):
+    """Embedding of a condition, `[batch, condition_dim]` to `[batch, out_dim]`, and of its absence, a row of NaN."""
+
+    def __init__(self, condition_dim: int, out_dim: int):
+        super().__init__()
+        self.mlp = TimestepEmbedding(condition_dim, out_dim)
+        self.null = nn.Parameter(torch.zeros(out_dim))
+
+    def forward(self, condition: torch.Tensor) -> torch.Tensor:
+        is_missing = condition.isnan().any(dim=1, keepdim=True)
+        return torch.where(is_missing, self.null, self.mlp(torch.where(is_missing, 0.0, condition)))
 
 
 class SmallUNet2DModel(ModelMixin, ConfigMixin):
@@ -44,6 +59,12 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             Where the timestep enters: in every residual block, or once, after the stem.
         norm_num_groups (`int`, defaults to 8):
             Groups of the group norms; divides every width.
+        num_class_embeds (`int`, *optional*):
+            Number of classes. The class `num_class_embeds` itself, one beyond the last, stands for "no label"; it is
+            learned like the others. Labels join the timestep's embedding, as in `UNet2DModel`.
+        condition_dim (`int`, *optional*):
+            Size of the condition, which joins the timestep's embedding. A row of NaN stands for "no condition", which
+            has a learned embedding of its own.
     """
 
     @register_to_config
@@ -59,6 +80,8 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         attention_head_dim: int = 32,
         time_conditioning: str = "every_block",
         norm_num_groups: int = 8,
+        num_class_embeds: int | None = None,
+        condition_dim: int | None = None,
     ):
         super().__init__()
         if time_conditioning not in ("every_block", "once"):
@@ -86,6 +109,9 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, time_dim, out_dim=None if temb_channels else first)
+        embedding_dim = time_dim if temb_channels else first
+        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds + 1, embedding_dim)
+        self.condition_embedding = None if condition_dim is None else ConditionEmbedding(condition_dim, embedding_dim)
         patches = (3 * patch_size, patch_size, patch_size)  # kernel, stride and padding
         self.conv_in = nn.Conv2d(in_channels, first, *patches)
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
@@ -115,7 +141,12 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         _zero(self.conv_out)
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         r"""
         Predict the noise ε in `sample`.
@@ -123,13 +154,31 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor`): x_t, `[batch, in_channels, height, width]`, of any height and width.
             timestep (`torch.Tensor` or `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
+            class_labels (`torch.Tensor`, *optional*): int64, `[batch]`; `num_class_embeds` for samples without one.
+            condition (`torch.Tensor`, *optional*): `[batch, condition_dim]`; rows of NaN for samples without one.
             return_dict (`bool`, defaults to `True`): whether to return a `UNet2DOutput` rather than a tuple.
 
         Returns:
             `UNet2DOutput` or `tuple`: its `sample` is ε, of the height and width of the input.
+
+        Raises:
+            ValueError: if there are labels or conditions that the network has no embedding for.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))  # [1 or batch, time_dim]
+
+        if class_labels is not None and self.class_embedding is None:
+            raise ValueError("class_labels: this network was made without num_class_embeds")
+        if condition is not None and self.condition_embedding is None:
+            raise ValueError("condition: this network was made without condition_dim")
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((1,), self.config.num_class_embeds, device=sample.device)
+            temb = temb + self.class_embedding(class_labels)
+        if self.condition_embedding is not None:
+            if condition is None:
+                condition = sample.new_full((1, self.config.condition_dim), math.nan)
+            temb = temb + self.condition_embedding(condition)
 
         height, width = sample.shape[-2:]
         multiple = self.config.patch_size * 2 ** len(self.downsamplers)
