@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +15,7 @@ class Batch(NamedTuple):
     Attributes:
         x_0: float32 `[batch, *sample_shape]`, normalised points or images in [-1, 1].
         class_labels: int64 `[batch]`, or `None` for data without labels.
-        condition: float32 `[batch, condition_dim]`, or `None` for data without conditions.
+        condition: float32 `[batch, condition_dim]`, normalised, or `None` for data without conditions.
     """
 
     x_0: torch.Tensor
@@ -27,6 +28,19 @@ class Batch(NamedTuple):
         given = {"class_labels": self.class_labels, "condition": self.condition}
         return {name: values for name, values in given.items() if values is not None}
 
+    def forget(self, is_forgotten: torch.Tensor, null_label: int | None) -> Batch:
+        """Take labels and conditions from the samples that `is_forgotten`, bool `[batch]`, chooses.
+
+        The network learns from them to do without, as classifier-free guidance needs it (Ho & Salimans 2022,
+        https://arxiv.org/abs/2207.12598, algorithm 1).
+        """
+        labels, condition = self.class_labels, self.condition
+        if labels is not None and null_label is not None:
+            labels = labels.masked_fill(is_forgotten, null_label)
+        if condition is not None:
+            condition = condition.masked_fill(is_forgotten[:, None], math.nan)
+        return Batch(self.x_0, labels, condition)
+
 
 class BatchDataset(Protocol):
     """A data set that hands out whole batches."""
@@ -37,13 +51,23 @@ class BatchDataset(Protocol):
 
 
 class TensorBatches(Dataset[Batch]):
-    """Samples in memory as one tensor, of which a batch is one indexing instead of one for each sample."""
+    """Samples in memory, of which a batch is one indexing instead of one for each sample.
 
-    def __init__(self, samples: torch.Tensor):
-        self.samples = samples
+    Args:
+        samples, class_labels, condition: of the whole data set, as `Batch` has them of a batch.
+    """
+
+    def __init__(
+        self,
+        samples: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+    ):
+        self.samples, self.class_labels, self.condition = samples, class_labels, condition
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        return Batch(self.samples[indices])
+        labels, condition = (None if all_ is None else all_[indices] for all_ in (self.class_labels, self.condition))
+        return Batch(self.samples[indices], labels, condition)

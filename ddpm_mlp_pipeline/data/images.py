@@ -69,6 +69,34 @@ def load_images(
         DatasetError: if the set can't be loaded, is empty or has no column of images (found by its type, whatever its
             name), or an image can't be read or doesn't fit; the message names its row and its file.
     """
+    form = split, resolution, fit, channels, number, seed, max_memory, on_corrupt
+    return load_labelled_images(name, None, *form)[0]
+
+
+def load_labelled_images(
+    name: str | os.PathLike[str],
+    label_column: str | None,
+    split: str = "train",
+    resolution: int | tuple[int, int] | None = None,
+    fit: str = "resize",
+    channels: int | None = None,
+    number: int | None = None,
+    seed: int = 0,
+    max_memory: int | None = None,
+    on_corrupt: Callable[[str], None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
+    """Load a data set of images as `load_images` does, and the label of each.
+
+    Args:
+        label_column: name of a column of type `ClassLabel`, as a folder of pictures in subfolders has it (`label`), or
+            of strings or whole numbers; `None` for no labels.
+
+    Returns:
+        The images; their labels, int64 `[number of images]`, or `None`; and the names of the classes.
+
+    Raises:
+        DatasetError: as `load_images` does, and if there is no such column, or a label is missing.
+    """
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     if size is not None and min(size) < 1:
         raise DatasetError(f"resolution must be at least 1, got {min(size)}")
@@ -76,8 +104,10 @@ def load_images(
         raise DatasetError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), got {channels}")
     rows, column, indices = _open_rows(name, split, number, seed)
 
+    labels, names = _labels_of(name, split, label_column)
+
     images: np.ndarray | None = None
-    done = 0
+    kept = []
     for row, index in zip(progress_bar(iterable=rows, desc="decoding", leave=False), indices, strict=True):
         what = _name(name, index, row[column]["path"])
         try:
@@ -99,11 +129,31 @@ def load_images(
                 f"{what} is {pixels.shape[2]}×{pixels.shape[1]} pixels, but the first image is "
                 f"{images.shape[3]}×{images.shape[2]}: give --resolution to bring them to one size"
             )
-        images[done] = pixels
-        done += 1
+        images[len(kept)] = pixels
+        kept.append(index)
     if images is None:
         raise DatasetError(f"none of the {len(rows)} images of {name} can be decoded")
-    return torch.from_numpy(images[:done])
+    return torch.from_numpy(images[: len(kept)]), None if labels is None else labels[np.array(kept)], names
+
+
+def _labels_of(
+    name: str | os.PathLike[str], split: str, label_column: str | None
+) -> tuple[torch.Tensor | None, list[str]]:
+    """Return the labels of a split's rows, int64, and the classes' names."""
+    if label_column is None:
+        return None, []
+    rows = _load(name, split)
+    if label_column not in rows.features:
+        raise DatasetError(f"{name} has no column {label_column!r} of labels, only {', '.join(rows.features)}")
+    if not isinstance(rows.features[label_column], datasets.ClassLabel):
+        try:
+            rows = rows.select_columns([label_column]).class_encode_column(label_column)
+        except ValueError as error:
+            raise DatasetError(f"column {label_column!r} of {name} holds no labels: {error}") from None
+    labels = torch.tensor([-1 if label is None else label for label in rows[label_column][:]])
+    if (labels < 0).any():
+        raise DatasetError(f"row {int((labels < 0).int().argmax())} of {name} has no label in {label_column!r}")
+    return labels, rows.features[label_column].names
 
 
 def image_shapes(
@@ -167,16 +217,18 @@ class ImageBatches(torch.utils.data.Dataset[Batch]):
 
     Args:
         images: uint8, `[number of images, channels, height, width]`.
+        class_labels: int64, `[number of images]`, or `None`.
     """
 
-    def __init__(self, images: torch.Tensor):
-        self.images = images
+    def __init__(self, images: torch.Tensor, class_labels: torch.Tensor | None = None):
+        self.images, self.class_labels = images, class_labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        return Batch(to_network_units(self.images[indices]))
+        labels = None if self.class_labels is None else self.class_labels[indices]
+        return Batch(to_network_units(self.images[indices]), labels)
 
 
 def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from ..errors import DatasetError
 from ..pipeline import DDPMMLPPipeline
 from .batches import BatchDataset, TensorBatches
-from .images import ImageBatches, load_images
-from .points import POINT_SETS, load_points, to_array
+from .images import ImageBatches, load_labelled_images
+from .points import POINT_SETS, load_points, split_columns
 
 
 def load_normalized(
@@ -27,7 +28,8 @@ def load_normalized(
     """Load a data set for a pipeline that was trained on it, or on its like.
 
     Args:
-        pipeline: whose samples' shape and, for points, whose columns, mean and standard deviation the data get.
+        pipeline: whose samples' shape, columns, mean and standard deviation the data get, and whose labels and
+            conditions.
         name: a point set's name, a file of points, or an image data set: as `load_points` or `load_images` take it.
         number: how many points to draw, or at most to choose, at random, from a file or an image data set.
         split, fit, on_corrupt: of an image data set, as `load_images` takes them.
@@ -38,20 +40,45 @@ def load_normalized(
         What `train` and `variational_bound` take: its `__getitems__(indices)` is a `Batch`.
 
     Raises:
-        DatasetError: if the data set can't be loaded, is of another shape, or lacks one of the pipeline's columns.
+        DatasetError: if the data set can't be loaded, is of another shape, lacks one of the pipeline's columns, or
+            has a label that the pipeline doesn't know.
     """
-    shape = pipeline.sample_shape
+    shape, config = pipeline.sample_shape, pipeline.config
     if not pipeline.is_points:
         channels, height, width = shape
-        images = load_images(name, split, (height, width), fit, channels, number, seed, on_corrupt=on_corrupt)
-        return ImageBatches(images)
+        form = split, (height, width), fit, channels, number, seed
+        images, labels, names = load_labelled_images(name, config.label_column, *form, on_corrupt=on_corrupt)
+        return ImageBatches(images, _numbers_of(pipeline, name, labels, names))
     drawn = number if name in POINT_SETS else None
-    points = torch.tensor(to_array(load_points(name, drawn, noise, seed, columns=pipeline.config.data_columns)))
+    known_by = {"label_column": config.label_column, "condition_columns": config.condition_columns or ()}
+    dataset = load_points(name, drawn, noise, seed, columns=config.data_columns, **known_by)
+    points, conditions, labels, names = split_columns(dataset, **known_by)
     if points.shape[1:] != shape:
         raise DatasetError(f"{name} has {points.shape[1]} coordinates, but the network takes {shape[0]}")
+    samples = normalize(points, config.data_mean, config.data_std)
+    condition = normalize(conditions, config.condition_mean, config.condition_std) if conditions.size else None
+    batches = TensorBatches(samples, _numbers_of(pipeline, name, labels, names), condition)
     if number is not None and len(points) > number:
-        points = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:number]]
-    if pipeline.config.data_mean is not None:
-        mean, std = (points.new_tensor(getattr(pipeline.config, key)) for key in ("data_mean", "data_std"))
-        points = (points - mean) / std
-    return TensorBatches(points.float())
+        chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:number]
+        return TensorBatches(*batches.__getitems__(chosen.tolist()))
+    return batches
+
+
+def normalize(values: np.ndarray, mean: Sequence[float] | None, std: Sequence[float] | None) -> torch.Tensor:
+    """Return columns `[number, columns]` as the network sees them, float32: with the given mean and deviation."""
+    if mean is not None:
+        values = (values - np.asarray(mean)) / np.asarray(std)
+    return torch.from_numpy(values).float()
+
+
+def _numbers_of(
+    pipeline: DDPMMLPPipeline, name: str, labels: torch.Tensor | None, names: list[str]
+) -> torch.Tensor | None:
+    """Return the labels by the pipeline's own numbers of the classes."""
+    if labels is None:
+        return None
+    known = pipeline.class_names
+    unknown = [label for label in names if label not in known]
+    if unknown:
+        raise DatasetError(f"{name} has the label {unknown[0]!r}, which the network doesn't know: {', '.join(known)}")
+    return torch.tensor([known.index(label) for label in names])[labels]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,62 +14,71 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+import torch
+from datasets import ClassLabel, Dataset
 
 from ..errors import DatasetError
 from .arrays import read_array
 
+Columns = dict[str, np.ndarray]
 
-def heart(n: int, rng: np.random.Generator) -> np.ndarray:
+
+def heart(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Columns]:
     """The heart curve x = sin³ θ, y = (13 cos θ − 5 cos 2θ − 2 cos 3θ − cos 4θ) / 16."""
     theta = rng.uniform(0, 2 * math.pi, n)
     y = 13 * np.cos(theta) - 5 * np.cos(2 * theta) - 2 * np.cos(3 * theta) - np.cos(4 * theta)
-    return np.stack([np.sin(theta) ** 3, y / 16], axis=1)
+    return np.stack([np.sin(theta) ** 3, y / 16], axis=1), {"angle": theta}
 
 
-def swiss_roll(n: int, rng: np.random.Generator) -> np.ndarray:
+def swiss_roll(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Columns]:
     """The spiral of angle θ and radius θ / (4.5 π), θ from 1.5 π to 4.5 π, as scikit-learn's seen from its axis."""
     theta = 1.5 * math.pi * (1 + 2 * rng.uniform(size=n))
-    return _polar(theta / (4.5 * math.pi), theta)
+    return _polar(theta / (4.5 * math.pi), theta), {"angle": theta}
 
 
-def two_moons(n: int, rng: np.random.Generator) -> np.ndarray:
+def two_moons(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Columns]:
     """Two interleaving half circles of radius 1, the second shifted by (1, −0.5) and upside down."""
     theta, second = rng.uniform(0, math.pi, n), rng.integers(2, size=n)
     sign = 1 - 2 * second
-    return np.stack([sign * np.cos(theta) + second, sign * np.sin(theta) + 0.5 * second], axis=1)
+    points = np.stack([sign * np.cos(theta) + second, sign * np.sin(theta) + 0.5 * second], axis=1)
+    return points, {"label": np.array(["upper", "lower"])[second]}
 
 
-def circles(n: int, rng: np.random.Generator) -> np.ndarray:
+def circles(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Columns]:
     """Two concentric circles, of radius 1 and 0.5."""
-    return _polar(1 - 0.5 * rng.integers(2, size=n), rng.uniform(0, 2 * math.pi, n))
+    inner = rng.integers(2, size=n)
+    return _polar(1 - 0.5 * inner, rng.uniform(0, 2 * math.pi, n)), {"label": np.array(["outer", "inner"])[inner]}
 
 
-def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Eight centres on the unit circle; the noise makes them Gaussians."""
-    return _polar(np.ones(n), rng.integers(8, size=n) * math.pi / 4)
+def eight_gaussians(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Columns]:
+    """Eight centres on the unit circle, labelled 0 to 7 from (1, 0) anticlockwise; the noise makes them Gaussians."""
+    centre = rng.integers(8, size=n)
+    return _polar(np.ones(n), centre * math.pi / 4), {"label": centre.astype(str)}
 
 
-def checkerboard(n: int, rng: np.random.Generator) -> np.ndarray:
+def checkerboard(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Columns]:
     """The dark squares of a 4×4 board over [−1, 1]²."""
     column, pair = rng.integers(4, size=n), rng.integers(2, size=n)
     row = 2 * pair + column % 2
-    return (np.stack([column, row], axis=1) + rng.uniform(size=(n, 2))) / 2 - 1
+    return (np.stack([column, row], axis=1) + rng.uniform(size=(n, 2))) / 2 - 1, {}
 
 
-def spiral(n: int, rng: np.random.Generator) -> np.ndarray:
+def spiral(n: int, rng: np.random.Generator) -> tuple[np.ndarray, Columns]:
     """Two arms of an Archimedean spiral, opposite to each other, of one and a half turns."""
     theta = 3 * math.pi * np.sqrt(rng.uniform(size=n))  # the root spreads the points evenly along the arms
-    return _polar(theta / (3 * math.pi), theta + math.pi * rng.integers(2, size=n))
+    arm = rng.integers(2, size=n)
+    return _polar(theta / (3 * math.pi), theta + math.pi * arm), {"label": np.array(["first", "second"])[arm]}
 
 
 def _polar(radius: np.ndarray, theta: np.ndarray) -> np.ndarray:
     return np.stack([radius * np.cos(theta), radius * np.sin(theta)], axis=1)
 
 
+MAX_CLASSES = 10_000
 SUFFIXES = (".csv", ".parquet", ".npy")  # of files of points
-# The distribution, and the standard deviation of the Gaussian noise that is added to it by default.
-POINT_SETS: dict[str, tuple[Callable[[int, np.random.Generator], np.ndarray], float]] = {
+# The distribution, which draws points and what is known of each (a label or an angle); and the standard deviation of
+# the Gaussian noise that is added to the points by default.
+POINT_SETS: dict[str, tuple[Callable[[int, np.random.Generator], tuple[np.ndarray, Columns]], float]] = {
     "heart": (heart, 0.03),
     "swiss_roll": (swiss_roll, 0.03),
     "two_moons": (two_moons, 0.05),
@@ -92,6 +102,8 @@ def load_points(
     *,
     exclude: Sequence[str] = (),
     columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    condition_columns: Sequence[str] = (),
 ) -> Dataset:
     """Draw one of the 2-D point sets, or read a file of points.
 
@@ -104,14 +116,19 @@ def load_points(
         exclude: names of columns to leave out. They may hold anything.
         columns: names of the columns to take, in this order, and to leave out all others. Where the data or these
             names are only numbered (`x`, `y`; `x0`, `x1`, …), the columns are taken as they stand instead.
+        label_column: name of a column of labels, strings or whole numbers, which is no coordinate. `two_moons`,
+            `circles`, `eight_gaussians` and `spiral` have one, `label`.
+        condition_columns: names of numeric columns to condition on, which are no coordinates. `heart` and `swiss_roll`
+            have one, `angle`, in radians.
 
     Returns:
-        A data set of float64 columns: `x` and `y` for the named sets, the file's own columns otherwise.
+        A data set of the coordinates, float64 (`x` and `y` for the named sets, the file's own columns otherwise), then
+        of the condition columns, float64, and of the label column, a `ClassLabel`.
 
     Raises:
         DatasetError: if the name is unknown; the file is missing, too small, or lacks a column; or a column that is
             not left out holds anything that is not a finite number (the message names every such column and its first
-            such row).
+            such row), or a label is missing.
     """
     if num_samples is not None and num_samples < 1:
         raise DatasetError(f"the number of points must be at least 1, got {num_samples}")
@@ -123,25 +140,54 @@ def load_points(
 
     if name in POINT_SETS:
         distribution, default_noise = POINT_SETS[name]
-        points = distribution(10_000 if num_samples is None else num_samples, rng)
-        table = _choose_columns(pd.DataFrame(points, columns=["x", "y"]), name, exclude, columns)
-        points = table.to_numpy()
+        points, more = distribution(10_000 if num_samples is None else num_samples, rng)
+        table = pd.DataFrame({"x": points[:, 0], "y": points[:, 1], **more})
+        exclude = [*exclude, *(column for column in more if column not in (label_column, *condition_columns))]
         noise = default_noise if noise is None else noise
     else:
-        table = _choose_columns(_read_file(Path(name)), name, exclude, columns)
-        points = _finite_numbers(table, name)
-        if num_samples is not None:
-            if num_samples > len(points):
-                raise DatasetError(f"{name} holds {len(points)} points, fewer than the {num_samples} asked for")
-            points = points[rng.choice(len(points), num_samples, replace=False)]
+        table = _read_file(Path(name))
+        if num_samples is not None and num_samples > len(table):
+            raise DatasetError(f"{name} holds {len(table)} points, fewer than the {num_samples} asked for")
+    labels, table = _take_labels(table, name, label_column)
+    _check_has(table, name, condition_columns, "to condition on")
+    conditions, table = table[list(condition_columns)], table.drop(columns=list(condition_columns))
+    table = _choose_columns(table, name, exclude, columns)
+    # All at once, so that an error names every column at fault
+    numbers = _finite_numbers(pd.concat([table, conditions], axis=1), name)
+    if name not in POINT_SETS and num_samples is not None:
+        chosen = rng.choice(len(numbers), num_samples, replace=False)
+        numbers, labels = numbers[chosen], labels.iloc[chosen]
+    points, conditions_ = numbers[:, : table.shape[1]], numbers[:, table.shape[1] :]
     if noise:
         points = points + noise * rng.standard_normal(points.shape)
-    return Dataset.from_dict(dict(zip(table.columns, points.T, strict=True)))
+    values = dict(zip(table.columns, points.T, strict=True)) | dict(zip(condition_columns, conditions_.T, strict=True))
+    dataset = Dataset.from_dict(values)
+    if label_column is None:
+        return dataset
+    return dataset.add_column(label_column, labels.tolist()).cast_column(
+        label_column, ClassLabel(names=_names(labels))
+    )
 
 
 def to_array(dataset: Dataset) -> np.ndarray:
-    """The points as one float64 array, `[number of points, number of columns]`."""
+    """Return the points as one float64 array, `[number of points, number of columns]`."""
     return dataset.with_format("pandas")[:].to_numpy(dtype=np.float64)
+
+
+def split_columns(
+    dataset: Dataset, label_column: str | None = None, condition_columns: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray, torch.Tensor | None, list[str]]:
+    """Split what `load_points` returns.
+
+    Returns:
+        The points, float64 `[number, dimension]`; the conditions, float64 `[number, condition columns]`; the labels,
+        int64 `[number]`, or `None`; and the names of the classes.
+    """
+    coordinates = [name for name in dataset.column_names if name not in (label_column, *condition_columns)]
+    points, conditions = (to_array(dataset.select_columns(names)) for names in (coordinates, list(condition_columns)))
+    if label_column is None:
+        return points, conditions, None, []
+    return points, conditions, torch.tensor(dataset[label_column][:]), dataset.features[label_column].names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +307,38 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return table
 
 
+def _take_labels(
+    table: pd.DataFrame, name: str | os.PathLike[str], label_column: str | None
+) -> tuple[pd.Series, pd.DataFrame]:
+    """Split a table into its labels, as strings, and the other columns."""
+    if label_column is None:
+        return pd.Series("", index=table.index), table
+    _check_has(table, name, [label_column], "of labels")
+    labels = table[label_column]
+    if labels.isna().any():
+        raise DatasetError(f"{name} has no label in row {labels.isna().argmax() + 1}, column {label_column!r}")
+    if pd.api.types.is_float_dtype(labels) and (labels != np.rint(labels)).any():
+        raise DatasetError(f"labels are strings or whole numbers, but column {label_column!r} of {name} holds others")
+    labels = (labels.astype(np.int64) if pd.api.types.is_float_dtype(labels) else labels).astype(str)
+    if labels.nunique() > MAX_CLASSES:
+        raise DatasetError(
+            f"column {label_column!r} of {name} holds {labels.nunique():,} different labels, more than {MAX_CLASSES:,}"
+        )
+    return labels, table.drop(columns=label_column)
+
+
+def _names(labels: pd.Series) -> list[str]:
+    """Return the classes' names in the order of their numbers, if all are whole numbers, else of the alphabet."""
+    names = labels.unique().tolist()
+    return sorted(names, key=int) if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names) else sorted(names)
+
+
+def _check_has(table: pd.DataFrame, name: str | os.PathLike[str], columns: Iterable[str], what: str) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise DatasetError(f"{name} has no column {missing[0]!r} {what}, only {_quoted(table.columns)}")
+
+
 def _numbered(number: int) -> list[str]:
     """Names of columns that have none of their own."""
     return ["x", "y"] if number == 2 else [f"x{i}" for i in range(number)]
@@ -274,9 +352,7 @@ def _is_numbered(names: Iterable[str]) -> bool:
 def _choose_columns(
     table: pd.DataFrame, name: str | os.PathLike[str], exclude: Sequence[str], columns: Sequence[str] | None
 ) -> pd.DataFrame:
-    missing = [column for column in exclude if column not in table.columns]
-    if missing:
-        raise DatasetError(f"{name} has no column {missing[0]!r} to exclude, only {_quoted(table.columns)}")
+    _check_has(table, name, exclude, "to exclude")
     table = table.drop(columns=list(exclude))
     if table.shape[1] == 0:
         raise DatasetError(f"no column of {name} is left: exclude fewer")
