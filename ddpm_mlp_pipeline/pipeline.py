@@ -3,18 +3,21 @@
 This file needs torch, numpy and diffusers only, because a checkpoint carries a copy of it.
 """
 
+import functools
 import importlib
 import inspect
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import PIL.Image
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -42,7 +45,8 @@ class PointPipelineOutput(BaseOutput):
 
 class DDPMMLPPipeline(DiffusionPipeline):
     r"""
-    Unconditional sampling of points or images (Ho et al. 2020, https://arxiv.org/abs/2006.11239, algorithm 2).
+    Sampling of points or images (Ho et al. 2020, https://arxiv.org/abs/2006.11239, algorithm 2): of anything
+    that the network has learned, or of what one asks for, by labels, conditions and known values.
 
     Takes what the stock `DDPMPipeline` takes, and swaps with it: the same components, the same call.
 
@@ -57,6 +61,17 @@ class DDPMMLPPipeline(DiffusionPipeline):
             as (point - mean) / std.
         data_columns (`list[str]`, *optional*):
             For points: the names of the coordinates.
+        class_names (`list[str]`, *optional*):
+            The name of each class that the network knows, in the order of their numbers.
+        null_label (`int`, *optional*):
+            The class that stands for "no label". The plugin's networks have one by themselves, `num_class_embeds`; of
+            a stock `UNet2DModel`, name the one that it was trained with.
+        label_column (`str`, *optional*):
+            The column of the training data that the labels come from.
+        condition_columns (`list[str]`, *optional*):
+            The names of the condition's numbers.
+        condition_mean, condition_std (`list[float]`, *optional*):
+            Mean and standard deviation of each of them, as of the coordinates.
     """
 
     model_cpu_offload_seq = "unet"
@@ -67,13 +82,27 @@ class DDPMMLPPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         data_mean: list[float] | None = None,
         data_std: list[float] | None = None,
-        data_columns: list[str] | None = None,
+        data_columns: list[str] | list[list[str]] | None = None,
+        class_names: list[str] | list[list[str]] | None = None,
+        null_label: int | None = None,
+        label_column: str | None = None,
+        condition_columns: list[str] | list[list[str]] | None = None,
+        condition_mean: list[float] | None = None,
+        condition_std: list[float] | None = None,
     ):
         super().__init__()
-        if data_columns and isinstance(data_columns[0], list):  # as save_config writes them
-            (data_columns,) = data_columns
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(data_mean=data_mean, data_std=data_std, data_columns=data_columns)
+        self.register_to_config(
+            data_mean=data_mean,
+            data_std=data_std,
+            data_columns=_unwrap(data_columns),
+            class_names=_unwrap(class_names),
+            null_label=null_label,
+            label_column=label_column,
+            condition_columns=_unwrap(condition_columns),
+            condition_mean=condition_mean,
+            condition_std=condition_std,
+        )
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -98,6 +127,29 @@ class DDPMMLPPipeline(DiffusionPipeline):
         """Names of the points' coordinates."""
         return self.config.data_columns or [f"x{i}" for i in range(self.sample_shape[0])]
 
+    @property
+    def num_classes(self) -> int:
+        """Number of the classes that the network knows; 0 if it takes no labels."""
+        return self.unet.config.get("num_class_embeds") or 0
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        return self.config.class_names or [str(i) for i in range(self.num_classes)]
+
+    @property
+    def null_label(self) -> int | None:
+        """The class that stands for "no label", if the network has one."""
+        if self.config.null_label is not None or not self.num_classes:
+            return self.config.null_label
+        # The plugin's networks embed one class more than they are named.
+        return self.num_classes if self.unet.class_embedding.num_embeddings > self.num_classes else None
+
+    @property
+    def condition_columns(self) -> list[str]:
+        """Names of the condition's numbers; empty if the network takes no condition."""
+        return self.config.condition_columns or [f"c{i}" for i in range(self.unet.config.get("condition_dim") or 0)]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -108,6 +160,14 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return_dict: bool = True,
         *,
         latents: torch.Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        condition: Mapping[str, float] | Sequence[Any] | np.ndarray | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: ModelMixin | None = None,
+        known: Mapping[str, float] | Sequence[Any] | np.ndarray | torch.Tensor | PIL.Image.Image | None = None,
+        mask: Sequence[Any] | np.ndarray | torch.Tensor | PIL.Image.Image | None = None,
+        resample: int = 1,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
         | None = None,
     ) -> ImagePipelineOutput | PointPipelineOutput | tuple[Any]:
@@ -127,6 +187,30 @@ class DDPMMLPPipeline(DiffusionPipeline):
                 Whether to return an output object rather than a tuple.
             latents (`torch.Tensor`, *optional*):
                 The noise to start from instead of drawing it: standard normal, `[batch_size, *sample_shape]`.
+            class_labels (`int`, `str`, or a sequence of them, *optional*):
+                The class of all samples, or of each, by number or by name. Without, samples are of any class.
+            condition (`dict[str, float]` or array, *optional*):
+                The condition in its own units: by the columns' names, or as `[condition_dim]` for all samples, or
+                `[batch_size, condition_dim]`.
+            guidance_scale (`float`, defaults to 1):
+                w of classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): the network's
+                output becomes w · output(x, t, c) + (1 − w) · output(x, t, ∅). Where w is not 1, a step costs two
+                evaluations of the network, as one batch.
+            guidance_interval (`tuple[float, float]`, *optional*):
+                `(t_high, t_low)`: guide only in the steps whose timestep lies between (Kynkäänniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724).
+            guide (`ModelMixin`, *optional*):
+                A smaller or less trained network of the same data, whose output takes the place of output(x, t, ∅)
+                (autoguidance, Karras et al. 2024, https://arxiv.org/abs/2406.02507). It needs no labels.
+            known (`dict[str, float]`, array or `PIL.Image.Image`, *optional*):
+                What part of the samples is to be, for all or for each: points in the data's own units, with NaN (or,
+                by name, nothing) for coordinates to draw; images in [0, 1], `[height, width, channels]` as an array,
+                `[channels, height, width]` as a tensor, or in 8 bits as a picture.
+            mask (array or `PIL.Image.Image`, *optional*):
+                Where `known` is known: true, or white, there; of a point's or of an image's shape, `[height, width]`.
+            resample (`int`, defaults to 1):
+                How often each step is taken, going back by one timestep's noise in between, so that the drawn part
+                fits the known one (RePaint, Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, algorithm 1).
             callback_on_step_end (`Callable`, *optional*):
                 Called after each step as `callback_on_step_end(pipe, step, timestep, {"latents": x_t})`. The
                 `"latents"` of the dictionary that it returns, if there are any, take x_t's place.
@@ -134,38 +218,189 @@ class DDPMMLPPipeline(DiffusionPipeline):
         Returns:
             `ImagePipelineOutput`, `PointPipelineOutput` or `tuple`: the samples. Arrays and tensors of images are in
             [0, 1], `[batch, height, width, channels]` and `[batch, channels, height, width]`.
+
+        Raises:
+            ValueError: if an argument has another shape, isn't finite, or asks for what the network doesn't know.
         """
         if batch_size is None:
             batch_size = 1 if latents is None else len(latents)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size < 1 or resample < 1:
+            raise ValueError(f"batch_size and resample must be at least 1, got {batch_size} and {resample}")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
-        shape = (batch_size, *self.sample_shape)
-        device = self._execution_device
+        shape, device, dtype = (batch_size, *self.sample_shape), self._execution_device, self.unet.dtype
+        asked = self._to_arguments(class_labels, condition, batch_size)
+        predict = functools.partial(
+            self._predict, asked=asked, null=self._null_of(asked, guidance_scale, guide), guide=guide
+        )
+        t_high, t_low = guidance_interval or (math.inf, -math.inf)
+        y, m = self._to_known(known, mask, shape)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
 
+        scheduler = self.scheduler
         if num_inference_steps is None:
-            num_inference_steps = self.scheduler.config.num_train_timesteps
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+            num_inference_steps = scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
+        draw = functools.partial(randn_tensor, shape, generator=generator, device=device, dtype=dtype)
 
-        x_t = latents.to(device=device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            eps = self.unet(self.scheduler.scale_model_input(x_t, t), t).sample
-            if not self.learns_variance:
-                eps = eps[:, : x_t.shape[1]]
-            x_t = self.scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
+        x_t = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
+        timesteps = [*scheduler.timesteps]
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            next_t = timesteps[i + 1] if i + 1 < len(timesteps) else None
+            for repetition in reversed(range(resample)):
+                state = _state_of(scheduler)
+                w = guidance_scale if t_low <= t <= t_high else 1.0
+                eps = predict(scheduler.scale_model_input(x_t, t), t, guidance_scale=w)
+                x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
+                if y is not None:
+                    signal, noise = self._rates(next_t)
+                    x_t = m * (signal * y + (noise * draw() if next_t is not None else 0.0)) + (1 - m) * x_t
+                if repetition > 0:  # back to t: q(x_t | x_t′)
+                    signal, noise = self._rates(next_t)
+                    vars(scheduler).update(state)
+                    of_x_0, sigma = self._rates(t)
+                    share = of_x_0 / signal
+                    x_t = share * x_t + (sigma**2 - (share * noise) ** 2).clamp(min=0).sqrt() * draw()
             if callback_on_step_end is not None:
                 x_t = (callback_on_step_end(self, i, t, {"latents": x_t}) or {}).get("latents", x_t)
 
         samples, output_class = self._to_output(x_t, output_type)
         self.maybe_free_model_hooks()
         return output_class(samples) if return_dict else (samples,)
+
+    def _predict(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        asked: dict[str, torch.Tensor],
+        null: dict[str, torch.Tensor],
+        guide: ModelMixin | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """Call the network: guided, before anything is clipped, where the scale is not 1."""
+        if guidance_scale == 1:
+            output, other = self.unet(x_t, t, **asked).sample, None
+        elif guide is not None:
+            output, other = self.unet(x_t, t, **asked).sample, guide(x_t, t, **null).sample
+        else:
+            both = {name: torch.cat([value, null[name]]) for name, value in asked.items()}
+            output, other = self.unet(torch.cat([x_t, x_t]), t, **both).sample.chunk(2)
+        channels = x_t.shape[1]
+        eps, variance = output[:, :channels], output[:, channels:]
+        if other is not None:
+            eps = guidance_scale * eps + (1 - guidance_scale) * other[:, :channels]
+        return torch.cat([eps, variance], dim=1) if self.learns_variance else eps
+
+    def _rates(self, t: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shares of x_0 and of noise in the scheduler's sample at a timestep, which may lie between two of
+        training's; of `None`, after the last step, 1 and 0."""
+        alphas_cumprod = self.scheduler.alphas_cumprod.double()
+        if t is None:
+            return alphas_cumprod.new_tensor(1.0), alphas_cumprod.new_tensor(0.0)
+        log_snr = torch.logit(alphas_cumprod).cpu().numpy()
+        alpha_cumprod = torch.sigmoid(torch.tensor(np.interp(float(t), np.arange(len(log_snr)), log_snr)))
+        # What the network sees is of variance 1; some schedulers keep another multiple of it.
+        scale = self.scheduler.scale_model_input(torch.ones((), dtype=torch.float64), t)
+        return alpha_cumprod.sqrt() / scale, (1 - alpha_cumprod).sqrt() / scale
+
+    def _to_arguments(self, class_labels: Any, condition: Any, batch_size: int) -> dict[str, torch.Tensor]:
+        """What the network is told beside x_t and t, one for each sample."""
+        arguments, device = {}, self._execution_device
+        if class_labels is not None and not self.num_classes:
+            raise ValueError("class_labels: the network knows no classes")
+        if self.num_classes:
+            labels = self.null_label if class_labels is None else class_labels
+            if labels is None:
+                raise ValueError("the network needs class_labels: it has no null label")
+            one = isinstance(labels, int | str) or getattr(labels, "ndim", 1) == 0
+            numbers = [self._to_class(label) for label in ([labels] if one else labels)]
+            if not one and len(numbers) != batch_size:
+                raise ValueError(f"class_labels must be one, or {batch_size}, got {len(numbers)}")
+            arguments["class_labels"] = torch.tensor(numbers, device=device).expand(batch_size)
+        columns = self.condition_columns
+        if condition is not None and not columns:
+            raise ValueError("condition: the network takes none")
+        if condition is not None:
+            values = _named_values(condition, columns, "condition")
+            if values.shape not in ((len(columns),), (batch_size, len(columns))) or not np.isfinite(values).all():
+                raise ValueError(
+                    f"condition must hold finite numbers, {len(columns)} ({', '.join(columns)}) for all samples or "
+                    f"for each of {batch_size}, got the shape {values.shape}"
+                )
+            if self.config.condition_mean is not None:
+                values = (values - np.asarray(self.config.condition_mean)) / np.asarray(self.config.condition_std)
+            condition = torch.tensor(values, dtype=self.unet.dtype, device=device)
+            arguments["condition"] = condition.expand(batch_size, -1)
+        elif columns:
+            nothing = torch.full((batch_size, len(columns)), math.nan, dtype=self.unet.dtype, device=device)
+            arguments["condition"] = nothing
+        return arguments
+
+    def _to_class(self, label: Any) -> int:
+        if isinstance(label, str):
+            if label not in self.class_names:
+                raise ValueError(f"there is no class {label!r}, only {', '.join(self.class_names)}")
+            return self.class_names.index(label)
+        number = int(label)
+        if number != label or not (0 <= number < self.num_classes or number == self.null_label):
+            raise ValueError(
+                f"class_labels must be names or whole numbers from 0 to {self.num_classes - 1}, got {label}"
+            )
+        return number
+
+    def _null_of(
+        self, asked: dict[str, torch.Tensor], guidance_scale: float, guide: ModelMixin | None
+    ) -> dict[str, torch.Tensor]:
+        """The arguments of the other half of guidance: no label, no condition; or what the guide takes of them."""
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
+        if guidance_scale == 1:
+            return {}
+        if guide is not None:
+            takes = {"class_labels": "num_class_embeds", "condition": "condition_dim"}
+            return {name: value for name, value in asked.items() if guide.config.get(takes[name])}
+        if not asked:
+            raise ValueError("guidance_scale needs a network that takes labels or conditions, or a guide")
+        if "class_labels" in asked and self.null_label is None:
+            raise ValueError("guidance_scale needs a null label: name the one that the network was trained with")
+        nulls = {"class_labels": self.null_label, "condition": math.nan}
+        return {name: torch.full_like(value, nulls[name]) for name, value in asked.items()}
+
+    def _to_known(
+        self, known: Any, mask: Any, shape: tuple[int, ...]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | float]:
+        """y and m of x ← m · (α y + σ z) + (1 − m) · x, in the network's units, as they broadcast with samples."""
+        if known is None:
+            if mask is not None:
+                raise ValueError("a mask needs known values")
+            return None, 0.0
+        if self.is_points:
+            y = torch.tensor(_named_values(known, self.data_columns, "known"))
+            if y.shape not in (shape, shape[1:]):
+                raise ValueError(f"known must have the shape {shape} or {shape[1:]}, got {tuple(y.shape)}")
+            if self.config.data_mean is not None:
+                y = (y - y.new_tensor(self.config.data_mean)) / y.new_tensor(self.config.data_std)
+            m = ~y.isnan() if mask is None else torch.as_tensor(np.asarray(mask)).bool()
+        else:
+            if mask is None:
+                raise ValueError("known images need a mask, which is true where they are known")
+            y = 2 * _to_channels_first(known, self.sample_shape[0]) - 1
+            m = torch.as_tensor(np.asarray(mask))
+            m = (m > 127 if isinstance(mask, PIL.Image.Image) else m.bool()).unsqueeze(-3)
+        for name, values in (("known", y), ("mask", m)):
+            try:
+                values.expand(shape)
+            except RuntimeError:
+                raise ValueError(f"{name} doesn't fit samples of the shape {shape}") from None
+        if not y.expand(shape)[m.expand(shape)].isfinite().all():
+            raise ValueError("known values must be finite where the mask says that they are known")
+        device, dtype = self._execution_device, self.unet.dtype
+        return torch.where(m, y, 0.0).to(device=device, dtype=dtype), m.to(device=device, dtype=dtype)
 
     def _to_output(self, x_0: torch.Tensor, output_type: str) -> tuple[Any, type[BaseOutput]]:
         if self.is_points:
@@ -191,7 +426,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> "DDPMMLPPipeline":
-        """As of any diffusers pipeline, but pickled weights are refused unless `use_safetensors` allows them."""
+        """Like `DiffusionPipeline.from_pretrained`, but refuse pickled weights unless `use_safetensors` allows."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -201,8 +436,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
         index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
         index.pop("_name_or_path", None)  # a path of the machine that saved it
         index["_class_name"] = _carry_code(type(self), folder)
-        if self.config.data_columns:  # diffusers' download takes a list that begins with a string for a component
-            index["data_columns"] = [self.config.data_columns]
+        for key in ("data_columns", "class_names", "condition_columns"):
+            if index.get(key):  # diffusers' download takes a list that begins with a string for a component
+                index[key] = [index[key]]
         for name, component in self.components.items():
             component = getattr(component, "_orig_mod", component)  # what torch.compile wraps
             if not type(component).__module__.startswith("diffusers."):
@@ -237,6 +473,40 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if any(Path(json_file).parent.glob("unet/*.index.json")):  # which may name pickles
             raise ValueError(f"{json_file}: weights in several files are not supported")
         return index
+
+
+def _unwrap(names: list[str] | list[list[str]] | None) -> Any:
+    """The names as they were before `save_config` put them into a list of their own."""
+    return names[0] if names and isinstance(names[0], list) else names
+
+
+def _state_of(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """What a scheduler remembers of its steps, so that a step can be taken again."""
+    return {name: [*value] if isinstance(value, list) else value for name, value in vars(scheduler).items()}
+
+
+def _named_values(values: Any, columns: list[str], what: str) -> np.ndarray:
+    """Return values by the columns' names, or an array of them, as float64; NaN for known values that aren't named."""
+    if not isinstance(values, Mapping):
+        return np.asarray(values, dtype=np.float64)
+    unknown = [name for name in values if name not in columns]
+    missing = [name for name in columns if name not in values and what == "condition"]
+    if unknown or missing:
+        problem = f"has no {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ValueError(f"{what} {problem}: the columns are {', '.join(columns)}")
+    return np.array([values.get(name, math.nan) for name in columns], dtype=np.float64)
+
+
+def _to_channels_first(images: Any, channels: int) -> torch.Tensor:
+    """Images in [0, 1], `[…, channels, height, width]`, from a picture, an array or a tensor."""
+    if isinstance(images, torch.Tensor):
+        return images.double()
+    if isinstance(images, PIL.Image.Image):
+        array = np.asarray(images.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])) / 255
+        array = array.reshape(*array.shape[:2], channels)
+    else:
+        array = np.asarray(images, dtype=np.float64)
+    return torch.from_numpy(np.moveaxis(array, -1, -3))
 
 
 def _installed(entry: Any, kind: type) -> list[str] | None:

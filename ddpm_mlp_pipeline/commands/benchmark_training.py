@@ -24,7 +24,7 @@ with command_imports("training", __name__):
     import torch
     from accelerate.utils import set_seed
 
-    from ..data.images import load_images
+    from ..data.images import ImageBatches, load_images
     from ..judge.features import load_features
     from ..judge.metrics import frechet_distance, image_features, to_uint8
     from ..pipeline import DDPMMLPPipeline
@@ -119,7 +119,7 @@ def _timed_training(run: ImageTrainingArguments, steps: int) -> tuple[DDPMMLPPip
     set_seed(run.seed)
     images = load_images_once(run.dataset_name, run.split, run.resolution, run.fit, run.channels)
     start = time.perf_counter()
-    pipeline, _ = train_on_images(run, images)
+    pipeline, _ = train_on_images(run, ImageBatches(images))
     return pipeline, time.perf_counter() - start
 
 

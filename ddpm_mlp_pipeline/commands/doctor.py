@@ -126,7 +126,8 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     options: PointTrainingArguments | ImageTrainingArguments
     if is_points:
         options = parse_options(PointTrainingArguments, argv, "", PRESETS)
-        pipeline, x_0 = make_point_pipeline(options)
+        pipeline, data = make_point_pipeline(options)
+        x_0 = data.samples
         options.train_batch_size = options.train_batch_size or default_batch_size(len(x_0))
         args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
     else:

@@ -9,11 +9,10 @@ from pathlib import Path
 from .parser import command, command_imports, leaving_out
 
 with command_imports("training", __name__):
-    import torch
     from diffusers.training_utils import EMAModel
 
     from .. import figures
-    from ..data.images import ImageBatches, load_images, mirror_half, to_network_units
+    from ..data.images import ImageBatches, load_labelled_images, mirror_half, to_network_units
     from ..pipeline import DDPMMLPPipeline
     from ..training.loop import train
     from ..training.options import ImageTrainingArguments
@@ -41,13 +40,16 @@ def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: E
 
 
 def train_on_images(
-    args: ImageTrainingArguments, images: torch.Tensor, draw_samples: Callable[..., None] | None = None
+    args: ImageTrainingArguments,
+    data: ImageBatches,
+    class_names: Sequence[str] = (),
+    draw_samples: Callable[..., None] | None = None,
 ) -> tuple[DDPMMLPPipeline, list[float]]:
-    """Train a new pipeline on images, uint8 `[number, channels, height, width]`; return the steps' losses, too."""
-    pipeline = make_image_pipeline(args, tuple(images.shape[1:]))
+    """Train a new pipeline on images of some classes; return it and the steps' losses."""
+    pipeline = make_image_pipeline(args, tuple(data.images.shape[1:]), class_names)
     pipeline.set_progress_bar_config(disable=True)
     augment = mirror_half if args.random_flip else None
-    return pipeline, train(pipeline, ImageBatches(images), args, draw_samples, augment)
+    return pipeline, train(pipeline, data, args, draw_samples, augment)
 
 
 @command
@@ -56,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = this_process()
     with process.local_main_process_first(), leaving_out(args.skip_corrupt, not process.is_main_process) as on_corrupt:
         form = args.resolution, args.fit, args.channels
-        images = load_images(args.dataset_name, args.split, *form, on_corrupt=on_corrupt)
-    pipeline, losses = train_on_images(args, images, functools.partial(draw_samples, args))
+        images, labels, class_names = load_labelled_images(
+            args.dataset_name, args.label_column, args.split, *form, on_corrupt=on_corrupt
+        )
+    data = ImageBatches(images, labels)
+    pipeline, losses = train_on_images(args, data, class_names, functools.partial(draw_samples, args))
     x_0, steps = to_network_units(images[: figures.NUM_IMAGES]), args.ddpm_num_inference_steps
     finish_run(args, pipeline, x_0, losses, args.dataset_name, repo_id, steps)
 

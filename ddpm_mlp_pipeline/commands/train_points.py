@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from .parser import command, command_imports
 
 with command_imports("training", __name__):
-    from ..data.batches import TensorBatches
     from ..data.points import warn_of_columns
     from ..training.loop import train
     from ..training.options import PointTrainingArguments
@@ -19,14 +18,14 @@ with command_imports("training", __name__):
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args, repo_id = start_run(PointTrainingArguments, argv, __doc__)
-    pipeline, x_0 = make_point_pipeline(args)
+    pipeline, data = make_point_pipeline(args)
     if this_process().is_main_process:
         warn_of_columns(args.dataset, pipeline.config.data_columns)
     if args.train_batch_size is None:
-        args.train_batch_size = default_batch_size(len(x_0) // this_process().num_processes)
+        args.train_batch_size = default_batch_size(len(data) // this_process().num_processes)
     pipeline.set_progress_bar_config(disable=True)
-    losses = train(pipeline, TensorBatches(x_0), args)
-    finish_run(args, pipeline, x_0, losses, args.dataset, repo_id)
+    losses = train(pipeline, data, args)
+    finish_run(args, pipeline, data.samples, losses, args.dataset, repo_id)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,9 @@ def train(
             with accelerator.accumulate(unet):
                 if augment is not None:
                     batch = batch._replace(x_0=augment(batch.x_0, torch.rand(total, device=device)[rows]))
+                if batch.known and args.label_dropout:
+                    is_forgotten = torch.rand(total, device=device)[rows] < args.label_dropout
+                    batch = batch.forget(is_forgotten, pipeline.null_label)
                 # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
                 # (or on the same of another target than ε, or on a term of the bound: see losses.py).
                 t = torch.randint(T, (total,), device=device)[rows]

@@ -61,6 +61,7 @@ class TrainingArguments:
     use_ema: bool = option(True, "average the weights; the checkpoint then holds the average")
     ema_max_decay: float = option(0.9999, "decay that the average, which warms up, reaches at most")
     mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "fp16", "bf16"])
+    label_dropout: float = option(0.1, "share of samples that are trained without label and condition")
     snr_gamma: float | None = option(None, "γ of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5 is usual")
     save_samples_epochs: int | None = option(None, "draw samples, with raw and with averaged weights, so often")
     seed: int = option(0, "seed of the weights, the order of the data, the timesteps and the noise")
@@ -98,6 +99,8 @@ class TrainingArguments:
             raise ConfigurationError(f"lr_warmup_steps must be at least 0, got {self.lr_warmup_steps}")
         if not 0 <= self.seed < 2**32:
             raise ConfigurationError(f"seed must be at least 0 and below 2^32, got {self.seed}")
+        if not 0 <= self.label_dropout < 1:
+            raise ConfigurationError(f"label_dropout must be at least 0 and below 1, got {self.label_dropout}")
         if not 0 <= self.ema_max_decay < 1:
             raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
 
@@ -144,6 +147,8 @@ class PointTrainingArguments(TrainingArguments):
     dataset_size: int | None = option(None, "points to draw (100,000 by default), or to choose from a file (all)")
     dataset_noise: float | None = option(None, "standard deviation of the data's noise; by default each set's own")
     exclude: Sequence[str] | None = option(None, "names of columns to leave out")
+    label_column: str | None = option(None, "column of labels, strings or whole numbers, to draw samples by")
+    condition_columns: Sequence[str] | None = option(None, "names of numeric columns to draw samples by")
     embedding_dim: int = option(32, "size of the embedding of the timestep and of each coordinate")
     hidden_dim: int = option(64, "width of the network")
     num_hidden_layers: int = option(4, "number of residual blocks")
@@ -170,6 +175,7 @@ class ImageTrainingArguments(TrainingArguments):
 
     dataset_name: str = option(help="a data set on the hub, a folder that load_dataset takes, or a folder of images")
     split: str = option("train", "which split of it")
+    label_column: str | None = option(None, "column of labels to draw samples by; of a folder of folders, 'label'")
     resolution: int | None = option(
         None, "height and width to bring the images to; by default they are left as they are"
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 
-from ..data.points import POINT_SETS, load_points, to_array
+from ..data.batches import TensorBatches
+from ..data.normalized import normalize
+from ..data.points import POINT_SETS, load_points, split_columns
 from ..errors import ConfigurationError, DatasetError
 from ..models.mlp import MLPModel
 from ..models.unet import SmallUNet2DModel
@@ -16,28 +19,48 @@ from ..pipeline import DDPMMLPPipeline
 from .options import ImageTrainingArguments, PointTrainingArguments
 
 
-def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
-    """The untrained pipeline, and the points, normalised, that it is to learn."""
+def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, TensorBatches]:
+    """Make the untrained pipeline, and the points, normalised, that it is to learn."""
     size = 100_000 if args.dataset_size is None and args.dataset in POINT_SETS else args.dataset_size
-    dataset = load_points(args.dataset, size, args.dataset_noise, args.seed, exclude=args.exclude or ())
-    points = to_array(dataset)
-    mean, std = points.mean(axis=0), points.std(axis=0)
-    constant = [column for column, spread in zip(dataset.column_names, std, strict=True) if spread == 0]
-    if constant:
+    known_by = {"label_column": args.label_column, "condition_columns": args.condition_columns or ()}
+    dataset = load_points(args.dataset, size, args.dataset_noise, args.seed, exclude=args.exclude or (), **known_by)
+    points, conditions, labels, class_names = split_columns(dataset, **known_by)
+    columns = [
+        name for name in dataset.column_names if name not in (args.label_column, *known_by["condition_columns"])
+    ]
+    (mean, std), (condition_mean, condition_std) = ((x.mean(axis=0), x.std(axis=0)) for x in (points, conditions))
+    spreads = zip([*columns, *known_by["condition_columns"]], [*std, *condition_std], strict=True)
+    if constant := [column for column, spread in spreads if spread == 0]:
         names = ", ".join(map(repr, constant))
         raise DatasetError(f"constant in {args.dataset}: {names}; leave out with --exclude {shlex.join(constant)}")
-    x_0 = torch.from_numpy((points - mean) / std).float()
+    x_0 = normalize(points, mean, std)
+    condition = normalize(conditions, condition_mean, condition_std) if conditions.size else None
 
     try:
-        out_channels = args.num_predictions * points.shape[1]
         unet = MLPModel(
-            points.shape[1], None, args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
+            points.shape[1],
+            embedding_dim=args.embedding_dim,
+            hidden_dim=args.hidden_dim,
+            num_hidden_layers=args.num_hidden_layers,
+            out_channels=args.num_predictions * points.shape[1],
+            num_class_embeds=len(class_names) or None,
+            condition_dim=conditions.shape[1] or None,
         )
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    scheduler = args.make_scheduler(clip_sample_range=x_0.abs().max().item())
-    pipeline = DDPMMLPPipeline(unet, scheduler, mean.tolist(), std.tolist(), dataset.column_names)
-    return pipeline, x_0
+    pipeline = DDPMMLPPipeline(
+        unet,
+        args.make_scheduler(clip_sample_range=x_0.abs().max().item()),
+        mean.tolist(),
+        std.tolist(),
+        columns,
+        class_names or None,
+        label_column=args.label_column,
+        condition_columns=list(known_by["condition_columns"]) or None,
+        condition_mean=condition_mean.tolist() or None,
+        condition_std=condition_std.tolist() or None,
+    )
+    return pipeline, TensorBatches(x_0, labels, condition)
 
 
 def default_batch_size(dataset_size: int) -> int:
@@ -45,41 +68,48 @@ def default_batch_size(dataset_size: int) -> int:
     return min(2048, dataset_size)
 
 
-def make_image_pipeline(args: ImageTrainingArguments, sample_shape: Sequence[int]) -> DDPMMLPPipeline:
-    """The untrained pipeline, for images of `(channels, height, width)`."""
+def make_image_pipeline(
+    args: ImageTrainingArguments, sample_shape: Sequence[int], class_names: Sequence[str] = ()
+) -> DDPMMLPPipeline:
+    """Make the untrained pipeline, for images of `(channels, height, width)` of some classes."""
     channels, *size = sample_shape
-    out_channels = args.num_predictions * channels
+    num_classes = len(class_names)
+    shared: dict[str, Any] = {
+        "in_channels": channels,
+        "sample_size": tuple(size),
+        "out_channels": args.num_predictions * channels,
+        "num_class_embeds": num_classes or None,
+    }
     try:
         widths = tuple(int(width) for width in args.block_out_channels.split(","))
+        of_unets = {"block_out_channels": widths, "layers_per_block": args.layers_per_block}
         if args.model == "mlp":
-            unet = MLPModel(
-                channels, tuple(size), args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
-            )
+            mlp = {name: getattr(args, name) for name in ("embedding_dim", "hidden_dim", "num_hidden_layers")}
+            unet = MLPModel(**shared, **mlp)
         elif args.model == "unet":
             unet = SmallUNet2DModel(
-                sample_size=tuple(size),
-                in_channels=channels,
-                out_channels=out_channels,
-                block_out_channels=widths,
-                layers_per_block=args.layers_per_block,
-                attention=args.attention,
-                time_conditioning=args.time_conditioning,
+                **shared, **of_unets, attention=args.attention, time_conditioning=args.time_conditioning
             )
         else:
             divisor = 2 ** (len(widths) - 1)
             if any(length % divisor for length in size):
                 raise ConfigurationError(f"the stock model needs heights and widths that are multiples of {divisor}")
             lowest = "Attn" if args.attention else ""
+            if num_classes:
+                shared["num_class_embeds"] = num_classes + 1  # it has no embedding of its own for "no label"
             unet = UNet2DModel(
-                sample_size=tuple(size),
-                in_channels=channels,
-                out_channels=out_channels,
-                block_out_channels=widths,
-                layers_per_block=args.layers_per_block,
+                **shared,
+                **of_unets,
                 down_block_types=("DownBlock2D",) * (len(widths) - 1) + (f"{lowest}DownBlock2D",),
                 up_block_types=(f"{lowest}UpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
                 add_attention=args.attention,
             )
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    return DDPMMLPPipeline(unet.to(memory_format=torch.channels_last), args.make_scheduler(clip_sample_range=1.0))
+    return DDPMMLPPipeline(
+        unet.to(memory_format=torch.channels_last),
+        args.make_scheduler(clip_sample_range=1.0),
+        class_names=list(class_names) or None,
+        null_label=num_classes or None,
+        label_column=args.label_column,
+    )
