@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import ConfigurationError, UnsupportedSchedulerError
@@ -106,6 +107,8 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     options = {key: config[key] for key in inspect.signature(type(scheduler)).parameters if key in config}
     if options.get("thresholding"):
         raise UnsupportedSchedulerError(f"{name} with thresholding can't be compiled: it depends on whole samples")
+    if options.get("variance_type") == "learned_range" and isinstance(scheduler, DDPMScheduler):
+        return _compile_learned_range(scheduler, num_inference_steps)
     if str(options.get("variance_type")).startswith("learned"):
         raise UnsupportedSchedulerError(
             f"{name} with a learned variance can't be compiled: set variance_type=fixed_large, or take ddim"
@@ -141,8 +144,36 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
         to_x_0=np.array(probes.to_x_0) if clip_range is not None else np.zeros((len(steps), 2)),
         to_next=to_next,
         clip_range=clip_range,
+        alphas_cumprod=_alphas_cumprod(scheduler, [step.timestep for step in steps]),
     )
     _check_by_replay(table, scheduler, num_inference_steps, step_options, replay_tolerance)
+    return table
+
+
+def _alphas_cumprod(scheduler: SchedulerMixin, timesteps: list[float]) -> np.ndarray:
+    """ᾱ of what the network sees at some timesteps, which may lie between two of training's."""
+    log_snr = torch.logit(scheduler.alphas_cumprod.double()).numpy()
+    interpolated = np.interp(timesteps, np.arange(len(log_snr)), log_snr)
+    return torch.sigmoid(torch.from_numpy(interpolated)).numpy()
+
+
+def _compile_learned_range(scheduler: DDPMScheduler, num_inference_steps: int) -> StepTable:
+    """Compile DDPM with a variance that the network predicts between those of `fixed_small` and `fixed_large`.
+
+    With v in [−1, 1] of the network's output, log σ² = ½ (1 + v) log β_t + ½ (1 − v) log β̃_t (Nichol & Dhariwal 2021,
+    https://arxiv.org/abs/2102.09672, eq. 15): a v + b with the numbers of both tables.
+    """
+    large, small = (
+        compile_scheduler(type(scheduler).from_config(scheduler.config, variance_type=kind), num_inference_steps)
+        for kind in ("fixed_large", "fixed_small")
+    )
+    to_next = large.to_next.copy()
+    is_noisy = to_next[:, 0, Z] != 0
+    log_beta, log_posterior = (2 * np.log(np.where(is_noisy, t.to_next[:, 0, Z], 1)) for t in (large, small))
+    to_next[:, 0, Z] = is_noisy
+    log_variance = np.stack([(log_beta - log_posterior) / 2, (log_beta + log_posterior) / 2], axis=1)
+    table = dataclasses.replace(large, to_next=to_next, log_variance=log_variance)
+    _check_by_replay(table, scheduler, num_inference_steps, {}, TOLERANCES[0][1])
     return table
 
 
@@ -188,14 +219,20 @@ def _steps(
     initial_scale = float((x / noise).median())
     for k, t in enumerate(timesteps):
         eps = network(scheduler, t, sample, x)
+        output = torch.cat([eps, _v(x)], dim=1) if "learned" in scheduler.config.get("variance_type", "") else eps
         state = generator.get_state()
-        sample = scheduler.step(eps, t, sample, **options).prev_sample
+        sample = scheduler.step(output, t, sample, **options).prev_sample
         z = noise_drawn(generator, state, sample.shape)
         x_next = scheduler.scale_model_input(sample, timesteps[k + 1]) if k + 1 < len(timesteps) else sample
         _check_finite(scheduler, t, x_next)
         z_drawn = None if z is None else _numbers(z)
         yield _Step(float(t), _numbers(x), _numbers(eps), z_drawn, _numbers(x_next), initial_scale)
         x = x_next
+
+
+def _v(x: torch.Tensor) -> torch.Tensor:
+    """What stands in for the variance that a network predicts."""
+    return torch.sin(3 * x)
 
 
 def _numbers(values: torch.Tensor) -> np.ndarray:
@@ -344,6 +381,10 @@ def _check_by_replay(
             rows[k, X_0] = (table.to_x_0[k] @ rows[k, [X, EPS]]).clip(-table.clip_range, table.clip_range)
         if step.z is not None:
             rows[k, Z] = step.z
+            if table.log_variance is not None:
+                rows[k, Z] *= np.exp(
+                    (table.log_variance[k, 0] * _v(torch.tensor(x)).numpy() + table.log_variance[k, 1]) / 2
+                )
         past = rows[max(0, k + 1 - table.history) : k + 1][::-1]
         x = np.einsum("ij,ijn->n", table.to_next[k, : len(past)], past)
         error = np.abs(x - step.x_next).max() / max(np.abs(step.x_next).max(), 1e-30)

@@ -12,9 +12,11 @@ import numpy as np
 
 from ..errors import BundleError
 
-FORMAT, VERSION = "ddpm-bundle", 1
+FORMAT, VERSION = "ddpm-bundle", 2
+READ_VERSIONS = (1, VERSION)  # of version 1, the network takes neither labels nor conditions
 FILES = {"unet.onnx": "network", "step_table.json": "step table"}  # which samples come out depends on these
-INPUTS = ("sample", "timestep")  # of the network
+INPUTS = ("sample", "timestep")  # of every network
+OPTIONAL_INPUTS = ("class_labels", "condition")  # which follow in this order
 MAX_SIZE = 2**26  # of a sample, in numbers
 
 
@@ -26,7 +28,7 @@ def read_info(path: Path) -> dict[str, Any]:
     """
     try:
         info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if (info["format"], info["version"]) != (FORMAT, VERSION):
+        if info["format"] != FORMAT or info["version"] not in READ_VERSIONS:
             raise BundleError(f"{path} does not describe a bundle of version {VERSION}")
         shape = info["sample_shape"]
         if (
@@ -36,15 +38,20 @@ def read_info(path: Path) -> dict[str, Any]:
         ):
             raise BundleError(f"{path}: {shape} is no shape of points or images")
         if len(shape) == 1:
-            for name in ("data_mean", "data_std"):
-                numbers = np.asarray(info[name], dtype=np.float64)
-                if numbers.shape != tuple(shape) or not (np.abs(numbers) < np.finfo(np.float32).max).all():
-                    raise BundleError(f"{path}: {name} must hold {shape[0]} numbers")
-            columns = info["data_columns"]
-            if len(columns) != shape[0] or not all(isinstance(column, str) for column in columns):
-                raise BundleError(f"{path}: data_columns must hold {shape[0]} names")
-        if (inputs := info.get("inputs", list(INPUTS))) != list(INPUTS):
-            raise BundleError(f"{path}: the network needs the inputs {inputs}, of which this version knows {INPUTS}")
+            _check_columns(info, path, "data", shape[0])
+        inputs = info.setdefault("inputs", list(INPUTS))
+        further = [name for name in OPTIONAL_INPUTS if name in inputs] if info["version"] == VERSION else []
+        if inputs != [*INPUTS, *further]:
+            known = ", ".join((*INPUTS, *OPTIONAL_INPUTS))
+            raise BundleError(f"{path}: the network needs the inputs {inputs}, of which this version knows {known}")
+        if "condition" in inputs:
+            _check_columns(info, path, "condition", len(info["condition_columns"]))
+        if "class_labels" in inputs:
+            names, null = info["class_names"], info["null_label"]
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise BundleError(f"{path}: class_names must be a list of names")
+            if null is not None and not (type(null) is int and 0 <= null <= len(names)):
+                raise BundleError(f"{path}: null_label must be a whole number from 0 to {len(names)}, or null")
         if not isinstance(info.get("sha256", {}), dict):
             raise BundleError(f"{path}: sha256 must hold the checksum of each file")
         return info
@@ -59,6 +66,17 @@ def read_info(path: Path) -> dict[str, Any]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{path} does not describe a bundle: {type(error).__name__}: {error}") from None
+
+
+def _check_columns(info: dict[str, Any], path: Path, kind: str, number: int) -> None:
+    """Check the names, means and standard deviations of the data's or of the condition's columns."""
+    for name in (f"{kind}_mean", f"{kind}_std"):
+        numbers = np.asarray(info[name], dtype=np.float64)
+        if numbers.shape != (number,) or not (np.abs(numbers) < np.finfo(np.float32).max).all():
+            raise BundleError(f"{path}: {name} must hold {number} numbers")
+    columns = info[f"{kind}_columns"]
+    if number == 0 or len(columns) != number or not all(isinstance(column, str) for column in columns):
+        raise BundleError(f"{path}: {kind}_columns must hold {number} names")
 
 
 def seal(bundle: Path) -> None:

@@ -5,6 +5,7 @@ seed, and a counter, which says where the number stands, into four uniform 32-bi
 turns those into four standard normals. Sample i has a stream of its own: block b of it is Philox(key = seed, counter =
 (b, i, 0, 0)), and the normals of all its blocks in a row are, `dimension` at a time, the initial sample and then the
 noise of step 0, 1, 2 … So a sample depends on the seed and on its index alone, not on the batch that it is drawn in.
+The counter's third word numbers further streams of the same sample: stream 1 is the noise of its known values.
 """
 
 from __future__ import annotations
@@ -53,14 +54,16 @@ def _box_muller(a: Words, b: Words) -> tuple[npt.NDArray[np.float32], npt.NDArra
     return radius * np.cos(angle), radius * np.sin(angle)
 
 
-def normal(seed: int, samples: range, dimension: int, draws: range) -> npt.NDArray[np.float32]:
+def normal(seed: int, samples: range, dimension: int, draws: range, stream: int = 0) -> npt.NDArray[np.float32]:
     """Standard normals for some draws of some samples.
 
     Args:
         seed: in [0, 2⁶³).
         samples: indices of the samples, below 2³².
         dimension: how many numbers a sample has.
-        draws: 0 is the initial sample; k + 1 is the noise of step k.
+        draws: in stream 0, 0 is the initial sample and k + 1 the noise of step k; in stream 1, k is the noise of the
+            known values after step k.
+        stream: of the sample.
 
     Returns:
         float32, `[len(draws), len(samples), dimension]`.
@@ -69,7 +72,7 @@ def normal(seed: int, samples: range, dimension: int, draws: range) -> npt.NDArr
     blocks = np.arange(first // 4, -(-last // 4), dtype=np.uint64)
     zero = np.zeros((), dtype=np.uint64)
     index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
-    words = philox((blocks, index, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    words = philox((blocks, index, zero + np.uint64(stream), zero), (seed & 0xFFFFFFFF, seed >> 32))
     normals = np.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], axis=-1)
     stream = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
     return stream.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)

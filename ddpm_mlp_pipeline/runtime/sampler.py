@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,11 @@ from ..errors import BundleError, ConfigurationError, DivergenceError
 from .bundle import read_file, read_info
 from .external_data import has_external_data
 from .noise import normal
+from .request import Asked, Request, resolve
 from .step_table import EPS, X_0, StepTable, X, Z
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MAX_SAMPLES = 2**32  # a sample's index is one word of the noise's counter
 
@@ -76,6 +80,7 @@ class Sampler(Protocol):
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
+        **asked: Unpack[Asked],
     ) -> Generator[np.ndarray, None, None]:
         """Draw samples, and yield them batch by batch, in order: see [`OnnxSampler.sample`]."""
 
@@ -113,6 +118,16 @@ class OnnxSampler(Sampler):
         return columns
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that the network knows; empty if it takes no labels."""
+        return list(self.info.get("class_names") or ())
+
+    @property
+    def condition_columns(self) -> list[str]:
+        """Names of the condition's numbers; empty if the network takes no condition."""
+        return list(self.info.get("condition_columns") or ())
+
+    @property
     def scheduler(self) -> str:
         return self.table.scheduler
 
@@ -125,8 +140,11 @@ class OnnxSampler(Sampler):
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
+        **asked: Unpack[Asked],
     ) -> npt.NDArray[np.float32]:
-        """Draw samples.
+        """Draw samples: any that the network has learned, or those that are asked for.
+
+        Sample i of a seed has the same noise whatever is asked, so that classes can be compared.
 
         Args:
             num_samples: how many.
@@ -134,16 +152,28 @@ class OnnxSampler(Sampler):
             batch_size: at most so many go through the network together; it bounds memory and changes no sample.
             on_step: called after each step with the number of samples that it moved, for a progress bar; one call at a
                 time, but from several threads.
+            class_labels: the class of all samples, or of each: names of `class_names`, or numbers. Without, samples
+                are of any class.
+            condition: in its own units, by the columns' names or as an array, `[condition_dim]` for all samples or
+                `[num_samples, condition_dim]`.
+            guidance_scale: w of classifier-free guidance, by default as exported; 1 is none. A guided step costs two
+                evaluations of the network.
+            guidance_interval: `(t_high, t_low)`, the timesteps to guide at; by default all.
+            known: what part of the samples is to be: points in the data's units, by name or as an array, with NaN for
+                coordinates to draw; images in [0, 1], `[height, width, channels]`, or a picture. One, or one for each.
+            mask: bool, true where `known` is known: a point's shape, or `[height, width]`; or a picture, white there.
+            resample: how often each step is taken, so that the drawn part fits the known one: see
+                [`StepTable.repeated`][].
 
         Returns:
             float32: points in the data's own units, `[num_samples, dimension]`, or images in [0, 1],
             `[num_samples, height, width, channels]`.
 
         Raises:
-            ConfigurationError: if a number is out of range.
+            ConfigurationError: if a number is out of range, or what is asked doesn't fit the network.
             DivergenceError: if a sample is not finite; it names the step.
         """
-        return np.concatenate([*self.batches(num_samples, seed, batch_size, on_step)])
+        return np.concatenate([*self.batches(num_samples, seed, batch_size, on_step, **asked)])
 
     def batches(
         self,
@@ -151,6 +181,7 @@ class OnnxSampler(Sampler):
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
+        **asked: Unpack[Asked],
     ) -> Generator[npt.NDArray[np.float32], None, None]:
         """Draw samples, as [`sample`][OnnxSampler.sample] does, and yield them batch by batch, in order.
 
@@ -161,19 +192,24 @@ class OnnxSampler(Sampler):
             raise ConfigurationError(f"num_samples and batch_size must be at least 1, got {num_samples}, {batch_size}")
         if num_samples > MAX_SAMPLES:
             raise ConfigurationError(f"a seed has {MAX_SAMPLES} samples at most, got {num_samples}")
+        request, table = resolve(self.info, self.table, num_samples, **asked)
         batch_size = min(batch_size, math.ceil(num_samples / self.num_threads))
         samples = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
         workers = min(self.num_threads, len(samples))
         session = self._session(max(1, self.num_threads // workers))
+
+        def draw(part: range, stop: threading.Event | None = None) -> npt.NDArray[np.float32]:
+            return self._draw(session, table, request.of(part), part, seed, on_step, stop)
+
         if workers == 1:
-            yield from (self._draw(session, part, seed, on_step) for part in samples)
+            yield from map(draw, samples)
             return
         stop = threading.Event()
         with ThreadPoolExecutor(workers) as pool:
             waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
             try:
                 for part in samples:
-                    waiting.append(pool.submit(self._draw, session, part, seed, on_step, stop))
+                    waiting.append(pool.submit(draw, part, stop))
                     if len(waiting) == 2 * workers:
                         yield waiting.popleft().result()
                 while waiting:
@@ -190,6 +226,7 @@ class OnnxSampler(Sampler):
         *,
         latents: npt.NDArray[np.float32] | None = None,
         noises: Iterable[npt.NDArray[np.float32]] | None = None,
+        **asked: Unpack[Asked],
     ) -> Generator[DenoisingStep, npt.NDArray[np.float32] | None, None]:
         """Sample one batch, and yield what every step makes of it: the process, to be drawn or measured.
 
@@ -200,9 +237,11 @@ class OnnxSampler(Sampler):
             seed: in [0, 2⁶³).
             latents: x_T to start from instead of the seed's, float32 `[num_samples, *sample_shape]`.
             noises: the noise of the steps that add any, one after the other, instead of the seed's.
+            asked: what to draw: see [`sample`][OnnxSampler.sample].
 
         Raises:
-            ConfigurationError: if a number is out of range, or `latents` has another shape.
+            ConfigurationError: if a number is out of range, `latents` has another shape, or what is asked doesn't fit
+                the network.
         """
         if num_samples < 1:
             raise ConfigurationError(f"num_samples must be at least 1, got {num_samples}")
@@ -210,10 +249,11 @@ class OnnxSampler(Sampler):
             raise ConfigurationError(
                 f"latents must have the shape {(num_samples, *self.sample_shape)}, got {latents.shape}"
             )
-        session = self._session(self.num_threads)
-        samples = self._steps(session, range(num_samples), seed, latents, None if noises is None else iter(noises))
+        request, table = resolve(self.info, self.table, num_samples, **asked)
+        all_, noises = range(num_samples), None if noises is None else iter(noises)
+        samples = self._steps(self._session(self.num_threads), table, request.of(all_), all_, seed, latents, noises)
         replacement = None
-        for k, t in enumerate(self.table.timesteps.tolist()):
+        for k, t in enumerate(table.timesteps.tolist()):
             replacement = yield DenoisingStep(k, t, samples.send(replacement))
 
     def first_input(self, num_samples: int = 1, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -225,36 +265,49 @@ class OnnxSampler(Sampler):
         latents = normal(seed, samples, math.prod(self.sample_shape), range(1))
         return latents.reshape(len(samples), *self.sample_shape)
 
-    def predict(self, sample: npt.NDArray[np.floating], timestep: float) -> npt.NDArray[np.float32]:
-        """The network alone: ε for x_t, float32 `[batch, *sample_shape]`, both in the network's units."""
+    def predict(
+        self, sample: npt.NDArray[np.floating], timestep: float, **asked: Unpack[Asked]
+    ) -> npt.NDArray[np.float32]:
+        """The network alone: its output for x_t, float32 `[batch, …]`, both in the network's units.
+
+        Args:
+            sample: x_t, `[batch, *sample_shape]`.
+            timestep: t, one for all.
+            asked: `class_labels` and `condition`, as [`sample`][OnnxSampler.sample] takes them.
+        """
+        request, _ = resolve(self.info, self.table.guided(1.0), len(sample), **asked)
         feeds = {"sample": sample.astype(np.float32), "timestep": np.array(timestep, dtype=np.float32)}
-        eps: npt.NDArray[np.float32]
-        (eps,) = self._session(self.num_threads).run(["out_sample"], feeds)
-        return eps
+        output: npt.NDArray[np.float32]
+        (output,) = self._session(self.num_threads).run(["out_sample"], feeds | request.of(range(len(sample))).inputs)
+        return output
 
     def _draw(
         self,
         session: ort.InferenceSession,
+        table: StepTable,
+        request: Request,
         samples: range,
         seed: int,
         on_step: Callable[[int], Any] | None,
         stop: threading.Event | None = None,
     ) -> npt.NDArray[np.float32]:
-        for x in self._steps(session, samples, seed):  # noqa: B007
+        for x in self._steps(session, table, request, samples, seed):  # noqa: B007
             if stop is not None and stop.is_set():
                 break
             if on_step is not None:
                 with self._on_step_lock:  # batches run in threads of their own
                     on_step(len(samples))
         if not np.isfinite(x).all():  # which it stays from step to step, so that it is enough to look at the end
-            steps = enumerate(self._steps(session, samples, seed))
-            k = next((k for k, x in steps if not np.isfinite(x).all()), len(self) - 1)
-            raise DivergenceError.at_step(k, float(self.table.timesteps[k]))
+            steps = enumerate(self._steps(session, table, request, samples, seed))
+            k = next((k for k, x in steps if not np.isfinite(x).all()), len(table) - 1)
+            raise DivergenceError.at_step(k, float(table.timesteps[k]))
         return self.to_data_units(x)
 
     def _steps(
         self,
         session: ort.InferenceSession,
+        table: StepTable,
+        request: Request,
         samples: range,
         seed: int,
         latents: npt.NDArray[np.float32] | None = None,
@@ -263,7 +316,7 @@ class OnnxSampler(Sampler):
         """Yield the sample after each step; one that is sent takes its place."""
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
-        table, shape = self.table, (len(samples), *self.sample_shape)
+        shape = (len(samples), *self.sample_shape)
         size = math.prod(shape)
         if noises is None:
             noises = _noise_of_steps(seed, samples, self.sample_shape, table.is_stochastic)
@@ -276,15 +329,10 @@ class OnnxSampler(Sampler):
         history[0, X].reshape(shape)[...] = latents
         history[0, X] *= np.float32(table.initial_scale)
         terms = history.reshape(-1, size)
-        timestep = np.empty((), dtype=np.float32)
-        networks = []
-        for x, eps in zip(history[:, X], history[:, EPS], strict=True):
-            networks.append(network := session.io_binding())
-            network.bind_input("sample", "cpu", 0, np.float32, shape, x.ctypes.data)
-            network.bind_input("timestep", "cpu", 0, np.float32, (), timestep.ctypes.data)
-            network.bind_output("out_sample", "cpu", 0, np.float32, shape, eps.ctypes.data)
+        network = _Network(session, history, shape, request, self._channels, table.is_guided.any())
 
         clip_range, is_stochastic = table.clip_range, table.is_stochastic.tolist()
+        w = np.ones(len(table)) if table.guidance_scale is None else table.guidance_scale
         to_x_0 = table.to_x_0.astype(np.float32)
         calls = np.arange(len(table))[:, None]
         places = (calls - np.arange(table.history)) % table.history
@@ -292,17 +340,34 @@ class OnnxSampler(Sampler):
         for k, t in enumerate(table.timesteps.tolist()):
             place = k % table.history
             now = history[place]
-            timestep[...] = t
-            session.run_with_iobinding(networks[place])
+            v = network(place, t, w[k])
             if clip_range is not None:
                 to_x_0[k].dot(now[: EPS + 1], out=now[X_0])
                 now[X_0].clip(-clip_range, clip_range, out=now[X_0])
             if is_stochastic[k]:
                 now[Z].reshape(shape)[...] = next(noises)
+                if table.log_variance is not None:
+                    a, b = table.log_variance[k].astype(np.float32)
+                    now[Z].reshape(shape)[...] *= np.exp((a * v + b) / 2)
             x = to_next[k].dot(terms)
+            if request.known is not None:
+                self._replace_known(x.reshape(shape), request, samples, seed, table, k)
             history[(k + 1) % table.history, X] = x
             if (replacement := (yield x.reshape(shape))) is not None:
                 history[(k + 1) % table.history, X] = replacement.ravel()
+
+    def _replace_known(
+        self, x: npt.NDArray[np.float32], request: Request, samples: range, seed: int, table: StepTable, k: int
+    ) -> None:
+        """x ← m (√ᾱ′ y + √(1 − ᾱ′) z′) + (1 − m) x, with ᾱ′ of the next call, or 1 after the last."""
+        y, mask, alphas_cumprod = request.known, request.mask, table.alphas_cumprod
+        if y is None or mask is None or alphas_cumprod is None:
+            return
+        if k + 1 < len(table):
+            z = normal(seed, samples, math.prod(self.sample_shape), range(k, k + 1), stream=1).reshape(x.shape)
+            alpha_cumprod = alphas_cumprod[k + 1]
+            y = np.float32(np.sqrt(alpha_cumprod)) * y + np.float32(np.sqrt(1 - alpha_cumprod)) * z
+        x[...] = mask * y + (1 - mask) * x
 
     def to_data_units(self, sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as `sample` returns."""
@@ -337,21 +402,91 @@ class OnnxSampler(Sampler):
 
     def _check_network(self, session: ort.InferenceSession) -> None:
         found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
-        if set(found) != {"sample", "timestep", "out_sample"}:
+        inputs = self.info["inputs"]
+        if set(found) != {*inputs, "out_sample"}:
             raise BundleError(
-                f"{self.folder / 'unet.onnx'} must have the inputs sample and timestep and the output out_sample, "
+                f"{self.folder / 'unet.onnx'} must have the inputs {', '.join(inputs)} and the output out_sample, "
                 f"but has {', '.join(found)}"
             )
-        for name in ("sample", "out_sample"):
-            if tuple(found[name].shape[1:]) != self.sample_shape:
+        channels, *size = self.sample_shape
+        self._channels = 2 * channels if self.table.log_variance is not None else channels  # of the output
+        for name, expected in (("sample", self.sample_shape), ("out_sample", (self._channels, *size))):
+            if tuple(found[name].shape[1:]) != expected:
                 raise BundleError(
-                    f"bundle.json says that a sample has the shape {self.sample_shape}, but the network's {name} has "
+                    f"the bundle's network must have the shape {expected} for each {name}, but has "
                     f"{tuple(found[name].shape[1:])}"
                 )
+        if self.table.is_guided.any():
+            resolve(self.info, self.table, 1)
         try:
-            self.predict(np.zeros((1, *self.sample_shape)), 0)
+            labels = {} if self.info.get("null_label", 0) is not None else {"class_labels": 0}
+            self.predict(np.zeros((1, *self.sample_shape)), 0, **labels)
         except Exception as error:  # whatever its declarations promise: other types, or nodes that don't fit
             raise BundleError(f"{self.folder / 'unet.onnx'} can't be run: {error}") from None
+
+
+class _Network:
+    """The network's calls in one batch: inputs and outputs lie where they are used.
+
+    Args:
+        session: of the network.
+        history: float32 `[calls remembered, 4, size]`: x is read from it, and ε written into it.
+        shape: of x.
+        request: the further inputs.
+        channels: of the network's output: as many as x has, or twice as many with a learned variance.
+        is_guided: whether any call is.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        history: npt.NDArray[np.float32],
+        shape: tuple[int, ...],
+        request: Request,
+        channels: int,
+        is_guided: bool,
+    ):
+        self.session, self.history, self.shape = session, history, shape
+        self.timestep = np.empty((), dtype=np.float32)
+        self.inputs = request.inputs
+        self.is_direct = channels == shape[1]
+        self.output = None if self.is_direct else np.empty((shape[0], channels, *shape[2:]), dtype=np.float32)
+        outputs = history[:, EPS] if self.output is None else [self.output] * len(history)
+        self.calls = [self._bind(x, out, shape[0], self.inputs) for x, out in zip(history[:, X], outputs, strict=True)]
+        if is_guided:  # both halves in one batch
+            self.both = np.empty((2, *shape), dtype=np.float32)
+            self.outputs = np.empty((2, shape[0], channels, *shape[2:]), dtype=np.float32)
+            self.halves = {name: np.concatenate([self.inputs[name], request.null[name]]) for name in self.inputs}
+            self.guided_call = self._bind(self.both, self.outputs, 2 * shape[0], self.halves)
+
+    def __call__(self, place: int, t: float, guidance_scale: float) -> npt.NDArray[np.float32] | None:
+        """Write the ε of a call to its place in the history; return v, if the network predicts the variance."""
+        self.timestep[...] = t
+        eps, channels = self.history[place, EPS].reshape(self.shape), self.shape[1]
+        if guidance_scale == 1:
+            self.session.run_with_iobinding(self.calls[place])
+            if self.output is None:
+                return None
+            eps[...] = self.output[:, :channels]
+            return self.output[:, channels:]
+        self.both[...] = self.history[place, X].reshape(self.shape)
+        self.session.run_with_iobinding(self.guided_call)
+        conditional, null = self.outputs[:, :, :channels]
+        w = np.float32(guidance_scale)
+        eps[...] = w * conditional + (1 - w) * null
+        return self.outputs[0, :, channels:]
+
+    def _bind(
+        self, x: npt.NDArray[np.float32], out: npt.NDArray[np.float32], batch: int, inputs: dict[str, npt.NDArray[Any]]
+    ) -> ort.IOBinding:
+        binding = self.session.io_binding()
+        channels = self.shape[1] if self.is_direct else 2 * self.shape[1]
+        binding.bind_input("sample", "cpu", 0, np.float32, (batch, *self.shape[1:]), x.ctypes.data)
+        binding.bind_input("timestep", "cpu", 0, np.float32, (), self.timestep.ctypes.data)
+        for name, values in inputs.items():
+            binding.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
+        binding.bind_output("out_sample", "cpu", 0, np.float32, (batch, channels, *self.shape[2:]), out.ctypes.data)
+        return binding
 
 
 def _noise_of_steps(

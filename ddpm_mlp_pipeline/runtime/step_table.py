@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import numpy.typing as npt
 
 from ..errors import BundleError
 
-FORMAT, VERSION = "ddpm-step-table", 2
+FORMAT, VERSION = "ddpm-step-table", 3
+READ_VERSIONS = (2, VERSION)  # version 2 has no guidance, no learned variance and no ᾱ
 X, EPS, X_0, Z = range(4)  # the terms of a step, in the order of its coefficients
 TERMS = ("x", "ε", "x̂_0", "z")
+OPTIONAL = {"alpha_cumprod": "alphas_cumprod", "guidance_scale": "guidance_scale", "log_variance": "log_variance"}
 MAX_ROWS = 2**22  # of all steps together: enough for 2,000 of them that look back to the first
 
 
@@ -34,6 +37,12 @@ class StepTable:
     (A scheduler that scales what the network sees, as Euler's does, keeps another sample than that. The table has the
     scales in its coefficients.)
 
+    A row may do three more things. Guidance: ε_k is w · ε(x_k, t, c) + (1 − w) · ε(x_k, t, ∅) with the row's w (Ho &
+    Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6, whose w is one less). A learned variance: z_k is multiplied
+    by exp(½ (a v + b)), where v is the second half of the network's output (Nichol & Dhariwal 2021,
+    https://arxiv.org/abs/2102.09672, eq. 15). Known values: at last, x_k+1 ← m (√ᾱ′ y + √(1 − ᾱ′) z′) + (1 − m) x_k+1
+    with the next call's ᾱ, or 1 after the last (Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, eq. 8).
+
     Attributes:
         scheduler: name of the scheduler's class.
         initial_scale: of the first x.
@@ -41,6 +50,9 @@ class StepTable:
         to_x_0: float64 `[calls, 2]`, coefficients of the predicted x_0 (Ho et al. 2020, eq. 15).
         to_next: float64 `[calls, history, 4]`, coefficients of the next x.
         clip_range: largest magnitude of the predicted x_0, in the network's units, or `None`.
+        alphas_cumprod: float64 `[calls]`, ᾱ of what the network sees, or `None` where it isn't recorded.
+        guidance_scale: float64 `[calls]`, w, or `None` for 1 everywhere.
+        log_variance: float64 `[calls, 2]`, a and b, or `None` without a learned variance.
 
     Raises:
         BundleError: if the arrays' shapes or values can't be a table.
@@ -52,15 +64,29 @@ class StepTable:
     to_x_0: npt.NDArray[np.float64]
     to_next: npt.NDArray[np.float64]
     clip_range: float | None
+    alphas_cumprod: npt.NDArray[np.float64] | None = None
+    guidance_scale: npt.NDArray[np.float64] | None = None
+    log_variance: npt.NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         calls, history = len(self.timesteps), self.history
-        for name, shape in (("timesteps", (calls,)), ("to_x_0", (calls, 2)), ("to_next", (calls, history, 4))):
+        for name, shape in (
+            ("timesteps", (calls,)),
+            ("to_x_0", (calls, 2)),
+            ("to_next", (calls, history, 4)),
+            ("alphas_cumprod", (calls,)),
+            ("guidance_scale", (calls,)),
+            ("log_variance", (calls, 2)),
+        ):
             array = getattr(self, name)
+            if array is None:
+                continue
             if array.shape != shape or calls == 0 or history == 0:
                 raise BundleError(f"a step table's {name} must have the shape {shape}, not {array.shape}")
             if not np.isfinite(array).all():
                 raise BundleError(f"a step table's {name} must be finite")
+        if self.alphas_cumprod is not None and not ((self.alphas_cumprod >= 0) & (self.alphas_cumprod <= 1)).all():
+            raise BundleError("a step table's alphas_cumprod must be from 0 to 1")
         if history > calls:
             raise BundleError(f"a step table of {calls} rows can't look back over {history}")
         for k in range(history):
@@ -95,10 +121,66 @@ class StepTable:
         return used
 
     @property
+    def is_guided(self) -> npt.NDArray[np.bool_]:
+        """bool `[calls]`: whether the call is guided, and so costs two evaluations of the network."""
+        return np.zeros(len(self), dtype=bool) if self.guidance_scale is None else self.guidance_scale != 1
+
+    def guided(self, scale: float, interval: tuple[float, float] | None = None) -> StepTable:
+        """Return the table with another guidance.
+
+        Args:
+            scale: w.
+            interval: `(t_high, t_low)`, the timesteps to guide at, by default all (Kynkäänniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724).
+        """
+        t_high, t_low = interval or (np.inf, -np.inf)
+        is_inside = (self.timesteps <= t_high) & (self.timesteps >= t_low)
+        return dataclasses.replace(self, guidance_scale=np.where(is_inside, float(scale), 1.0))
+
+    def repeated(self, times: int) -> StepTable:
+        """Return the table that takes each step several times, going back by the noise of its timestep in between.
+
+        That is RePaint's resampling (Lugmayr et al. 2022, algorithm 1, with jumps of one step): with known values, the
+        drawn part comes to fit the known one. q(x_t | x_t′) = N(√(ᾱ_t / ᾱ_t′) x_t′, …) is linear in x and z, so that a
+        repeated table is a table like any other.
+
+        Raises:
+            BundleError: if the table has no `alphas_cumprod`, a learned variance, or steps that use an older noise.
+        """
+        if times == 1:
+            return self
+        if self.alphas_cumprod is None:
+            raise BundleError("a step table without alphas_cumprod can't be resampled: export the bundle again")
+        if self.log_variance is not None or self.to_next[:, 1:, Z].any():
+            raise BundleError(
+                f"{self.scheduler}'s steps can't be resampled: their noise is more than a number times z"
+            )
+        alphas, alphas_next = self.alphas_cumprod, np.append(self.alphas_cumprod[1:], 1.0)
+        share = np.sqrt(alphas / alphas_next)
+        variance = np.maximum(1 - alphas - share**2 * (1 - alphas_next), 0)
+        calls, history = len(self), self.history
+        to_next = np.zeros((calls, times, (history - 1) * times + 1, 4))
+        for j in range(times):
+            to_next[:, j, 0] = self.to_next[:, 0]
+            for i in range(1, history):  # the last time that the call i before this one was made
+                to_next[:, j, (i - 1) * times + j + 1] = self.to_next[:, i]
+        again = to_next[:, :-1]
+        again *= share[:, None, None, None]
+        again[:, :, 0, Z] = np.sqrt(again[:, :, 0, Z] ** 2 + variance[:, None])  # two independent noises are one
+        rows = {
+            name: np.repeat(value, times, axis=0)
+            for name in ("timesteps", "to_x_0", "alphas_cumprod", "guidance_scale")
+            if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, to_next=to_next.reshape(calls * times, -1, 4), **rows)
+
+    @property
     def summary(self) -> str:
         """What sampler this is, in a few words."""
         clip = "no clipping" if self.clip_range is None else f"x̂_0 clipped to ±{self.clip_range:.4g}"
-        return f"{self.scheduler}, {len(self)} network calls, {clip}"
+        more = ", a learned variance" if self.log_variance is not None else ""
+        more += f", {self.is_guided.sum()} of them guided" if self.is_guided.any() else ""
+        return f"{self.scheduler}, {len(self)} network calls{more}, {clip}"
 
     def __repr__(self) -> str:
         rows = [
@@ -119,10 +201,14 @@ class StepTable:
         """Write the table as JSON, one line for each call."""
         head = {"format": FORMAT, "version": VERSION, "scheduler": self.scheduler}
         head |= {"initial_scale": self.initial_scale, "clip_range": self.clip_range}
-        rows = []
+        values = {key: getattr(self, name) for key, name in OPTIONAL.items()}
+        optional = {key: value for key, value in values.items() if value is not None}
+        rows: list[str] = []
         for t, to_x_0, to_next in zip(self.timesteps, self.to_x_0, self.to_next, strict=True):
             used = max([1, *(np.flatnonzero(to_next.any(axis=1)) + 1)])
-            rows.append(json.dumps({"timestep": float(t), "to_x_0": list(to_x_0), "to_next": to_next[:used].tolist()}))
+            row = {"timestep": float(t), "to_x_0": list(to_x_0), "to_next": to_next[:used].tolist()}
+            row |= {key: values[len(rows)].tolist() for key, values in optional.items()}
+            rows.append(json.dumps(row))
         text = json.dumps(head)[:-1] + ', "steps": [\n' + ",\n".join(rows) + "\n]}\n"
         Path(path).write_text(text, encoding="utf-8")
 
@@ -150,14 +236,13 @@ class StepTable:
         """
         try:
             table = json.loads(content.decode("utf-8"))
-            if (table["format"], table["version"]) != (FORMAT, VERSION):
+            if table["format"] != FORMAT or table["version"] not in READ_VERSIONS:
                 raise BundleError(f"{path} is not a step table of version {VERSION}")
             steps = table["steps"]
             rows = [np.array(step["to_next"], dtype=np.float64).reshape(-1, 4) for step in steps]
             history = max((len(row) for row in rows), default=0)
-            if (
-                len(rows) * history > MAX_ROWS
-            ):  # a small file can list few rows for each of many steps, and many for one
+            # A small file can list few rows for each of many steps, and many for one.
+            if len(rows) * history > MAX_ROWS:
                 raise BundleError(f"it looks back over {history} rows in each of {len(rows)} steps, which is too much")
             to_next = np.zeros((len(rows), history, 4))
             for k, row in enumerate(rows):
@@ -169,6 +254,11 @@ class StepTable:
                 to_x_0=np.array([step["to_x_0"] for step in steps], dtype=np.float64),
                 to_next=to_next,
                 clip_range=None if table["clip_range"] is None else float(table["clip_range"]),
+                **{
+                    name: np.array([step[key] for step in steps], dtype=np.float64)
+                    for key, name in OPTIONAL.items()
+                    if table["version"] == VERSION and key in steps[0]
+                },
             )
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None

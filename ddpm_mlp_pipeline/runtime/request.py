@@ -1,0 +1,239 @@
+"""What one asks of samples: labels, a condition, known values; checked, and in the network's units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigurationError
+from .step_table import StepTable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Asked(TypedDict, total=False):
+    """The arguments of a draw that say what to draw: see `OnnxSampler.sample`."""
+
+    class_labels: int | str | Sequence[int | str] | npt.NDArray[np.integer[Any]] | None
+    condition: Mapping[str, float] | Sequence[Any] | npt.NDArray[np.floating[Any]] | None
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    known: Mapping[str, float] | Sequence[Any] | npt.NDArray[np.floating[Any]] | Image.Image | None
+    mask: Sequence[Any] | npt.NDArray[Any] | Image.Image | None
+    resample: int
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked of the samples of a draw. Each array has one row for all samples, or one for each.
+
+    Attributes:
+        inputs: of the network, beside `sample` and `timestep`: `class_labels` int64 `[rows]` and `condition` float32
+            `[rows, condition_dim]`, NaN for none.
+        null: the same inputs for the second half of guidance.
+        known: y, float32 `[rows, *sample_shape]`, or `None`.
+        mask: m, float32 that broadcasts with `known`: 1 where y is known, 0 elsewhere.
+    """
+
+    inputs: dict[str, npt.NDArray[Any]]
+    null: dict[str, npt.NDArray[Any]]
+    known: npt.NDArray[np.float32] | None = None
+    mask: npt.NDArray[np.float32] | None = None
+
+    def of(self, samples: range) -> Request:
+        """Return the part that concerns some of the samples, with a row of inputs for each."""
+
+        def rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return values[samples.start : samples.stop] if len(values) > 1 else values
+
+        def for_each(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            values = rows(values)
+            return np.ascontiguousarray(np.broadcast_to(values, (len(samples), *values.shape[1:])))
+
+        inputs, null = (
+            {name: for_each(values) for name, values in given.items()} for given in (self.inputs, self.null)
+        )
+        if self.known is None or self.mask is None:
+            return Request(inputs, null)
+        return Request(inputs, null, rows(self.known), rows(self.mask))
+
+
+def resolve(
+    info: dict[str, Any],
+    table: StepTable,
+    num_samples: int,
+    class_labels: Any = None,
+    condition: Any = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    known: Any = None,
+    mask: Any = None,
+    resample: int = 1,
+) -> tuple[Request, StepTable]:
+    """Check what is asked against what a bundle knows.
+
+    Args:
+        info: the bundle's `bundle.json`.
+        table: its step table.
+        num_samples: how many samples are drawn.
+        class_labels, …: as `OnnxSampler.sample` takes them.
+
+    Returns:
+        The request, and the table to draw by, guided and resampled as asked.
+
+    Raises:
+        ConfigurationError: if an argument has another shape, isn't finite, or asks for what the network doesn't know.
+    """
+    if type(resample) is not int or resample < 1:
+        raise ConfigurationError(f"resample must be a whole number of at least 1, got {resample}")
+    inputs = _inputs(info, num_samples, class_labels, condition)
+    if guidance_scale is not None:
+        table = table.guided(_finite(guidance_scale, "guidance_scale"), _interval(guidance_interval))
+    elif guidance_interval is not None:
+        raise ConfigurationError("guidance_interval needs a guidance_scale")
+    null = {}
+    if table.is_guided.any():
+        if not inputs:
+            raise ConfigurationError("guidance_scale needs a network that takes labels or conditions")
+        if "class_labels" in inputs and info["null_label"] is None:
+            raise ConfigurationError("guidance_scale needs a network with a null label (ddpm-export --null_label)")
+        nulls = {"class_labels": info.get("null_label"), "condition": math.nan}
+        null = {name: np.full_like(values, nulls[name]) for name, values in inputs.items()}
+    y, m = _known(info, num_samples, known, mask)
+    if y is not None and table.alphas_cumprod is None:
+        raise ConfigurationError("this bundle's step table takes no known values: export the checkpoint again")
+    return Request(inputs, null, y, m), table.repeated(resample)
+
+
+def _inputs(info: dict[str, Any], num_samples: int, class_labels: Any, condition: Any) -> dict[str, npt.NDArray[Any]]:
+    inputs: dict[str, npt.NDArray[Any]] = {}
+    if "class_labels" in info["inputs"]:
+        labels = info["null_label"] if class_labels is None else class_labels
+        if labels is None:
+            raise ConfigurationError(f"this network needs class_labels: {', '.join(info['class_names'])}")
+        is_one = isinstance(labels, int | str) or np.ndim(labels) == 0
+        numbers = [_class(info, label) for label in ([labels] if is_one else labels)]
+        if len(numbers) not in (1, num_samples):
+            raise ConfigurationError(f"class_labels must be one, or {num_samples}, got {len(numbers)}")
+        inputs["class_labels"] = np.array(numbers, dtype=np.int64)
+    elif class_labels is not None:
+        raise ConfigurationError("class_labels: this network knows no classes")
+    if "condition" in info["inputs"]:
+        columns = info["condition_columns"]
+        if condition is None:
+            inputs["condition"] = np.full((1, len(columns)), np.nan, dtype=np.float32)
+        else:
+            values = np.atleast_2d(_by_name(condition, columns, "condition"))
+            if values.shape not in ((1, len(columns)), (num_samples, len(columns))) or not np.isfinite(values).all():
+                raise ConfigurationError(
+                    f"condition must hold finite numbers, {len(columns)} of them ({', '.join(columns)}) for all "
+                    f"samples or for each of {num_samples}"
+                )
+            mean, std = np.array(info["condition_mean"]), np.array(info["condition_std"])
+            inputs["condition"] = ((values - mean) / std).astype(np.float32)
+    elif condition is not None:
+        raise ConfigurationError("condition: this network takes none")
+    return inputs
+
+
+def _class(info: dict[str, Any], label: Any) -> int:
+    names: list[str] = info["class_names"]
+    if isinstance(label, str):
+        if label not in names:
+            shown = names if len(names) <= 20 else [*names[:20], "…"]
+            raise ConfigurationError(f"there is no class {label!r}, only {', '.join(shown)}")
+        return names.index(label)
+    number = int(label) if isinstance(label, int | np.integer) else -1
+    if not 0 <= number < len(names) and number != info["null_label"]:
+        raise ConfigurationError(f"class_labels must be names, or numbers from 0 to {len(names) - 1}, got {label!r}")
+    return number
+
+
+def _known(
+    info: dict[str, Any], num_samples: int, known: Any, mask: Any
+) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.float32] | None]:
+    """y and m in the network's units, with one row or one for each sample."""
+    if known is None:
+        if mask is not None:
+            raise ConfigurationError("a mask needs known values")
+        return None, None
+    shape = tuple(info["sample_shape"])
+    if len(shape) == 1:
+        y = np.atleast_2d(_by_name(known, info["data_columns"], "known"))
+        _check_rows(y, shape, num_samples, "known")
+        y = (y - np.array(info["data_mean"])) / np.array(info["data_std"])
+        m = ~np.isnan(y) if mask is None else np.atleast_2d(np.asarray(mask)).astype(bool)
+    else:
+        if mask is None:
+            raise ConfigurationError("known images need a mask, which is true where they are known")
+        y = 2 * _images(known, shape[0]) - 1
+        y = np.moveaxis(y.reshape(-1, *y.shape[-3:]), -1, 1)
+        _check_rows(y, shape, num_samples, "known")
+        m = np.asarray(mask)
+        m = m > 127 if m.dtype == np.uint8 else m.astype(bool)
+        m = m.reshape(-1, 1, *m.shape[-2:])
+        if m.shape[2:] != shape[1:]:
+            raise ConfigurationError(
+                f"the mask must be of {shape[1]}×{shape[2]} pixels, got {m.shape[2]}×{m.shape[3]}"
+            )
+    if m.ndim != y.ndim or len(m) not in (1, num_samples) or (len(shape) == 1 and m.shape[1:] != shape):
+        raise ConfigurationError(f"the mask must have the shape {shape}, or {(num_samples, *shape)}, got {m.shape}")
+    if not np.isfinite(np.broadcast_arrays(y, m)[0][np.broadcast_arrays(y, m)[1]]).all():
+        raise ConfigurationError("known values must be finite where the mask says that they are known")
+    return np.where(m, y, 0).astype(np.float32), m.astype(np.float32)
+
+
+def _check_rows(values: npt.NDArray[Any], shape: tuple[int, ...], num_samples: int, what: str) -> None:
+    if values.shape[1:] != shape or len(values) not in (1, num_samples):
+        raise ConfigurationError(f"{what} must have the shape {shape}, or {(num_samples, *shape)}, got {values.shape}")
+
+
+def _images(images: Any, channels: int) -> npt.NDArray[np.float64]:
+    """Images in [0, 1], `[…, height, width, channels]`, from a picture or an array."""
+    if hasattr(images, "convert"):
+        array = np.asarray(images.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]), dtype=np.float64) / 255
+        return array.reshape(*array.shape[:2], channels)
+    array = _numbers(images, "known")
+    if array.ndim not in (3, 4):
+        raise ConfigurationError(f"known images must be [height, width, channels], got the shape {array.shape}")
+    return array
+
+
+def _by_name(values: Any, columns: list[str], what: str) -> npt.NDArray[np.float64]:
+    """Values by the columns' names, or an array of them; NaN for known columns that aren't named."""
+    if not isinstance(values, Mapping):
+        return _numbers(values, what)
+    if unknown := [name for name in values if name not in columns]:
+        raise ConfigurationError(f"{what} has no column {unknown[0]!r}, only {', '.join(columns)}")
+    if what == "condition" and (missing := [name for name in columns if name not in values]):
+        raise ConfigurationError(f"the condition lacks {missing[0]!r}")
+    return _numbers([values.get(name, math.nan) for name in columns], what)
+
+
+def _numbers(values: Any, what: str) -> npt.NDArray[np.float64]:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (ValueError, TypeError):
+        raise ConfigurationError(f"{what} must hold numbers") from None
+
+
+def _finite(value: Any, what: str) -> float:
+    number = _numbers(value, what)
+    if number.ndim != 0 or not np.isfinite(number):
+        raise ConfigurationError(f"{what} must be a finite number, got {value}")
+    return float(number)
+
+
+def _interval(interval: Any) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    t_high, t_low = (_finite(t, "guidance_interval") for t in interval)
+    if t_high < t_low:
+        raise ConfigurationError(f"guidance_interval must be (t_high, t_low), got ({t_high:g}, {t_low:g})")
+    return t_high, t_low
