@@ -50,9 +50,7 @@ class VariationalBound:
                 f"the bound takes a variance_type of {', '.join(VARIANCE_TYPES)}, not {config.variance_type}"
             )
         if config.thresholding:
-            raise ConfigurationError(
-                "the bound is undefined with thresholding: set the scheduler's thresholding=False"
-            )
+            raise ConfigurationError("the bound is undefined with thresholding: set the scheduler's to False")
         clip_sample = config.clip_sample if clip_sample is None else clip_sample
         self.clip_range = config.clip_sample_range if clip_sample else math.inf
         self.prediction_type, self.variance_type = config.prediction_type, config.variance_type
@@ -125,9 +123,7 @@ class VariationalBound:
         """
         channels = x_t.shape[1]
         if self.variance_type == "learned_range" and model_output.shape[1] != 2 * channels:
-            raise ConfigurationError(
-                "learned_range needs a network that predicts twice as many channels as the samples"
-            )
+            raise ConfigurationError("learned_range needs a network that predicts twice as many channels as it takes")
         # The further channels hold the learned variance, which the fixed types ignore.
         v, model_output, x_t = model_output[:, channels:].double(), model_output[:, :channels].double(), x_t.double()
         log_beta, log_variance = _at(self.log_betas, t, x_t), _at(self.posterior_log_variance, t, x_t)
@@ -146,7 +142,7 @@ class VariationalBound:
         return x_0.clamp(-self.clip_range, self.clip_range), log_variance.expand_as(x_t)
 
     def mean(self, model_output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Return μ_θ(x_t, t), the mean of p_θ(x_{t−1} | x_t) (Ho et al. 2020, eq. 7) for the predicted x_0: float64."""
+        """Return μ_θ(x_t, t), the mean of p_θ(x_{t−1} | x_t): float64 (Ho et al. 2020, eq. 7, predicted x_0)."""
         x_0, _ = self.predict(model_output, x_t, t)
         return _at(self.share_of_x_0, t, x_t) * x_0 + _at(self.share_of_x_t, t, x_t) * x_t
 

@@ -175,7 +175,7 @@ def test_wrong_trainings_end_in_one_line(squares, run, tmp_path):
     base = (sys.executable, SCRIPT, "--output_dir", tmp_path / "run")
     for argv, fragment in [
         ((), "--dataset_name"),
-        (("--dataset_name", tmp_path / "nowhere"), "neither a folder here"),
+        (("--dataset_name", tmp_path / "nowhere"), "neither a folder nor a data set"),
         (("--dataset_name", squares, "--train_batch_size", 71), "larger than the data set, which holds 70"),
         (("--dataset_name", squares, "--block_out_channels", "12,32"), "norm_num_groups"),
         (("--dataset_name", squares, "--block_out_channels", "wide"), "'wide'"),

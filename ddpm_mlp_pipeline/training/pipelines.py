@@ -1,4 +1,4 @@
-"""The untrained pipelines that the options of a training run describe."""
+"""Make untrained pipelines from the options of a training run."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ from .options import ImageTrainingArguments, PointTrainingArguments
 
 
 def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, torch.Tensor]:
-    """The untrained pipeline, and the points, normalised, that it is to learn."""
+    """Return the untrained pipeline and its training data: normalised points, float32 `[number, dimension]`."""
     size = 100_000 if args.dataset_size is None and args.dataset in POINT_SETS else args.dataset_size
     dataset = load_points(args.dataset, size, args.dataset_noise, args.seed, exclude=args.exclude or ())
     points = to_array(dataset)
     mean, std = points.mean(axis=0), points.std(axis=0)
-    constant = [column for column, spread in zip(dataset.column_names, std, strict=True) if spread == 0]
-    if constant:
+    if constant := [column for column, spread in zip(dataset.column_names, std, strict=True) if spread == 0]:
         names = ", ".join(map(repr, constant))
-        raise DatasetError(f"constant in {args.dataset}: {names}; leave out with --exclude {shlex.join(constant)}")
+        raise DatasetError(f"{args.dataset} has constant columns, {names}: pass --exclude {shlex.join(constant)}")
     x_0 = torch.from_numpy((points - mean) / std).float()
 
+    in_channels = points.shape[1]
+    sizes = (args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
     try:
-        out_channels = args.num_predictions * points.shape[1]
-        unet = MLPModel(
-            points.shape[1], None, args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
-        )
+        unet = MLPModel(in_channels, None, *sizes, args.num_predictions * in_channels)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     scheduler = args.make_scheduler(clip_sample_range=x_0.abs().max().item())
@@ -41,41 +39,36 @@ def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, 
 
 
 def default_batch_size(dataset_size: int) -> int:
-    """Of a process whose share of the data is so large."""
+    """Return the batch size of a process for its share of the data."""
     return min(2048, dataset_size)
 
 
 def make_image_pipeline(args: ImageTrainingArguments, sample_shape: Sequence[int]) -> DDPMMLPPipeline:
-    """The untrained pipeline, for images of `(channels, height, width)`."""
-    channels, *size = sample_shape
-    out_channels = args.num_predictions * channels
+    """Return the untrained pipeline for images of the shape `(channels, height, width)`."""
+    channels, height, width = sample_shape
+    shape = {
+        "sample_size": (height, width),
+        "in_channels": channels,
+        "out_channels": args.num_predictions * channels,
+    }
     try:
         widths = tuple(int(width) for width in args.block_out_channels.split(","))
+        options = {"block_out_channels": widths, "layers_per_block": args.layers_per_block}
         if args.model == "mlp":
-            unet = MLPModel(
-                channels, tuple(size), args.embedding_dim, args.hidden_dim, args.num_hidden_layers, out_channels
-            )
+            sizes = (args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
+            unet = MLPModel(channels, (height, width), *sizes, shape["out_channels"])
         elif args.model == "unet":
             unet = SmallUNet2DModel(
-                sample_size=tuple(size),
-                in_channels=channels,
-                out_channels=out_channels,
-                block_out_channels=widths,
-                layers_per_block=args.layers_per_block,
-                attention=args.attention,
-                time_conditioning=args.time_conditioning,
+                **shape, **options, attention=args.attention, time_conditioning=args.time_conditioning
             )
         else:
             divisor = 2 ** (len(widths) - 1)
-            if any(length % divisor for length in size):
+            if height % divisor or width % divisor:
                 raise ConfigurationError(f"the stock model needs heights and widths that are multiples of {divisor}")
             lowest = "Attn" if args.attention else ""
             unet = UNet2DModel(
-                sample_size=tuple(size),
-                in_channels=channels,
-                out_channels=out_channels,
-                block_out_channels=widths,
-                layers_per_block=args.layers_per_block,
+                **shape,
+                **options,
                 down_block_types=("DownBlock2D",) * (len(widths) - 1) + (f"{lowest}DownBlock2D",),
                 up_block_types=(f"{lowest}UpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
                 add_attention=args.attention,
