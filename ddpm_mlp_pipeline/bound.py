@@ -54,9 +54,9 @@ class VariationalBound:
         clip_sample = config.clip_sample if clip_sample is None else clip_sample
         self.clip_range = config.clip_sample_range if clip_sample else math.inf
         self.prediction_type, self.variance_type = config.prediction_type, config.variance_type
+        self.num_timesteps = config.num_train_timesteps  # T
         self.log_likelihood = discretized_log_likelihood if discretized else gaussian_log_likelihood
-
-        if config.num_train_timesteps < 2:
+        if self.num_timesteps < 2:
             raise ConfigurationError("the bound needs at least 2 timesteps")
         # float64, because 1 − ᾱ_t cancels near t = 0, where most of the bits are
         betas = scheduler.betas.double()
@@ -68,11 +68,6 @@ class VariationalBound:
         # The coefficients of x_0 and x_t in the posterior mean μ̃_t, eq. 7
         self.share_of_x_0 = previous.sqrt() * betas / (1 - self.alphas_cumprod)
         self.share_of_x_t = (1 - betas).sqrt() * (1 - previous) / (1 - self.alphas_cumprod)
-
-    @property
-    def num_timesteps(self) -> int:
-        """T."""
-        return len(self.alphas_cumprod)
 
     def prior_term(self, x_0: torch.Tensor) -> torch.Tensor:
         """Return L_T, the divergence of q(x_T | x_0) from a standard Gaussian: `[batch]`, in bits."""

@@ -86,11 +86,10 @@ def forward_process(
     """
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
-    x = {
-        t: scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0
+    return {
+        t: _to_show(pipeline, scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0)
         for t in timesteps or _timesteps_to_show(scheduler.config.num_train_timesteps)
     }
-    return {t: _to_show(pipeline, x_t) for t, x_t in x.items()}
 
 
 def reverse_process(
@@ -202,9 +201,8 @@ def plot_bound(estimate: BoundEstimate) -> Figure:
     axes.plot(np.arange(2, T + 1), estimate.terms[1:T] / estimate.dimension, color=DATA_COLOR)
     axes.grid(which="both", alpha=0.3)
     first, rest, last = (terms.sum() / estimate.dimension for terms in np.split(estimate.terms, [1, T]))
-    names = ("$L_0$", f"$L_1 + … + L_{{{T - 1}}}$", f"$L_{{{T}}}$")
-    sums = (f"{name} = {value:.3g}" for name, value in zip(names, (first, rest, last), strict=True))
-    axes.set_title(",   ".join(sums), size="medium")
+    title = f"$L_0$ = {first:.3g},   $L_1 + … + L_{{{T - 1}}}$ = {rest:.3g},   $L_{{{T}}}$ = {last:.3g}"
+    axes.set_title(title, size="medium")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     return figure

@@ -129,12 +129,10 @@ def whole_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     check_file(path, overwrite)
     temporary = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
-        with _naming(path):
-            temporary.touch()
         with _naming(path, temporary):
+            temporary.touch()
             yield temporary
-        check_file(path, overwrite)
-        with _naming(path):
+            check_file(path, overwrite)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -203,25 +201,21 @@ def remove_partial(folder: Path) -> None:
 
 def rename_durably(source: Path, target: Path) -> None:
     """Rename a folder so that even after a power failure the new name holds all files or doesn't exist."""
-    _flush(source)
+    _flush(*source.rglob("*"), source)
     source.rename(target)
-    _fsync(target.parent)
+    _flush(target.parent)
 
 
-def _flush(folder: Path) -> None:
-    """Wait until all of the folder is on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
+def _flush(*paths: Path) -> None:
+    """Wait until these files and folders are on the disk."""
     if os.name == "nt":
         return  # Windows can't open folders
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def move_into(source: Path, folder: Path, last: str) -> None:
@@ -233,7 +227,7 @@ def move_into(source: Path, folder: Path, last: str) -> None:
         last: the file that marks the others as complete. It is deleted first and moved last, so that while it exists
             every file it lists comes from the same save.
     """
-    _flush(source)
+    _flush(*source.rglob("*"), source)
     (folder / last).unlink(missing_ok=True)
     files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path == source / last)
     for file in files:

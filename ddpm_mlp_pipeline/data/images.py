@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from ..errors import DatasetError
 from ..progress import progress_bar
-from .batches import Batch
+from .batches import Batch, TensorBatches
 from .points import is_point_set
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for each number of channels
@@ -161,21 +161,11 @@ def to_network_units(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-class ImageBatches(torch.utils.data.Dataset[Batch]):
-    """Images in memory, of which batches are in the network's units: float32 in [-1, 1].
-
-    Args:
-        images: uint8, `[number of images, channels, height, width]`.
-    """
-
-    def __init__(self, images: torch.Tensor):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
+class ImageBatches(TensorBatches):
+    """uint8 images in memory, `[number, channels, height, width]`, of which batches are in the network's units."""
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        return Batch(to_network_units(self.images[indices]))
+        return Batch(to_network_units(self.samples[indices]))
 
 
 def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -250,7 +240,7 @@ def _load(name: str | os.PathLike[str], split: str | None) -> datasets.Dataset |
     """Load a split, or all splits if `split` is `None`."""
     if is_point_set(name):  # `datasets` would search the hub for half a minute
         raise DatasetError(f"{name} is a point set: pass a folder of images or an image data set on the hub")
-    progress_bars = datasets.are_progress_bars_disabled()
+    were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(str(name), split=split)
@@ -260,7 +250,7 @@ def _load(name: str | os.PathLike[str], split: str | None) -> datasets.Dataset |
         of_split = "" if split is None else f" (split {split!r})"
         raise DatasetError(f"{name}{of_split} {what}: {message}") from None
     finally:
-        if not progress_bars:
+        if not were_disabled:
             datasets.enable_progress_bars()
 
 

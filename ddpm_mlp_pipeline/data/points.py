@@ -124,16 +124,15 @@ def load_points(
     if name in POINT_SETS:
         distribution, default_noise = POINT_SETS[name]
         table = pd.DataFrame(distribution(num_samples or 10_000, rng), columns=["x", "y"])
-        table = _choose_columns(table, name, exclude, columns)
-        points = table.to_numpy()
         noise = default_noise if noise is None else noise
     else:
-        table = _choose_columns(_read_file(Path(name)), name, exclude, columns)
-        points = _finite_numbers(table, name)
-        if num_samples is not None:
-            if num_samples > len(points):
-                raise DatasetError(f"{name} holds {len(points)} points, fewer than the {num_samples} requested")
-            points = points[rng.choice(len(points), num_samples, replace=False)]
+        table = _read_file(Path(name))
+    table = _choose_columns(table, name, exclude, columns)
+    points = _finite_numbers(table, name)
+    if num_samples is not None and name not in POINT_SETS:
+        if num_samples > len(points):
+            raise DatasetError(f"{name} holds {len(points)} points, fewer than the {num_samples} requested")
+        points = points[rng.choice(len(points), num_samples, replace=False)]
     if noise:
         points = points + noise * rng.standard_normal(points.shape)
     return Dataset.from_dict(dict(zip(table.columns, points.T, strict=True)))

@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 PRESETS = Path(__file__).parent / "presets"  # the YAML files that `--config` finds by name
 TRACKERS = ["none", *(str(member) for member in LoggerType if member is not LoggerType.ALL)]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+VARIANCES = ["fixed_small", "fixed_large", "learned_range"]
 BETA_SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2", "linear_log_snr"]
 # The schedules of diffusers that take only numbers of steps
 LR_SCHEDULERS = [member.value for member in SchedulerType if member is not SchedulerType.PIECEWISE_CONSTANT]
@@ -42,14 +43,8 @@ class TrainingArguments:
     ddpm_num_steps: int = option(1000, "number of timesteps of the forward process, T")
     ddpm_beta_schedule: str = option("squaredcos_cap_v2", "schedule of β", choices=BETA_SCHEDULES)
     prediction_type: str = option("epsilon", "target that the network predicts", choices=PREDICTION_TYPES)
-    variance_type: str = option(
-        "fixed_small",
-        "variance of the denoising steps; with learned_range, the network predicts it",
-        choices=["fixed_small", "fixed_large", "learned_range"],
-    )
-    loss_type: str = option(
-        "simple", "|ε − ε_θ|², or the variational bound on −log p(x_0)", choices=["simple", "bound"]
-    )
+    variance_type: str = option("fixed_small", "variance of the denoising steps", choices=VARIANCES)
+    loss_type: str = option("simple", "|ε − ε_θ|², or the variational bound", choices=["simple", "bound"])
     train_batch_size: int = option(128, "batch size of each process")
     num_epochs: int | None = option(None, "passes over the data set")
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")

@@ -144,12 +144,12 @@ class Checkpoints:
     def _named(self, name: str | None) -> Path | None:
         if name is None:
             return None
-        for folder in (self.output_dir / name, Path(name)):
-            if folder.is_dir():
-                if (fault := _fault(folder)) is not None:
-                    raise CheckpointError(f"can't resume from {folder}: {fault}")
-                return folder
-        raise CheckpointError(f"there is no folder {name} to resume from")
+        folder = next((path for path in (self.output_dir / name, Path(name)) if path.is_dir()), None)
+        if folder is None:
+            raise CheckpointError(f"there is no folder {name} to resume from")
+        if (fault := _fault(folder)) is not None:
+            raise CheckpointError(f"can't resume from {folder}: {fault}")
+        return folder
 
     def _load(self, folder: Path) -> list[float]:
         try:
@@ -160,7 +160,12 @@ class Checkpoints:
             progress = torch.load(file, map_location="cpu", weights_only=True)
             if progress.get("data", self._data) != self._data:
                 raise ValueError("its data differ: pass the same data, --dataset_size, --dataset_noise and --seed")
-            self._check_configs(folder)
+            for name in ("unet", "scheduler"):
+                component = getattr(self.pipeline, name)
+                for key, value in component.load_config(folder / name).items():
+                    own = component.config.get(key)
+                    if not key.startswith("_") and (list(own) if isinstance(own, tuple) else own) != value:
+                        raise ValueError(f"its {name} has {key} {value}, not {own}")
             if (progress["ema"] is None) != (self.ema is None):
                 raise ValueError(f"it was saved with{'out' if self.ema else ''} --use_ema")
             self.accelerator.load_state(folder, load_kwargs={"weights_only": True})
@@ -170,14 +175,6 @@ class Checkpoints:
         except Exception as error:  # the errors of torch, Accelerate and safetensors have no common base class
             raise CheckpointError(f"can't resume from {folder}: {error}") from None
         return progress["losses"]
-
-    def _check_configs(self, folder: Path) -> None:
-        for name in ("unet", "scheduler"):
-            component = getattr(self.pipeline, name)
-            for key, value in component.load_config(folder / name).items():
-                ours = component.config.get(key)
-                if not key.startswith("_") and _plain(ours) != value:
-                    raise ValueError(f"its {name} has {key} {value}, not {ours}")
 
 
 @contextlib.contextmanager
@@ -265,8 +262,3 @@ def _checksums(folder: Path) -> dict[str, str]:
                     sha.update(chunk)
             checksums[path.relative_to(folder).as_posix()] = sha.hexdigest()
     return checksums
-
-
-def _plain(value: object) -> object:
-    """Convert a tuple to a list, as JSON does."""
-    return list(value) if isinstance(value, tuple) else value
