@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 
 import torch
 from accelerate import PartialState
@@ -15,13 +14,8 @@ def this_process() -> PartialState:
 
     A `PartialState()` without `cpu` would not connect processes that run on CPUs.
     """
-    _leave_at_exit()
+    atexit.register(_leave)  # repeated calls are harmless
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-@functools.cache
-def _leave_at_exit() -> None:
-    atexit.register(_leave)
 
 
 def _leave() -> None:
