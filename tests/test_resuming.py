@@ -91,7 +91,7 @@ def test_what_can_not_be_resumed_is_refused(tmp_path):
         train_small(tmp_path, resume_from_checkpoint="checkpoint-5")
     train_small(tmp_path, checkpointing_steps=5)
     for changes in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "checkpoint-5"}):
-        with pytest.raises(CheckpointError, match="checkpoint-10 is of an earlier run"):
+        with pytest.raises(CheckpointError, match="checkpoint-10 belongs to an earlier run"):
             train_small(tmp_path, **changes)
     with pytest.raises(CheckpointError, match="saved with --use_ema"):
         train_small(tmp_path, resume_from_checkpoint="latest", use_ema=False)
