@@ -52,7 +52,7 @@ class ParityError(DDPMPipelineError, RuntimeError):
 
 
 class DivergenceError(DDPMPipelineError, ArithmeticError):
-    """The loss of a training run or the samples of a sampler are no longer finite."""
+    """The loss of a training run or a sampler's samples are no longer finite."""
 
     @classmethod
     def at_step(cls, step: int, timestep: float) -> DivergenceError:

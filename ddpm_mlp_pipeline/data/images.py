@@ -273,10 +273,8 @@ def _fit(image: Image.Image, size: tuple[int, int] | None, fit: str, what: str) 
     if fit == "resize":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     if image.width > width or image.height > height:
-        goal = width if width == height else f"{width}×{height}"
-        raise DatasetError(
-            f"{what} is {image.width}×{image.height} pixels, too large to be padded to {goal}: pass --fit resize"
-        )
+        sizes = f"{image.width}×{image.height} pixels, too large to be padded to {width}×{height}"
+        raise DatasetError(f"{what} is {sizes}: pass --fit resize")
     left, top = (width - image.width) // 2, (height - image.height) // 2
     right, bottom = width - image.width - left, height - image.height - top
     return ImageOps.expand(image, (left, top, right, bottom), fill=0)

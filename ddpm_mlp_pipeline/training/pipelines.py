@@ -46,17 +46,14 @@ def default_batch_size(dataset_size: int) -> int:
 def make_image_pipeline(args: ImageTrainingArguments, sample_shape: Sequence[int]) -> DDPMMLPPipeline:
     """Return the untrained pipeline for images of the shape `(channels, height, width)`."""
     channels, height, width = sample_shape
-    shape = {
-        "sample_size": (height, width),
-        "in_channels": channels,
-        "out_channels": args.num_predictions * channels,
-    }
+    out_channels = args.num_predictions * channels
+    shape = {"sample_size": (height, width), "in_channels": channels, "out_channels": out_channels}
     try:
-        widths = tuple(int(width) for width in args.block_out_channels.split(","))
+        widths = tuple(map(int, args.block_out_channels.split(",")))
         options = {"block_out_channels": widths, "layers_per_block": args.layers_per_block}
         if args.model == "mlp":
             sizes = (args.embedding_dim, args.hidden_dim, args.num_hidden_layers)
-            unet = MLPModel(channels, (height, width), *sizes, shape["out_channels"])
+            unet = MLPModel(channels, (height, width), *sizes, out_channels)
         elif args.model == "unet":
             unet = SmallUNet2DModel(
                 **shape, **options, attention=args.attention, time_conditioning=args.time_conditioning
