@@ -165,7 +165,7 @@ def test_wrong_plots_end_in_one_line(trained, run, tmp_path):
         (("animation", trained, "--output", tmp_path / "a.png"), ".gif or .mp4"),
         (("forward", trained, "--output", tmp_path / "a.png"), "--dataset"),
         (("reverse", trained, "--output", tmp_path / "a.png", "--timesteps", 21), "from 0 to 20"),
-        (("samples", tmp_path, "--output", tmp_path / "a.png"), "no checkpoint"),
+        (("samples", tmp_path, "--output", tmp_path / "a.png"), "not a checkpoint"),
         (("table", trained, "--output", tmp_path / "a.png"), "lacks its step table"),
     ]:
         assert_one_line_error(run("ddpm-plot", *argv), fragment)
