@@ -1,7 +1,7 @@
 """Small DDPMs for Hugging Face diffusers, from data to a sampler that needs no PyTorch.
 
-Names are imported when they are first used, so that the base install, which has neither torch nor diffusers,
-can import the package and sample from a bundle.
+Names are imported on first use, so that the base install, without torch and diffusers, can import the package and
+sample from a bundle.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from .errors import explain_missing_extra
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # what editors and type checkers see in place of `__getattr__`
+if TYPE_CHECKING:  # editors and type checkers read these imports instead of `__getattr__`
     from .checkpoints import pretrained as pretrained
     from .data.images import load_images as load_images
     from .data.points import load_points as load_points
@@ -40,11 +40,10 @@ if TYPE_CHECKING:  # what editors and type checkers see in place of `__getattr__
     from .training.options import TrainingArguments as TrainingArguments
 
 _MODULE_OF_NAME = {
-    "DDPMMLPPipeline": "pipeline",
+    **dict.fromkeys(["DDPMMLPPipeline", "PointPipelineOutput"], "pipeline"),
     "MLPModel": "models.mlp",
     "SmallUNet2DModel": "models.unet",
     "OnnxSampler": "runtime.sampler",
-    "PointPipelineOutput": "pipeline",
     "StepTable": "runtime.step_table",
     "compile_scheduler": "export.compile",
     "export_bundle": "export.exporter",
@@ -54,23 +53,15 @@ _MODULE_OF_NAME = {
     "pretrained": "checkpoints",
     "train": "training.loop",
     "TrainingArguments": "training.options",
-    "BundleError": "errors",
-    "CheckpointError": "errors",
-    "ConfigurationError": "errors",
-    "DDPMPipelineError": "errors",
-    "DatasetError": "errors",
-    "DivergenceError": "errors",
-    "MissingExtraError": "errors",
-    "OutputExistsError": "errors",
-    "ParityError": "errors",
-    "StoppedBySignal": "errors",
-    "UnsupportedSchedulerError": "errors",
+    **dict.fromkeys(["DDPMPipelineError", "ConfigurationError", "DatasetError", "DivergenceError"], "errors"),
+    **dict.fromkeys(["BundleError", "CheckpointError", "OutputExistsError", "MissingExtraError"], "errors"),
+    **dict.fromkeys(["ParityError", "StoppedBySignal", "UnsupportedSchedulerError"], "errors"),
 }
 
 __all__ = sorted(_MODULE_OF_NAME)
 
 
-if not TYPE_CHECKING:  # for type checkers, other names than those above would be there, too
+if not TYPE_CHECKING:  # a type checker would take `__getattr__` to define every name
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULE_OF_NAME:

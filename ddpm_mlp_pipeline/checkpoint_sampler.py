@@ -1,4 +1,4 @@
-"""`CheckpointSampler`: sampling from a checkpoint with torch, in the way of the runtime's `OnnxSampler`."""
+"""Sample from a checkpoint with torch, with the interface of the runtime's `OnnxSampler`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .training.processes import this_process
 
 
 class CheckpointSampler(Sampler):
-    """Draws points or images from a checkpoint folder; the batches are divided among the processes that there are.
+    """A sampler of points or images that divides its batches among the processes.
 
-    Every sample has a generator of its own, so that it is the same in any batch; it is not the sample that a bundle
-    gives for the same seed, since torch's noise is not the runtime's.
+    Every sample has its own generator, so that it is the same in any batch. A bundle's samples differ for the same
+    seed, because the runtime has another noise generator.
 
     Args:
-        checkpoint: the folder.
+        checkpoint: the checkpoint folder.
         scheduler: a key of `SCHEDULERS`; by default the checkpoint's own.
-        num_inference_steps: sampling steps; by default as many as the scheduler was trained with.
+        num_inference_steps: number of denoising steps; by default the number of training timesteps.
 
     Raises:
         CheckpointError: if the checkpoint can't be loaded.
-        ConfigurationError: if there are more steps than the scheduler was trained with.
+        ConfigurationError: if there are more steps than training timesteps.
     """
 
     def __init__(
@@ -59,12 +59,11 @@ class CheckpointSampler(Sampler):
     def batches(
         self, num_samples: int, seed: int = 0, batch_size: int = 512, on_step: Callable[[int], Any] | None = None
     ) -> Generator[np.ndarray, None, None]:
-        """As [`OnnxSampler.batches`]; every process yields all of them, in the same order."""
+        """Like [`OnnxSampler.batches`]; every process yields all batches in the same order."""
         process = this_process()
         batches = [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
         for i in range(0, len(batches), process.num_processes):
-            together = batches[i : i + process.num_processes]  # at most one for each
-
+            together = batches[i : i + process.num_processes]  # at most one per process
             number = sum(map(len, together))
 
             def step_done(
@@ -77,8 +76,7 @@ class CheckpointSampler(Sampler):
                 return {}
 
             own = together[process.process_index :][:1]
-            drawn = [self._draw(batch, seed, step_done) for batch in own]
-            yield from gather_object(drawn)
+            yield from gather_object([self._draw(batch, seed, step_done) for batch in own])
 
     def _draw(self, batch: range, seed: int, step_done: Callable[..., dict[str, Any]]) -> np.ndarray:
         seeds = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64) for i in batch)

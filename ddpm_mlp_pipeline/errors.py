@@ -1,65 +1,50 @@
-"""The errors that a user's input can cause. A command prints them as one line; a program can catch them by kind."""
+"""Errors that a user's input can cause. A command prints them as one line; a program can catch them by class."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-# Which extra of this package brings which third-party module.
+# The extra of this package that installs each third-party module
 _EXTRA_OF_MODULE = {
-    "torch": "train",
-    "diffusers": "train",
-    "accelerate": "train",
-    "huggingface_hub": "train",
-    "safetensors": "train",
-    "datasets": "train",
-    "pandas": "train",
-    "matplotlib": "train",
-    "yaml": "train",
-    "tensorboard": "train",
-    "psutil": "train",
-    "torchmetrics": "train",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "onnxscript": "export",
-    "ot": "evaluate",
-    "scipy": "evaluate",
-    "tabulate": "evaluate",
-    "torch_fidelity": "inception",
-    "torchvision": "inception",
+    **dict.fromkeys(["torch", "diffusers", "accelerate", "huggingface_hub", "safetensors", "datasets"], "train"),
+    **dict.fromkeys(["pandas", "matplotlib", "yaml", "tensorboard", "psutil", "torchmetrics"], "train"),
+    **dict.fromkeys(["onnx", "onnx_ir", "onnxscript"], "export"),
+    **dict.fromkeys(["ot", "scipy", "tabulate"], "evaluate"),
+    **dict.fromkeys(["torch_fidelity", "torchvision"], "inception"),
 }
 
 
 class DDPMPipelineError(Exception):
-    """Base of every error that input of the user's can cause; its message is one line."""
+    """Base class of all errors that a user's input can cause. The message is one line."""
 
 
 class ConfigurationError(DDPMPipelineError, ValueError):
-    """An option has a value that can't work, or a preset names an option that doesn't exist."""
+    """An option has an invalid value, or a preset names an unknown option."""
 
 
 class DatasetError(DDPMPipelineError, ValueError):
-    """A data set is unknown, empty, or holds something other than finite numbers."""
+    """A data set is unknown, empty, unreadable, or holds values that are not finite numbers."""
 
 
 class CheckpointError(DDPMPipelineError, ValueError):
-    """A checkpoint folder lacks a file, or holds one that can't be read."""
+    """A file of a checkpoint folder is missing or can't be read."""
 
 
 class BundleError(DDPMPipelineError, ValueError):
-    """A bundle folder lacks a file, or holds one that can't be read or doesn't fit the others."""
+    """A file of a bundle folder is missing, can't be read, or doesn't match the others."""
 
 
 class OutputExistsError(DDPMPipelineError, FileExistsError):
-    """An output is there already, and isn't to be overwritten, or holds what its command did not write."""
+    """An output exists and may not be overwritten, or holds files that its command did not write."""
 
 
 class UnsupportedSchedulerError(DDPMPipelineError, ValueError):
-    """A scheduler takes steps that a step table can't express."""
+    """A step table can't express the scheduler's steps."""
 
 
 class ParityError(DDPMPipelineError, RuntimeError):
-    """An exported bundle doesn't reproduce the pipeline that it was made from. `report` says where they differ."""
+    """An exported bundle doesn't reproduce its pipeline. `report` says where they differ."""
 
     def __init__(self, message: str, report: object = None):
         super().__init__(message)
@@ -67,19 +52,19 @@ class ParityError(DDPMPipelineError, RuntimeError):
 
 
 class DivergenceError(DDPMPipelineError, ArithmeticError):
-    """The loss of a training run is no finite number any more, or a sampler leaves the range of the data."""
+    """The loss of a training run or a sampler's samples are no longer finite."""
 
     @classmethod
     def at_step(cls, step: int, timestep: float) -> DivergenceError:
-        """Of sampling: the first step, from 0, whose outcome is not finite, and what the network was told there."""
+        """Return the error for the first denoising step, counted from 0, whose samples are not finite."""
         return cls(
-            f"sampling leaves the finite numbers in step {step} (from 0), at timestep {timestep:g}: the network's "
-            "weights or the scheduler's options are no good"
+            f"the samples are not finite after step {step} (from 0), at timestep {timestep:g}: check the network's "
+            "weights and the scheduler's options"
         )
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """A training run was asked to end, by Ctrl-C or SIGTERM, and has saved its state; `signum` is the signal."""
+    """A training run was stopped by Ctrl-C or SIGTERM and has saved its state. `signum` is the signal."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -87,19 +72,19 @@ class StoppedBySignal(KeyboardInterrupt):
 
 
 class MissingExtraError(DDPMPipelineError, ImportError):
-    """A third-party package is missing, which one of this package's extras installs."""
+    """A third-party package is missing that one of this package's extras installs."""
 
 
 @contextlib.contextmanager
 def explain_missing_extra(what: str, extra: str | None = None) -> Iterator[None]:
-    """Turn a failed import of an optional dependency into one line that says how to install it.
+    """Turn a failed import of an optional dependency into a one-line error that says how to install it.
 
     Args:
-        what: the name that the user asked for, to begin the sentence with.
-        extra: the extra to recommend; by default the one that brings the missing module.
+        what: the command or name that needs the import; the message begins with it.
+        extra: the extra to recommend; by default the one that installs the missing module.
 
     Raises:
-        MissingExtraError: if the block fails to import a module that one of the extras brings.
+        MissingExtraError: if the block fails to import a module that one of the extras installs.
     """
     try:
         yield

@@ -1,18 +1,18 @@
-"""Outputs appear whole or not at all, and replace nothing that their command did not write.
+"""Write outputs atomically, and replace only what the same command wrote.
 
-One rule holds for every command:
+Every command follows these rules:
 
 - A file that exists is refused before any work, unless `--overwrite` is given.
-- A folder that exists and isn't empty is refused, too. With `--overwrite` it is replaced if it holds nothing but what
-  the command writes, told by names and kinds of all entries; anything else in it is left alone, and so is the folder.
-- What has appeared at an output's place during the work is treated in the same way at its end.
-- Measurements that go on where they were (`ddpm-compare --output`, `ddpm-bound`'s `.partial.npz`) recognise their own
-  file by its content, and refuse any other.
-- A training run writes entries of known names into `--output_dir`. Those that exist are refused before any work,
-  unless the run goes on from a state in that folder or `--overwrite_output_dir` is given. From then on these names
-  are the run's; entries of other names stay as they are.
+- A folder that exists and isn't empty is refused, too. With `--overwrite` it is replaced if the command writes
+  entries of all the names and types in it. A folder with any other entry is left alone.
+- Both checks are repeated after the work, before the output is renamed into place.
+- Measurements that can be resumed (`ddpm-compare --output`, `ddpm-bound`'s `.partial.npz`) recognise their own file by
+  its content, and refuse any other.
+- A training run writes entries of known names into `--output_dir`. Existing ones are refused before any work, unless
+  the run resumes from a state in that folder or `--overwrite_output_dir` is given; then the run replaces them. Entries
+  with other names are left alone.
 
-Outputs are written aside, under names that begin with `.partial-`, and renamed into place.
+Outputs are written under temporary names that begin with `.partial-`, and renamed into place.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from pathlib import Path
 
 from .errors import OutputExistsError
 
-PARTIAL = ".partial-"  # how the names of what is not whole yet begin
-REPLACED = ".replaced-"  # and those of what makes room for it
+PARTIAL = ".partial-"  # prefix of unfinished outputs
+REPLACED = ".replaced-"  # prefix of the folder that an output replaces
 
 Own = Callable[[str], object]
-"""Whether a command writes entries of that path, relative to its output folder; a folder's ends with `/`."""
+"""Whether a command writes an entry of this path, relative to its output folder; a folder's path ends with `/`."""
 
 
 def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a place for a file that is taken, or doesn't exist.
+    """Raise an error if a file can't be written to `path`.
 
     Raises:
-        OutputExistsError: if there is something at `path` already, and it isn't to be overwritten.
-        OSError: if `path` is a folder, or its folder doesn't exist.
+        OutputExistsError: if `path` exists, and `overwrite` is false.
+        OSError: if `path` is a folder, or its parent folder doesn't exist.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,22 +51,22 @@ def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
         raise OutputExistsError(f"{path} exists: pass --overwrite to replace it")
 
 
-def check_folder(path: str | os.PathLike[str], own: Own, overwrite: bool = False) -> None:
-    """Refuse a place for a folder that is taken.
+def check_folder(
+    path: str | os.PathLike[str], own: Own, overwrite: bool = False, name: str | os.PathLike[str] | None = None
+) -> None:
+    """Raise an error if a folder can't be written to `path`. A missing or empty folder always passes.
 
     Args:
-        path: of the folder; one that is empty is as good as none.
-        own: tells what the command writes. A link is never its own.
-        overwrite: whether a folder that holds nothing else is to be replaced.
+        path: the folder.
+        own: tells which entries the command writes. A link is never one of them.
+        overwrite: whether a folder that holds only such entries may be replaced.
+        name: the path to show in error messages; by default `path`.
 
     Raises:
-        OutputExistsError: if the folder holds something else, or isn't to be overwritten.
+        OutputExistsError: if the folder holds other entries, or isn't empty and `overwrite` is false.
         OSError: if `path` is a file.
     """
-    _check_entries(Path(path), Path(path), own, overwrite)
-
-
-def _check_entries(folder: Path, name: Path, own: Own, overwrite: bool) -> None:
+    folder, name = Path(path), path if name is None else name
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
@@ -78,7 +78,7 @@ def _check_entries(folder: Path, name: Path, own: Own, overwrite: bool) -> None:
 
 
 def find_foreign(folder: Path, own: Own, prefix: str = "") -> str | None:
-    """Find an entry of a folder, at any depth, that is not its command's own; `None` if there is none."""
+    """Return the path of the first entry, at any depth, that `own` denies; `None` if there is no such entry."""
     for entry in folder.iterdir():
         mode = entry.lstat().st_mode
         name = f"{prefix}{entry.name}{'/' if stat.S_ISDIR(mode) else ''}"
@@ -90,50 +90,49 @@ def find_foreign(folder: Path, own: Own, prefix: str = "") -> str | None:
 
 
 def check_names(folder: Path, names: Iterable[str], overwrite: bool = False) -> None:
-    """Refuse to write into a folder that has entries of these names already.
+    """Raise an error if a folder already has entries of these names.
 
     Args:
-        folder: it need not exist.
-        names: of files if they have an ending, else of folders.
-        overwrite: whether entries of the same kind may be written over.
+        folder: the folder, which may be missing.
+        names: the names. One with a suffix stands for a file, one without for a folder.
+        overwrite: whether entries of the same type may be replaced.
 
     Raises:
-        OutputExistsError: if there is such an entry, other than an empty folder.
+        OutputExistsError: if there is such an entry that may not be replaced, other than an empty folder.
     """
     for path in (folder / name for name in names):
         if not os.path.lexists(path):
             continue
         is_folder = path.is_dir() and not path.is_symlink()
         if path.is_dir() if path.suffix else not is_folder:
-            raise OutputExistsError(f"{path} is no {'file' if path.suffix else 'folder'}: it is left alone")
+            raise OutputExistsError(f"{path} is not a {'file' if path.suffix else 'folder'}: it is left alone")
         if not overwrite and not (is_folder and not any(path.iterdir())):
             raise OutputExistsError(f"{path} exists: pass --overwrite_output_dir to replace it")
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its ending; it becomes `path` if the block ends without an error.
+    """Yield a temporary path in the same folder, and rename it to `path` if the block succeeds.
 
-    Entering the block creates the temporary file, so a place that can't be written to is found before the work.
+    The temporary file has the same suffix. It is created before the block runs, so that an unwritable folder is
+    reported before any work.
 
     Args:
-        path: of the file.
-        overwrite: whether a file that is there already is replaced. It stays as it is if the block fails.
+        path: the file.
+        overwrite: whether to replace an existing file. If the block fails, that file is unchanged.
 
     Raises:
-        OutputExistsError: if `path` exists, before or after the block, and isn't to be overwritten.
+        OutputExistsError: if `path` exists, before or after the block, and `overwrite` is false.
         OSError: if the folder of `path` doesn't exist, can't be written to, or is full.
     """
     path = Path(path)
     check_file(path, overwrite)
     temporary = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
-        with _naming(path):
-            temporary.touch()
         with _naming(path, temporary):
+            temporary.touch()
             yield temporary
-        check_file(path, overwrite)
-        with _naming(path):
+            check_file(path, overwrite)
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -141,21 +140,21 @@ def whole_file(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str], own: Own, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it becomes `path` if the block ends without an error.
+    """Yield a temporary folder beside `path`, and rename it to `path` if the block succeeds.
 
     Args:
-        path: of the folder; a link to one stands for that one.
-        own, overwrite: what may be replaced: see `check_folder`. It stays as it is if the block fails.
+        path: the folder. Links are followed.
+        own, overwrite: which existing folder may be replaced: see `check_folder`. If the block fails, it is unchanged.
 
     Raises:
-        OutputExistsError: if what is at `path`, before or after the block, may not be replaced.
-        OSError: if the parent folder can't be made, can't be written to or is full, or `path` is a file, or is or
-            holds the current folder.
+        OutputExistsError: if the folder at `path`, before or after the block, may not be replaced.
+        OSError: if the parent folder can't be made, can't be written to or is full; if `path` is a file; or if `path`
+            is the current folder or one of its parents.
     """
     name, path = Path(path), Path(path).resolve()
     if Path.cwd().is_relative_to(path):
-        raise OSError(errno.EINVAL, "can't be replaced: name a folder inside it", str(name))
-    _check_entries(path, name, own, overwrite)
+        raise OSError(errno.EINVAL, "is or holds the current folder: name a folder inside it", str(name))
+    check_folder(path, own, overwrite, name)
     token = secrets.token_hex(4)
     temporary, replaced = (path.with_name(f"{prefix}{token}-{path.name}") for prefix in (PARTIAL, REPLACED))
     try:
@@ -165,8 +164,8 @@ def whole_folder(path: str | os.PathLike[str], own: Own, overwrite: bool = False
             yield temporary
         with _naming(name):
             if os.path.lexists(path):
-                path.replace(replaced)  # so that nothing is added to it between look and act
-                _check_entries(replaced, name, own, overwrite)
+                path.replace(replaced)  # before the check, so that nobody adds entries after it
+                check_folder(replaced, own, overwrite, name)
             temporary.replace(path)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
@@ -177,23 +176,22 @@ def whole_folder(path: str | os.PathLike[str], own: Own, overwrite: bool = False
 
 @contextlib.contextmanager
 def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Have errors of writing name the path that the user knows, and say that it is not written.
+    """Turn errors of writing into ones that name `path`, which the user knows, instead of the temporary one.
 
-    If `temporary` is given, they are the errors at or below it and those that name no file, such as a full disk's. All
-    others pass unchanged: what can't be read names itself.
+    If `temporary` is given, errors that name a file elsewhere pass unchanged: they are errors of reading.
     """
     try:
         yield
     except OSError as error:
-        file = error.filename
-        is_of_another = not (temporary is None or file is None or Path(str(file)).is_relative_to(temporary))
-        if error.errno is None or is_of_another:
+        file = error.filename  # None for a full disk
+        is_elsewhere = temporary and file and not Path(str(file)).is_relative_to(temporary)
+        if error.errno is None or is_elsewhere:
             raise
         raise OSError(error.errno, f"can't be written: {error.strerror or error}", str(path)) from error
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed processes have left in the folder of outputs not whole yet."""
+    """Delete the unfinished outputs that killed processes have left in the folder."""
     for path in folder.glob(f"{PARTIAL}*"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -202,38 +200,34 @@ def remove_partial(folder: Path) -> None:
 
 
 def rename_durably(source: Path, target: Path) -> None:
-    """Rename a folder, so that not even a loss of power leaves less than all of it at its new place."""
-    _flush(source)
+    """Rename a folder so that even after a power failure the new name holds all files or doesn't exist."""
+    _flush(*source.rglob("*"), source)
     source.rename(target)
-    _fsync(target.parent)
+    _flush(target.parent)
 
 
-def _flush(folder: Path) -> None:
-    """Wait until the disk itself holds all that is in the folder."""
-    for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
+def _flush(*paths: Path) -> None:
+    """Wait until these files and folders are on the disk."""
     if os.name == "nt":
-        return  # where a folder can't be opened
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return  # Windows can't open folders
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def move_into(source: Path, folder: Path, last: str) -> None:
-    """Move all files that `source` holds to the same places in `folder`. Other entries stay as they are.
+    """Move all files in `source` to the same relative paths in `folder`.
 
     Args:
         source: the folder of the new files.
-        folder: where they replace files of the same names.
-        last: the file that says that the others are complete. It is removed first and comes last, so that it is there
-            only while all files that it lists are of one making.
+        folder: the target. Files of the same names are replaced; other entries are unchanged.
+        last: the file that marks the others as complete. It is deleted first and moved last, so that while it exists
+            every file it lists comes from the same save.
     """
-    _flush(source)
+    _flush(*source.rglob("*"), source)
     (folder / last).unlink(missing_ok=True)
     files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path == source / last)
     for file in files:

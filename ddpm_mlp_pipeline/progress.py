@@ -1,11 +1,11 @@
-"""Progress bars: in a terminal as tqdm draws them; in a log, a line every ten seconds."""
+"""Progress bars: tqdm's in a terminal or notebook, a line every ten seconds in a log."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any, TextIO
 
-from tqdm import tqdm  # and not tqdm.auto, which takes twice as long to import
+from tqdm import tqdm  # tqdm.auto takes twice as long to import
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -13,24 +13,24 @@ SECONDS_BETWEEN_LINES = 10
 def progress_bar(**options: Any) -> tqdm[Any]:
     """Return a tqdm bar on stderr.
 
-    Where stderr is neither a terminal nor a notebook's, the bar writes lines, at least ten seconds apart.
+    Outside a terminal and a notebook, the bar writes one line every ten seconds at most.
 
     Args:
-        options: tqdm's, but `file`, `mininterval` and `miniters`.
+        options: keyword arguments of tqdm, except `file`, `mininterval` and `miniters`.
     """
     if "ipykernel" in sys.modules:
-        from tqdm.auto import tqdm as auto_tqdm  # a widget where there are ipywidgets, else text
+        from tqdm.auto import tqdm as auto_tqdm  # a widget if ipywidgets is installed
 
         return auto_tqdm(**options)
     if sys.stderr.isatty():
         return tqdm(**options)
-    # With miniters=1, every update looks at the clock; else tqdm learns how many updates to pass over, and a slow
-    # stretch after a fast one goes unseen.
+    # miniters=1 makes every update check the clock. By default tqdm adapts the number of updates to skip, and then
+    # stays silent when a slow phase follows a fast one.
     return tqdm(**options, file=_Lines(sys.stderr), mininterval=SECONDS_BETWEEN_LINES, miniters=1)
 
 
 class _Lines:
-    """Turns what tqdm writes to move the cursor into lines."""
+    """A stream that replaces tqdm's cursor movements by line breaks."""
 
     def __init__(self, stream: TextIO):
         self.stream, self.encoding = stream, stream.encoding

@@ -1,4 +1,4 @@
-"""`open_sampler`: whatever draws samples from a folder, without torch if it is a bundle, with it if a checkpoint."""
+"""Open a bundle or a checkpoint for sampling. Only a checkpoint needs torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .runtime.sampler import OnnxSampler, Sampler
 
 
 def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> Sampler:
-    """What draws from a bundle, or in the same way from a checkpoint, with torch.
+    """Return the sampler for a bundle folder or a checkpoint folder.
 
     Raises:
-        ConfigurationError: if a scheduler or a number of steps is asked of a bundle, which has its own.
-        BundleError, CheckpointError, MissingExtraError: if it can't be loaded.
+        ConfigurationError: if a scheduler or a number of steps is given for a bundle.
+        BundleError, CheckpointError, MissingExtraError: if the folder can't be loaded.
     """
     if (source / "model_index.json").is_file():
         with explain_missing_extra("sampling from a checkpoint", "train"):
             from .checkpoint_sampler import CheckpointSampler
         return CheckpointSampler(source, scheduler, num_inference_steps)
     if scheduler is not None or num_inference_steps is not None:
-        raise ConfigurationError("a bundle's scheduler and steps are its step table's: export it again to change them")
+        raise ConfigurationError("a bundle's step table fixes its scheduler and steps: export again to change them")
     return OnnxSampler(source)

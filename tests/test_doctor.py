@@ -191,7 +191,7 @@ def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run, caps
     assert "data: from -1.00 to" in found  # the black around them
     assert "larger than the 99 samples → lower --train_batch_size" in found
     for argv, message in [
-        ((preset,), "50.png) is no image"),
+        ((preset,), "50.png) can't be decoded"),
         ((preset, "--dataset", "heart"), "sets block_out_channels"),
         (("heart", "--resolution", 8), "are for images"),
         ((pretrained("mnist"), "--dataset", pictures, "--resolution", 8), "its own"),

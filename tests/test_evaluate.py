@@ -175,7 +175,7 @@ def test_few_colour_pictures_of_one_split_are_judged_by_their_pixels(run, evalua
     (folder / "07.png").write_bytes(b"")
     np.save(tmp_path / "good.npy", np.stack(pictures[60:]))
     np.save(tmp_path / "bad.npy", np.stack(pictures[60:]) // 2)
-    assert_one_line_error(run("ddpm-evaluate", tmp_path / "good.npy", "--dataset", folder), "07.png) is no image")
+    assert_one_line_error(run("ddpm-evaluate", tmp_path / "good.npy", "--dataset", folder), "07.png) can't be decoded")
     found = {}
     for name in ("good", "bad"):
         report, _ = evaluate(tmp_path / f"{name}.npy", "--dataset", folder, "--skip_corrupt")

@@ -244,7 +244,7 @@ def test_another_kind_of_entry_is_never_written_over(tmp_path, name, is_link):
         path.mkdir()
     else:
         path.touch()
-    with pytest.raises(OutputExistsError, match=f"{name} is no .*: it is left alone"):
+    with pytest.raises(OutputExistsError, match=f"{name} is not a .*: it is left alone"):
         check_names(tmp_path, [name], overwrite=True)
 
 

@@ -165,7 +165,7 @@ def test_wrong_plots_end_in_one_line(trained, run, tmp_path):
         (("animation", trained, "--output", tmp_path / "a.png"), ".gif or .mp4"),
         (("forward", trained, "--output", tmp_path / "a.png"), "--dataset"),
         (("reverse", trained, "--output", tmp_path / "a.png", "--timesteps", 21), "from 0 to 20"),
-        (("samples", tmp_path, "--output", tmp_path / "a.png"), "no checkpoint"),
+        (("samples", tmp_path, "--output", tmp_path / "a.png"), "not a checkpoint"),
         (("table", trained, "--output", tmp_path / "a.png"), "lacks its step table"),
     ]:
         assert_one_line_error(run("ddpm-plot", *argv), fragment)
@@ -175,7 +175,7 @@ def test_wrong_trainings_end_in_one_line(squares, run, tmp_path):
     base = (sys.executable, SCRIPT, "--output_dir", tmp_path / "run")
     for argv, fragment in [
         ((), "--dataset_name"),
-        (("--dataset_name", tmp_path / "nowhere"), "neither a folder here"),
+        (("--dataset_name", tmp_path / "nowhere"), "neither a folder nor a data set"),
         (("--dataset_name", squares, "--train_batch_size", 71), "larger than the data set, which holds 70"),
         (("--dataset_name", squares, "--block_out_channels", "12,32"), "norm_num_groups"),
         (("--dataset_name", squares, "--block_out_channels", "wide"), "'wide'"),

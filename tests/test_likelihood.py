@@ -235,7 +235,7 @@ def test_an_interrupted_estimate_goes_on(tmp_path):
 def test_what_has_no_bound_is_refused():
     unet, images = Images()
     for scheduler, message in (
-        (DDIMScheduler(), "DDIMScheduler doesn't have"),
+        (DDIMScheduler(), "DDIMScheduler doesn't define"),
         (DDPMScheduler(variance_type="learned"), "not learned"),
         (DDPMScheduler(thresholding=True), "thresholding"),
         (DDPMScheduler(1), "at least 2 timesteps"),

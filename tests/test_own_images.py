@@ -45,7 +45,7 @@ def test_own_pictures_go_the_whole_way(pictures, run, capsys, tmp_path):
 
     result = done(*train, "--resolution", 16, "--skip_corrupt")
     assert "left out 1 image:" in result.stderr
-    assert "cats/099.png) is no image" in result.stderr
+    assert "cats/099.png) can't be decoded" in result.stderr
     bundle, data = tmp_path / "bundle", ("--dataset", pictures, "--skip_corrupt")
     done("ddpm-export", tmp_path / "run", bundle, "--scheduler", "ddpm", "--web", tmp_path / "page")
     assert (tmp_path / "page" / "index.html").is_file()

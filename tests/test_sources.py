@@ -51,8 +51,8 @@ WITH_NAN = np.where(np.arange(4)[:, None, None, None] == 2, np.nan, IMAGES)
         (IMAGES[..., 0], r"of the shape \(4, 2, 2\): samples are"),
         (IMAGES + 0j, "holds complex128"),
         (WITH_NAN[..., 0, 0], "nan, or an empty cell, in row 3, column 'x'"),
-        (np.zeros((0, 2)), r"it holds float64 of the shape \(0, 2\), no numbers"),
-        (IMAGES[:0], r"it holds float64 of the shape \(0, 2, 2, 1\), no numbers"),
+        (np.zeros((0, 2)), r"it holds float64 of the shape \(0, 2\), not numbers"),
+        (IMAGES[:0], r"it holds float64 of the shape \(0, 2, 2, 1\), not numbers"),
         (np.array([[None]]), "can't read .* Python objects"),
     ],
 )

@@ -46,7 +46,7 @@ def train_on_images(
     draw_samples: Callable[..., None] | None = None,
 ) -> tuple[DDPMMLPPipeline, list[float]]:
     """Train a new pipeline on images of some classes; return it and the steps' losses."""
-    pipeline = make_image_pipeline(args, tuple(data.images.shape[1:]), class_names)
+    pipeline = make_image_pipeline(args, tuple(data.samples.shape[1:]), class_names)
     pipeline.set_progress_bar_config(disable=True)
     augment = mirror_half if args.random_flip else None
     return pipeline, train(pipeline, data, args, draw_samples, augment)

@@ -1,4 +1,4 @@
-"""Arrays of numbers from `.npy` files, which may be anyone's."""
+"""Read arrays of numbers from untrusted `.npy` files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..errors import DatasetError
 
 
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:
-    """The numbers of a `.npy` file, as a view of it: no memory is taken for what its header says but it does not hold.
+    """Map the numbers of a `.npy` file into memory, so that a false shape in its header takes no memory.
 
     Raises:
-        DatasetError: if the file can't be read, or holds something other than numbers. (Objects are pickled, and a
-            pickle is a program: they are refused.)
+        DatasetError: if the file can't be read, is empty, or holds other types than numbers. (Objects are refused,
+            because unpickling them can run code.)
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # the header is Python's syntax, and numpy's reader raises errors of many kinds
+    except Exception as error:  # numpy parses the header as Python, which raises many types of errors
         raise DatasetError(f"can't read {path}: {error}") from None
     if array.dtype.kind not in "biuf" or array.size == 0:
-        raise DatasetError(f"can't read {path}: it holds {array.dtype} of the shape {array.shape}, no numbers")
+        raise DatasetError(f"can't read {path}: it holds {array.dtype} of the shape {array.shape}, not numbers")
     return array

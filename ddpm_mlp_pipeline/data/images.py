@@ -1,4 +1,4 @@
-"""Image sets: whatever `datasets` loads, decoded once, of one size and one number of channels."""
+"""Load image data sets as uint8 tensors of one size and number of channels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from PIL import Image, ImageOps
 
 from ..errors import DatasetError
 from ..progress import progress_bar
-from .batches import Batch
+from .batches import Batch, TensorBatches
 from .points import is_point_set
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for each number of channels
-GREY = ("1", "L", "I", "F")  # and those that begin with I;16
-# What Pillow opens, but has drawn by a program outside of it: a file may be a program, too.
-REFUSED_FORMATS = ("EPS",)
-HELD_OUT_SPLITS = ("test", "validation", "train")  # the first that a set has
+GREY = ("1", "L", "I", "F")  # and modes that begin with I;16
+REFUSED_FORMATS = ("EPS",)  # an EPS file is a program, which Pillow runs with Ghostscript
+HELD_OUT_SPLITS = ("test", "validation", "train")  # in order of preference
 
 
 def load_images(
@@ -40,34 +39,33 @@ def load_images(
     max_memory: int | None = None,
     on_corrupt: Callable[[str], None] | None = None,
 ) -> torch.Tensor:
-    """Load a data set of images and decode it, once.
+    """Load and decode a data set of images.
 
-    The images stay in memory, or, where they are too many for it, in a temporary file that the tensor is a view of
-    (beside the cache of `datasets`, where there is room for data sets).
+    Images that don't fit into memory go to a temporary file in the cache folder of `datasets`, which the tensor maps.
 
-    16 bits become 8 by leaving out the lower 8, as Pillow does where a file has 16 bits of each colour. Floats in
-    [0, 1] are scaled to 255, and refused beyond. Transparent parts show white where `channels` leaves no room for
-    them. Of an image with several frames or pages, the first is taken.
+    Of 16-bit values, the upper 8 bits are kept, as Pillow does for 16-bit RGB. Floats are scaled from [0, 1] to
+    [0, 255]; values outside are refused. Without an alpha channel in the result, transparency is blended with white.
+    Of an image with several frames or pages, the first is used.
 
     Args:
-        name: a data set on the hub, a folder that `datasets.load_dataset` takes, or a folder of images.
-        split: which split of it.
-        resolution: height and width to bring the images to, one number if they are equal; by default they are left as
-            they are, and must all be of one size.
-        fit: `"resize"` scales an image to the resolution, `"pad"` centres it on black. Nothing is cropped.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA), to which every image is converted; by default what the first has.
-        number: only so many of the images, chosen at random; by default all of them.
-        seed: of that choice.
-        max_memory: bytes that the images may take in memory; by default this process's share of half of what is free.
-        on_corrupt: called with a message for each image that can't be read, which is left out then; by default the
-            message is raised.
+        name: a data set on the hub, a folder that `datasets.load_dataset` reads, or a folder of images.
+        split: the split.
+        resolution: target size, `(height, width)` or one number for both; by default the images keep their size, which
+            must be the same for all.
+        fit: `"resize"` scales an image to the resolution, `"pad"` centres it on black. Images are never cropped.
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default those of the first image.
+        number: maximum number of images, chosen at random; by default all.
+        seed: the seed of the choice.
+        max_memory: maximum bytes in memory; by default this process's share of half of the free memory.
+        on_corrupt: called with a message for each image that can't be read, which is then skipped; by default such an
+            image raises an error.
 
     Returns:
         uint8, `[number of images, channels, height, width]`.
 
     Raises:
-        DatasetError: if the set can't be loaded, is empty or has no column of images (found by its type, whatever its
-            name), or an image can't be read or doesn't fit; the message names its row and its file.
+        DatasetError: if the data set can't be loaded, is empty or has no column of type `Image`; or if an image can't
+            be read or has the wrong size (the message names its row and file).
     """
     form = split, resolution, fit, channels, number, seed, max_memory, on_corrupt
     return load_labelled_images(name, None, *form)[0]
@@ -109,15 +107,16 @@ def load_labelled_images(
     images: np.ndarray | None = None
     kept = []
     for row, index in zip(progress_bar(iterable=rows, desc="decoding", leave=False), indices, strict=True):
-        what = _name(name, index, row[column]["path"])
+        path = row[column]["path"]
+        what = f"row {index} of {name}" + (f" ({path})" if path else "")
         try:
             image = _open(row[column])
             channels = channels or _channels(image)
             image = _convert(image, channels)
-        except Exception as error:  # Pillow's decoders raise errors of many kinds
-            message = f"{what} is no image that can be decoded: {error}"
+        except Exception as error:  # Pillow's decoders raise many types of errors
+            message = f"{what} can't be decoded: {error}"
             if on_corrupt is None:
-                raise DatasetError(f"{message} (--skip_corrupt leaves such images out)") from None
+                raise DatasetError(f"{message} (pass --skip_corrupt to skip such images)") from None
             on_corrupt(message)
             continue
         pixels = np.asarray(_fit(image, size, fit, what))
@@ -127,7 +126,7 @@ def load_labelled_images(
         if pixels.shape != images.shape[1:]:
             raise DatasetError(
                 f"{what} is {pixels.shape[2]}×{pixels.shape[1]} pixels, but the first image is "
-                f"{images.shape[3]}×{images.shape[2]}: give --resolution to bring them to one size"
+                f"{images.shape[3]}×{images.shape[2]}: pass --resolution to resize them"
             )
         images[len(kept)] = pixels
         kept.append(index)
@@ -159,13 +158,13 @@ def _labels_of(
 def image_shapes(
     name: str | os.PathLike[str], split: str = "train", number: int | None = None
 ) -> Counter[tuple[int, int, int]]:
-    """Count the shapes, `(channels, height, width)`, that a data set's images come in.
+    """Count the images of each shape, `(channels, height, width)`. Images that can't be read are skipped.
 
     Args:
-        name, split, number: as `load_images` takes them. Images that can't be read are left out.
+        name, split, number: as in `load_images`.
 
     Raises:
-        DatasetError: if the set can't be loaded, is empty or has no column of images.
+        DatasetError: if the data set can't be loaded, is empty or has no column of images.
     """
     shapes: Counter[tuple[int, int, int]] = Counter()
     rows, column, _ = _open_rows(name, split, number)
@@ -179,67 +178,56 @@ def image_shapes(
 
 
 def count_images(name: str | os.PathLike[str], split: str) -> int:
-    """Return the number of images in a split, without decoding any.
+    """Return the number of images in a split without decoding them.
 
     Raises:
-        DatasetError: if the set can't be loaded, is empty or has no column of images.
+        DatasetError: if the data set can't be loaded, is empty or has no column of images.
     """
     return len(_open_rows(name, split)[0])
 
 
 def choose_split(name: str | os.PathLike[str], wanted: Sequence[str]) -> str:
-    """Return the first of the splits in `wanted` that a data set has; if it has none of them, its own first split.
+    """Return the first split in `wanted` that a data set has, or else its first split.
 
     Raises:
-        DatasetError: if the set can't be loaded.
+        DatasetError: if the data set can't be loaded.
     """
     splits = list(_load(name, None))
     return next((split for split in wanted if split in splits), splits[0])
 
 
 def load_labels(name: str | os.PathLike[str], split: str = "train") -> torch.Tensor:
-    """The classes of a data set's rows, int64, `[number of rows]`, from its column of type `ClassLabel`.
+    """Load the class labels of a data set: int64, `[number of rows]`, from its first column of type `ClassLabel`.
 
     Raises:
-        DatasetError: if the set can't be loaded, is empty or has no such column.
+        DatasetError: if the data set can't be loaded, is empty or has no such column.
     """
     rows, column = _load_column(name, split, datasets.ClassLabel, "labels")
     return torch.tensor(rows[:][column])
 
 
 def to_network_units(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images as the network is to see them: float32 in [-1, 1]."""
+    """Convert uint8 images to the network's units: float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-class ImageBatches(torch.utils.data.Dataset[Batch]):
-    """Images in memory, handed out in batches as the network is to see them: in [-1, 1].
-
-    Args:
-        images: uint8, `[number of images, channels, height, width]`.
-        class_labels: int64, `[number of images]`, or `None`.
-    """
-
-    def __init__(self, images: torch.Tensor, class_labels: torch.Tensor | None = None):
-        self.images, self.class_labels = images, class_labels
-
-    def __len__(self) -> int:
-        return len(self.images)
+class ImageBatches(TensorBatches):
+    """uint8 images in memory, `[number, channels, height, width]`, of which batches are in the network's units."""
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        labels = None if self.class_labels is None else self.class_labels[indices]
-        return Batch(to_network_units(self.images[indices]), labels)
+        batch = super().__getitems__(indices)
+        return batch._replace(x_0=to_network_units(batch.x_0))
 
 
 def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Mirror, left to right, those of the images `[batch, channels, height, width]` whose number in `u` is below ½."""
+    """Mirror the images `[batch, channels, height, width]` whose number in `u`, `[batch]`, is below ½."""
     return torch.where(u[:, None, None, None] < 0.5, x_0.flip(-1), x_0)
 
 
 def _load_column(
     name: str | os.PathLike[str], split: str, feature_type: type, what: str
 ) -> tuple[datasets.Dataset, str]:
-    """A data set's first column of a type, which may have any name, and that name."""
+    """Return a data set's first column of a feature type, and its name."""
     rows = _load(name, split)
     columns = [column for column, feature in rows.features.items() if isinstance(feature, feature_type)]
     if not columns:
@@ -252,7 +240,7 @@ def _load_column(
 def _open_rows(
     name: str | os.PathLike[str], split: str, number: int | None = None, seed: int = 0
 ) -> tuple[datasets.Dataset, str, np.ndarray]:
-    """A split's images, not decoded, or `number` of them at random; their column; and their rows in the split."""
+    """Return undecoded images of a split, at most `number`; their column; and their rows in the split."""
     rows, column = _load_column(name, split, datasets.Image, "images")
     indices = np.arange(len(rows))
     if number is not None and number < len(rows):
@@ -261,15 +249,11 @@ def _open_rows(
     return rows.cast_column(column, datasets.Image(decode=False)), column, indices
 
 
-def _name(name: str | os.PathLike[str], index: int, path: str | None) -> str:
-    return f"row {index} of {name}" + (f" ({path})" if path else "")
-
-
 def _open(row: dict[str, Any]) -> Image.Image:
-    """Open an image, and turn it as its camera says."""
+    """Open an image, and rotate it according to its EXIF data."""
     image = Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
     if image.format in REFUSED_FORMATS:
-        raise ValueError(f"{image.format} is a program that draws: convert it to PNG")
+        raise ValueError(f"{image.format} files can run code: convert it to PNG")
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -280,21 +264,21 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _channels(image: Image.Image) -> int:
-    """Return what an image has by itself: 1 (grey), 3 (RGB) or 4 (RGBA)."""
+    """Return an image's own number of channels: 1 (grey), 3 (RGB) or 4 (RGBA)."""
     return 4 if _is_transparent(image) else 1 if image.mode in GREY or image.mode.startswith("I;16") else 3
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """Bring an image to 8 bits of each channel."""
+    """Convert an image to 8 bits per channel."""
     if image.mode == "F":
         pixels = np.asarray(image)
-        if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is not
-            raise ValueError(f"its floats are from {pixels.min():.4g} to {pixels.max():.4g}, not in [0, 1]")
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # false for NaN, too
+            raise ValueError(f"its floats are from {pixels.min():.4g} to {pixels.max():.4g}: scale them to [0, 1]")
         image = Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
-    elif image.mode.startswith("I"):  # I is what Pillow's older versions, and some formats, have 16 bits in
+    elif image.mode.startswith("I"):  # older versions of Pillow and some formats use I for 16 bits
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"its numbers are from {pixels.min()} to {pixels.max()}, not of 16 bits")
+            raise ValueError(f"its integers are from {pixels.min()} to {pixels.max()}: scale them to 16 bits")
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if _is_transparent(image):
         image = image.convert("RGBA")
@@ -304,32 +288,32 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _load(name: str | os.PathLike[str], split: str | None) -> datasets.Dataset | datasets.DatasetDict:
-    """Load a split, or, without a name, all of them."""
-    if is_point_set(name):  # which the hub would be asked for, for half a minute
-        raise DatasetError(f"{name} is a point set, but images are needed: a folder, or a data set on the hub")
-    progress_bars = datasets.are_progress_bars_disabled()
+    """Load a split, or all splits if `split` is `None`."""
+    if is_point_set(name):  # `datasets` would search the hub for half a minute
+        raise DatasetError(f"{name} is a point set: pass a folder of images or an image data set on the hub")
+    were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(str(name), split=split)
-    except Exception as error:  # from a missing folder to a broken file, datasets raises errors of many kinds
-        what = "can't be loaded" if Path(name).exists() else "is neither a folder here nor a data set on the hub"
+    except Exception as error:  # `datasets` raises many types of errors
+        what = "can't be loaded" if Path(name).exists() else "is neither a folder nor a data set on the hub"
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         of_split = "" if split is None else f" (split {split!r})"
         raise DatasetError(f"{name}{of_split} {what}: {message}") from None
     finally:
-        if not progress_bars:
+        if not were_disabled:
             datasets.enable_progress_bars()
 
 
 def _allocate(shape: tuple[int, ...], max_memory: int | None) -> np.ndarray:
-    """Room for so many bytes, in memory if they fit, beside those of the machine's other processes."""
+    """Allocate a uint8 array in memory or, above `max_memory` bytes, in a temporary file."""
     if max_memory is None:
         max_memory = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if math.prod(shape) <= max_memory:
         return np.empty(shape, dtype=np.uint8)
     folder = Path(datasets.config.HF_DATASETS_CACHE)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:  # which lasts as long as it is mapped
+    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it alive
         return np.memmap(file, dtype=np.uint8, shape=shape)
 
 
@@ -340,10 +324,8 @@ def _fit(image: Image.Image, size: tuple[int, int] | None, fit: str, what: str) 
     if fit == "resize":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     if image.width > width or image.height > height:
-        goal = width if width == height else f"{width}×{height}"
-        raise DatasetError(
-            f"{what} is {image.width}×{image.height} pixels, too large to be padded to {goal}: use resize"
-        )
+        sizes = f"{image.width}×{image.height} pixels, too large to be padded to {width}×{height}"
+        raise DatasetError(f"{what} is {sizes}: pass --fit resize")
     left, top = (width - image.width) // 2, (height - image.height) // 2
     right, bottom = width - image.width - left, height - image.height - top
     return ImageOps.expand(image, (left, top, right, bottom), fill=0)

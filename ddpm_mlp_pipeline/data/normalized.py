@@ -1,4 +1,4 @@
-"""Data as a pipeline's network sees them: points with mean 0 and standard deviation 1, images in [-1, 1]."""
+"""Data in a network's units: points with mean 0 and standard deviation 1, images in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ def load_normalized(
     seed: int = 0,
     on_corrupt: Callable[[str], None] | None = None,
 ) -> BatchDataset:
-    """Load a data set for a pipeline that was trained on it, or on its like.
+    """Load a data set for a trained pipeline: in its shape and, for points, with its columns, mean and deviation.
 
     Args:
-        pipeline: whose samples' shape, columns, mean and standard deviation the data get, and whose labels and
-            conditions.
-        name: a point set's name, a file of points, or an image data set: as `load_points` or `load_images` take it.
-        number: how many points to draw, or at most to choose, at random, from a file or an image data set.
-        split, fit, on_corrupt: of an image data set, as `load_images` takes them.
-        noise: of a point set, as `load_points` takes it.
-        seed: of the points, or of the choice.
+        pipeline: the pipeline.
+        name: a point set, a file of points, or an image data set, as for `load_points` or `load_images`.
+        number: number of points to draw, or maximum number of samples to choose from a file or an image data set.
+        split, fit, on_corrupt: for images, as in `load_images`.
+        noise: for points, as in `load_points`.
+        seed: the seed of the points or of the choice.
 
     Returns:
-        What `train` and `variational_bound` take: its `__getitems__(indices)` is a `Batch`.
+        A data set for `train` and `variational_bound`.
 
     Raises:
         DatasetError: if the data set can't be loaded, is of another shape, lacks one of the pipeline's columns, or

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from ..errors import DatasetError
 from .arrays import read_array
@@ -90,7 +91,7 @@ POINT_SETS: dict[str, tuple[Callable[[int, np.random.Generator], tuple[np.ndarra
 
 
 def is_point_set(name: str | os.PathLike[str]) -> bool:
-    """Return whether a data set's name is that of a point set or of a file of points, and so of no image data set."""
+    """Return whether a data set's name is a point set or a file of points, and not an image data set."""
     return (str(name) in POINT_SETS or Path(name).suffix in SUFFIXES) and not Path(name).is_dir()
 
 
@@ -105,7 +106,7 @@ def load_points(
     label_column: str | None = None,
     condition_columns: Sequence[str] = (),
 ) -> Dataset:
-    """Draw one of the 2-D point sets, or read a file of points.
+    """Draw points from one of the 2-D point sets, or read a file of points.
 
     Args:
         name: a name in `POINT_SETS`, or the path of a `.csv`, `.parquet` or `.npy` file of numeric columns.
@@ -147,7 +148,7 @@ def load_points(
     else:
         table = _read_file(Path(name))
         if num_samples is not None and num_samples > len(table):
-            raise DatasetError(f"{name} holds {len(table)} points, fewer than the {num_samples} asked for")
+            raise DatasetError(f"{name} holds {len(table)} points, fewer than the {num_samples} requested")
     labels, table = _take_labels(table, name, label_column)
     _check_has(table, name, condition_columns, "to condition on")
     conditions, table = table[list(condition_columns)], table.drop(columns=list(condition_columns))
@@ -161,12 +162,11 @@ def load_points(
     if noise:
         points = points + noise * rng.standard_normal(points.shape)
     values = dict(zip(table.columns, points.T, strict=True)) | dict(zip(condition_columns, conditions_.T, strict=True))
-    dataset = Dataset.from_dict(values)
-    if label_column is None:
-        return dataset
-    return dataset.add_column(label_column, labels.tolist()).cast_column(
-        label_column, ClassLabel(names=_names(labels))
-    )
+    features = Features({column: Value("float64") for column in values})
+    if label_column is not None:
+        features[label_column] = ClassLabel(names=_names(labels))
+        values[label_column] = features[label_column].str2int(labels.tolist())
+    return Dataset.from_dict(values, features=features)
 
 
 def to_array(dataset: Dataset) -> np.ndarray:
@@ -192,12 +192,12 @@ def split_columns(
 
 @dataclasses.dataclass(frozen=True)
 class ColumnWarning:
-    """Columns that a DDPM learns badly.
+    """A warning about columns that a DDPM learns badly.
 
     Attributes:
-        check: what they were looked at for.
-        message: which they are, and what was seen.
-        remedy: what helps.
+        check: the name of the check.
+        message: the columns and what was found.
+        remedy: what to do.
     """
 
     check: str
@@ -206,20 +206,20 @@ class ColumnWarning:
 
 
 def check_columns(name: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Iterator[ColumnWarning]:
-    """Look for heavy tails and whole numbers in the columns of a file of points; the named sets have neither.
+    """Find columns of heavy tails and of whole numbers in a file of points.
 
-    A tail is heavy if a value is more than twice as many standard deviations from the mean as any of a Gaussian
-    sample of this size is, in 999 of 1,000 such samples. (Twice, so that an exponential distribution passes.) Such
-    values leave little of the network's range to all others, and widen the range that samples are clipped to.
+    A tail is heavy if a value is more than 2 z standard deviations from the mean, where 999 of 1,000 Gaussian samples
+    of this size lie within z. (With the factor 2, an exponential distribution passes.) Such values compress all others
+    into a small part of the network's range, and widen the range that samples are clipped to.
 
     Args:
-        name, columns: as `load_points` takes them.
+        name, columns: as in `load_points`.
 
     Raises:
         DatasetError: if the file can't be read.
     """
     if name in POINT_SETS:
-        return
+        return  # which have neither
     dataset = load_points(name, columns=columns)
     points, columns = to_array(dataset), dataset.column_names
     mean, std = points.mean(axis=0), points.std(axis=0)
@@ -230,26 +230,26 @@ def check_columns(name: str | os.PathLike[str], columns: Sequence[str] | None = 
         yield ColumnWarning(
             "heavy tails",
             f"values are more than {limit:.0f} standard deviations from the mean in {', '.join(named)}, where samples "
-            "will not keep to the data",
-            "transform the column (its logarithm, or its ranks), or leave the outliers out",
+            "will differ from the data",
+            "transform the column (to its logarithm or ranks), or remove the outliers",
         )
     if whole := [repr(c) for c, values in zip(columns, points.T, strict=True) if (values == np.rint(values)).all()]:
         yield ColumnWarning(
-            "whole numbers", f"in {', '.join(whole)}, which samples will not keep to: 2.996 for 3", "round the samples"
+            "whole numbers", f"in {', '.join(whole)}, which samples only approximate: 2.996 for 3", "round the samples"
         )
 
 
 def warn_of_columns(name: str | os.PathLike[str], columns: Sequence[str] | None = None) -> None:
-    """Print, to stderr, what `check_columns` finds."""
+    """Print the warnings of `check_columns` to stderr."""
     for warning in check_columns(name, columns):
         print(f"warning: {warning.check}: {warning.message}: {warning.remedy}", file=sys.stderr)
 
 
 def _read_file(path: Path) -> pd.DataFrame:
-    """The file's columns, whatever they hold, each with a name of its own."""
+    """Read a file's columns of any type, with unique names."""
     if path.suffix not in SUFFIXES:
         known = ", ".join(POINT_SETS)
-        raise DatasetError(f"unknown data set {str(path)!r}: give one of {known}, or a .csv, .parquet or .npy file")
+        raise DatasetError(f"unknown data set {str(path)!r}: pass one of {known}, or a .csv, .parquet or .npy file")
     if not path.is_file():
         raise DatasetError(f"there is no file {path}")
     try:
@@ -260,11 +260,11 @@ def _read_file(path: Path) -> pd.DataFrame:
         else:
             array = read_array(path)
             if array.ndim != 2:
-                raise ValueError("it must hold an array of the shape [points, columns]")
+                raise ValueError("the array must have the shape [points, columns]")
             table = pd.DataFrame(array)
     except DatasetError:
         raise
-    except Exception as error:  # pandas' and pyarrow's parsers raise errors of many kinds
+    except Exception as error:  # the parsers of pandas and pyarrow raise many types of errors
         raise DatasetError(f"can't read {path}: {error}") from None
 
     if len(table) < 2 or table.shape[1] < 1:
@@ -279,29 +279,29 @@ def _read_file(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """A CSV file's columns, with the names in its first line, if that line holds names."""
+    """Read a CSV file, whose first line may hold the columns' names."""
     with path.open(encoding="utf-8-sig") as file:
         first_line, line = next(((i, line) for i, line in enumerate(file) if line.strip()), (0, ""))
         next_line = next(file, "")
-    first = pd.read_csv(path, skipinitialspace=True, header=None, nrows=1)
+    read = functools.partial(pd.read_csv, path, skipinitialspace=True, header=None)
+    first = read(nrows=1)
     words = [not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype) for dtype in first.dtypes]
     has_header = any(words) or not np.isfinite(first.to_numpy(dtype=np.float64)).any()  # a name can be "nan"
     # Numbers can be names, too ("2019", "2020"): then they are in quotes, which those in the line below are not.
     has_header |= '"' in line and '"' not in next_line
     if not has_header:
-        return pd.read_csv(path, skipinitialspace=True, header=None)
+        return read()
 
-    first = pd.read_csv(path, skipinitialspace=True, header=None, nrows=1, dtype=str, keep_default_na=False)
-    names = first.iloc[0].tolist()
+    names = read(nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
     try:
-        # (If pandas read the header, too, it would make an index of what a line has more of than the header.)
-        table = pd.read_csv(path, skipinitialspace=True, header=None, skiprows=first_line + 1)
+        # With the header, pandas would turn the surplus fields of a longer line into an index.
+        table = read(skiprows=first_line + 1)
     except pd.errors.EmptyDataError:
         return pd.DataFrame(columns=names)
     if table.shape[1] != len(names):
         raise ValueError(
-            f"its first line names {len(names)} columns, but the lines below have {table.shape[1]} fields (a name "
-            "that has a comma in it must stand in quotes)"
+            f"its first line names {len(names)} columns, but the next lines have {table.shape[1]} fields: put names "
+            "that contain a comma in quotes"
         )
     table.columns = names
     return table
@@ -340,7 +340,7 @@ def _check_has(table: pd.DataFrame, name: str | os.PathLike[str], columns: Itera
 
 
 def _numbered(number: int) -> list[str]:
-    """Names of columns that have none of their own."""
+    """Return generic names of columns."""
     return ["x", "y"] if number == 2 else [f"x{i}" for i in range(number)]
 
 
@@ -355,14 +355,14 @@ def _choose_columns(
     _check_has(table, name, exclude, "to exclude")
     table = table.drop(columns=list(exclude))
     if table.shape[1] == 0:
-        raise DatasetError(f"no column of {name} is left: exclude fewer")
+        raise DatasetError(f"all columns of {name} are excluded: exclude fewer")
     if columns is None:
         return table
-    missing = [column for column in columns if column not in table.columns]
-    if not missing:
+    if set(columns) <= set(table.columns):
         return table[list(columns)]
     if _is_numbered(columns) or _is_numbered(table.columns):
         return table
+    missing = [column for column in columns if column not in table.columns]
     raise DatasetError(f"{name} has no column {_quoted(missing)}, only {_quoted(table.columns)}")
 
 
@@ -376,12 +376,9 @@ def _finite_numbers(table: pd.DataFrame, name: str | os.PathLike[str]) -> np.nda
         value = "nan, or an empty cell," if pd.isna(value) else repr(value) if isinstance(value, str) else value
         faults.append(f"{value} in row {row + 1}, column {table.columns[column]!r}")
     if faults:
-        is_one, names = len(faults) == 1, shlex.join(table.columns[is_bad.any(axis=0)])
-        raise DatasetError(
-            f"{name}: {'; '.join(faults)} {'is not a finite number' if is_one else 'are not finite numbers'}: mend "
-            f"{'it' if is_one else 'them'}, or leave {'the column' if is_one else 'the columns'} out (train_points.py "
-            f"--exclude {names})"
-        )
+        are_not = "is not a finite number" if len(faults) == 1 else "are not finite numbers"
+        names = shlex.join(table.columns[is_bad.any(axis=0)])
+        raise DatasetError(f"{name}: {'; '.join(faults)} {are_not}: correct the file, or train with --exclude {names}")
     return numbers
 
 
@@ -390,7 +387,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _to_numbers(column: pd.Series) -> pd.Series:
-    """The column as numbers, with NaN in place of what is none."""
+    """Convert a column to numbers, with NaN for other values."""
     if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_complex_dtype(column):
-        return pd.Series(np.nan, index=column.index)  # to_numeric would make some number or other of them
+        return pd.Series(np.nan, index=column.index)  # to_numeric would convert them
     return pd.to_numeric(column, errors="coerce")

@@ -1,4 +1,4 @@
-"""A trained checkpoint's model card, and its way to the Hugging Face hub."""
+"""Write a trained checkpoint's model card, and push both to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -42,20 +42,18 @@ With the plugin installed, `DDPMMLPPipeline.from_pretrained` does the same and r
 {options}```
 """
 CARD_NAME = "README.md"
-# Of no interest to others:
+# Options that the card omits
 LOCAL = ["output_dir", "overwrite_output_dir", "logging_dir", "resume_from_checkpoint", "report_to"]
 
 
 def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_steps: int, dataset: str) -> None:
-    """Write `README.md` into a run's folder, with its samples, its options and how to load it.
-
-    One that is there already is replaced: `check_output_dir` has allowed it.
+    """Write a run's `README.md`, with samples, options and an example. An existing one is replaced.
 
     Args:
         args: the run's options.
-        pipeline: what was trained.
-        num_steps: optimizer steps taken.
-        dataset: the data set's name; of images, it becomes part of the card's metadata unless it is a folder here.
+        pipeline: the trained pipeline.
+        num_steps: number of optimizer steps.
+        dataset: the data set's name, which goes into the card's metadata if it is an image data set on the hub.
     """
     folder = Path(args.output_dir)
     data = ModelCardData(
@@ -63,7 +61,9 @@ def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_ste
         tags=["ddpm", "points" if pipeline.is_points else "unconditional-image-generation", "ddpm-mlp-pipeline"],
         datasets=None if pipeline.is_points or Path(dataset).exists() else [dataset],  # names on the hub
     )
-    options = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
+    options = {
+        name: value for name, value in dataclasses.asdict(args).items() if value is not None and name not in LOCAL
+    }
     text = CARD.format(
         metadata=data.to_yaml(),
         name=folder.resolve().name,
@@ -71,21 +71,20 @@ def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_ste
         repo_id=args.hub_model_id or folder.resolve().name,
         parameters=pipeline.unet.num_parameters(),
         steps=num_steps,
-        options=yaml.safe_dump({name: value for name, value in options.items() if name not in LOCAL}),
+        options=yaml.safe_dump(options),
     )
     with whole_file(folder / CARD_NAME, overwrite=True) as path:
         ModelCard(text).save(path)
 
 
 def create_repo(args: TrainingArguments) -> str:
-    """Create the repository that the run is to be pushed to, unless it is there; before the training rather than
-    after it, so that a missing login costs nothing.
+    """Create the run's repository unless it exists. Call it before training, so that a missing login costs no work.
 
     Returns:
-        Its full name, with the user's or the organisation's.
+        The repository's full name, with the user or organisation.
 
     Raises:
-        ConfigurationError: if the hub can't be reached, or refuses.
+        ConfigurationError: if the hub can't be reached or refuses.
     """
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     with _explained(f"can't push to the hub as {name}"):
@@ -93,13 +92,13 @@ def create_repo(args: TrainingArguments) -> str:
 
 
 def push(repo_id: str, args: TrainingArguments) -> str:
-    """Push a run's folder, without the states to resume from and the logs.
+    """Push a run's folder without its training states and logs.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
-        ConfigurationError: if the hub can't be reached any more, or refuses.
+        ConfigurationError: if the hub can't be reached or refuses.
     """
     ignored = ["checkpoint-*", f"{args.logging_dir}/*", f"{PARTIAL}*"]
     with _explained(f"{args.output_dir} is complete, but can't be pushed to the hub as {repo_id}"):

@@ -1,4 +1,4 @@
-"""The state of a training run on disk, from which it goes on after any end, and the signals that end it in order."""
+"""Save and load the state of a training run, and defer signals until it is saved."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ..files import PARTIAL, find_foreign, remove_partial, rename_durably
 from ..pipeline import DDPMMLPPipeline
 
 MANIFEST = "manifest.json"  # the SHA-256 of every other file
-PROGRESS = "progress_{}.bin"  # what Accelerate doesn't save: the losses and the average of the weights, by process
+PROGRESS = "progress_{}.bin"  # what Accelerate doesn't save, by process: the losses and the EMA
 
 
 class Checkpoints:
-    """A run's folders `checkpoint-<step>`, each of which appears whole or not at all.
+    """A run's folders `checkpoint-<step>`, which are written atomically.
 
-    Weights, optimizer, learning rate and random states are saved by Accelerate, the rest beside them. Nothing that a
-    folder holds is run when it is loaded. (FSDP and DeepSpeed read their parts in their own way, which may run some.)
+    Accelerate saves weights, optimizer, learning rate and random states; this class saves the rest. Loading a state
+    runs no code from it, except where FSDP and DeepSpeed load their parts in their own way.
 
     Args:
-        accelerator: whose prepared objects make up the state.
-        pipeline: the network's and the scheduler's configurations, which a state belongs to.
-        ema: the average of the weights, if there is one.
-        output_dir: where the folders are.
-        limit: how many of them to keep; by default all.
+        accelerator: the accelerator whose prepared objects make up the state.
+        pipeline: the pipeline. A state is loaded only into the same configurations of network and scheduler.
+        ema: the exponential moving average of the weights, if there is one.
+        output_dir: the folder of the states.
+        limit: maximum number of states to keep; by default all.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Checkpoints:
         self.output_dir, self.limit = output_dir, limit
 
     def save(self, losses: list[float]) -> None:
-        """Save the state after `len(losses)` steps; then let the oldest states go, if there are more than the limit.
+        """Save the state after `len(losses)` steps, then delete the oldest states beyond the limit.
 
         Raises:
-            CheckpointError, OSError: if it can't be written, as on a full disk. The states before it stay.
+            CheckpointError, OSError: if the state can't be written, as on a full disk. Earlier states are unchanged.
         """
         folder = self.output_dir / f"checkpoint-{len(losses)}"
         partial = folder.with_name(PARTIAL + folder.name)
@@ -76,17 +76,17 @@ class Checkpoints:
         self._remove_old()
 
     def begin(self, name: str | None) -> list[float]:
-        """Clear away what a killed process left half written, and load a state.
+        """Delete what killed processes left unfinished, and load a state.
 
         Args:
-            name: a folder's name, `"latest"` for the newest whole one, if there is any yet, or `None` to begin anew.
+            name: a folder's name, `"latest"` for the newest intact state, if there is any, or `None` to start anew.
 
         Returns:
             The loss of every step so far.
 
         Raises:
-            CheckpointError: if there is no such state, or it is broken, another model's, of other data or of another
-                number of processes; or if there are later ones, of which this run would make a muddle.
+            CheckpointError: if the state is missing, damaged, or of another model, other data or another number of
+                processes; or if the folder holds later states, which this run would mix with its own.
         """
         if self.accelerator.is_main_process:
             for written in (self.output_dir, self.output_dir / "samples"):
@@ -96,21 +96,21 @@ class Checkpoints:
         later = [path for path in find_states(self.output_dir) if _step(path) > len(losses)]
         if later:
             raise CheckpointError(
-                f"{later[-1]} is of an earlier run, which this one would muddle: go on with "
-                "--resume_from_checkpoint latest, remove it, or choose another --output_dir"
+                f"{later[-1]} belongs to an earlier run: pass --resume_from_checkpoint latest, delete it, or choose "
+                "another --output_dir"
             )
         self._remove_old()
         return losses
 
     @property
     def last_good(self) -> str:
-        """The newest state, in the words of an error message."""
+        """The newest state, for error messages."""
         folders = find_states(self.output_dir)
         return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint to go back to"
 
     @property
     def _data(self) -> dict[str, Any]:
-        """What tells data of points from others, as far as the pipeline knows them."""
+        """The part of the pipeline's configuration that identifies the data."""
         return {name: value for name, value in self.pipeline.config.items() if name.startswith("data_")}
 
     def _remove_old(self) -> None:
@@ -118,23 +118,22 @@ class Checkpoints:
             for old in find_states(self.output_dir)[: -self.limit]:
                 if _is_own(old):
                     partial = old.with_name(PARTIAL + old.name)
-                    old.rename(partial)  # a state that is there is there whole
+                    old.rename(partial)  # so that an incomplete state never has a state's name
                     shutil.rmtree(partial)
 
     def _latest(self) -> Path | None:
         folders, broken = find_states(self.output_dir), []
         if not folders:
-            self.accelerator.print(f"{self.output_dir} holds no checkpoint-<step> yet: beginning at step 0")
+            self.accelerator.print(f"{self.output_dir} holds no checkpoint-<step> yet: starting at step 0")
             return None
         for folder in reversed(folders):
-            fault = _fault(folder)
-            if fault is None:
+            if (fault := _fault(folder)) is None:
                 break
             broken.append(folder)
-            self.accelerator.print(f"{folder} is broken ({fault}): it is put aside as {folder.name}.broken")
+            self.accelerator.print(f"{folder} is broken ({fault}): renamed to {folder.name}.broken")
         else:
-            raise CheckpointError(f"{self.output_dir} holds no checkpoint-<step> that is whole")
-        self.accelerator.wait_for_everyone()  # until all have seen the same folders
+            raise CheckpointError(f"{self.output_dir} holds no intact checkpoint-<step>")
+        self.accelerator.wait_for_everyone()  # all must see the folders before they are renamed
         if self.accelerator.is_main_process:
             for other in broken:
                 shutil.rmtree(f"{other}.broken", ignore_errors=True)
@@ -145,13 +144,12 @@ class Checkpoints:
     def _named(self, name: str | None) -> Path | None:
         if name is None:
             return None
-        for folder in (self.output_dir / name, Path(name)):
-            if folder.is_dir():
-                fault = _fault(folder)
-                if fault is not None:
-                    raise CheckpointError(f"can't resume from {folder}: {fault}")
-                return folder
-        raise CheckpointError(f"there is no folder {name} to resume from")
+        folder = next((path for path in (self.output_dir / name, Path(name)) if path.is_dir()), None)
+        if folder is None:
+            raise CheckpointError(f"there is no folder {name} to resume from")
+        if (fault := _fault(folder)) is not None:
+            raise CheckpointError(f"can't resume from {folder}: {fault}")
+        return folder
 
     def _load(self, folder: Path) -> list[float]:
         try:
@@ -161,30 +159,27 @@ class Checkpoints:
             file = folder / PROGRESS.format(self.accelerator.process_index)
             progress = torch.load(file, map_location="cpu", weights_only=True)
             if progress.get("data", self._data) != self._data:
-                raise ValueError("it is of other data, or of another --dataset_size, --dataset_noise or --seed")
-            self._check_configs(folder)
+                raise ValueError("its data differ: pass the same data, --dataset_size, --dataset_noise and --seed")
+            for name in ("unet", "scheduler"):
+                component = getattr(self.pipeline, name)
+                for key, value in component.load_config(folder / name).items():
+                    own = component.config.get(key)
+                    if not key.startswith("_") and (list(own) if isinstance(own, tuple) else own) != value:
+                        raise ValueError(f"its {name} has {key} {value}, not {own}")
             if (progress["ema"] is None) != (self.ema is None):
                 raise ValueError(f"it was saved with{'out' if self.ema else ''} --use_ema")
             self.accelerator.load_state(folder, load_kwargs={"weights_only": True})
             if self.ema is not None:
                 self.ema.load_state_dict(progress["ema"])
                 self.ema.to(self.accelerator.device)
-        except Exception as error:  # torch's, Accelerate's and safetensors' errors have no base in common
+        except Exception as error:  # the errors of torch, Accelerate and safetensors have no common base class
             raise CheckpointError(f"can't resume from {folder}: {error}") from None
         return progress["losses"]
-
-    def _check_configs(self, folder: Path) -> None:
-        for name in ("unet", "scheduler"):
-            component = getattr(self.pipeline, name)
-            for key, value in component.load_config(folder / name).items():
-                ours = component.config.get(key)
-                if not key.startswith("_") and _plain(ours) != value:
-                    raise ValueError(f"its {name} has {key} {value}, not {ours}")
 
 
 @contextlib.contextmanager
 def explain_writing(folder: Path) -> Iterator[None]:
-    """Safetensors and torch have errors of their own for a full disk."""
+    """Turn the errors of safetensors and torch for a full disk into a `CheckpointError`."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -193,11 +188,13 @@ def explain_writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred_signals(accelerator: Accelerator) -> Iterator[list[int]]:
-    """Within the block, Ctrl-C and SIGTERM pull Accelerate's trigger instead of stopping the program in the middle of
-    a step. Yields the signals that this process has received so far."""
+    """Let Ctrl-C and SIGTERM set Accelerate's trigger instead of stopping the program in the middle of a step.
+
+    Yield the list of the signals that this process has received so far.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received  # signals are the main thread's
+        yield received  # only the main thread can handle signals
         return
 
     def note(signum: int, frame: object) -> None:
@@ -213,14 +210,16 @@ def deferred_signals(accelerator: Accelerator) -> Iterator[list[int]]:
 
 
 def find_states(folder: Path) -> list[Path]:
-    """A run's folders `checkpoint-<step>`, oldest first."""
+    """Return a run's folders `checkpoint-<step>`, oldest first."""
     states = folder.glob("checkpoint-*")
     return sorted((path for path in states if path.name.partition("-")[2].isdigit()), key=_step)
 
 
 def resumes_in(output_dir: Path, name: str | None) -> bool:
-    """Whether a run goes on from a folder in `output_dir`, where `name` is what `Checkpoints.begin` takes, which says
-    whether that is a state."""
+    """Return whether a run with `--resume_from_checkpoint name` resumes from a folder in `output_dir`.
+
+    `Checkpoints.begin` checks whether that folder is a state.
+    """
     if name is None or name == "latest":
         return name is not None and bool(find_states(output_dir))
     folders = [folder for folder in (Path(name), output_dir / name) if folder.is_dir()]
@@ -228,7 +227,7 @@ def resumes_in(output_dir: Path, name: str | None) -> bool:
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a state's folder holds nothing but what was saved there."""
+    """Return whether a state's folder holds only files of the state."""
     try:
         files = [MANIFEST, *json.loads((folder / MANIFEST).read_text())]
         own = {*files, *(f"{parent.as_posix()}/" for file in files for parent in Path(file).parents)}
@@ -242,14 +241,14 @@ def _step(folder: Path) -> int:
 
 
 def _fault(folder: Path) -> str | None:
-    """What is wrong with a state's files, if anything."""
+    """Return what is wrong with a state's files; `None` if they are intact."""
     try:
         expected, found = json.loads((folder / MANIFEST).read_text()), _checksums(folder)
         wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
     except (OSError, ValueError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or can't be read"
     if wrong:
-        return f"{wrong[0]} is {'not as it was saved' if wrong[0] in found else 'missing'}"
+        return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}"
     return None
 
 
@@ -263,8 +262,3 @@ def _checksums(folder: Path) -> dict[str, str]:
                     sha.update(chunk)
             checksums[path.relative_to(folder).as_posix()] = sha.hexdigest()
     return checksums
-
-
-def _plain(value: object) -> object:
-    """As JSON has it."""
-    return list(value) if isinstance(value, tuple) else value

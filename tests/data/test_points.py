@@ -150,7 +150,7 @@ def test_what_only_looks_like_numbers_is_refused(tmp_path, values):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("hart",), "unknown data set 'hart': give one of heart, swiss_roll"),
+        (("hart",), "unknown data set 'hart': pass one of heart, swiss_roll"),
         (("none.csv",), "no file none.csv"),
         (("heart", 0), "at least 1"),
         (("heart", -5), "at least 1"),
@@ -175,7 +175,7 @@ def test_columns_are_left_out_or_chosen_by_name(tmp_path, names):
         load_points(path, columns=["a", "c"])
     with pytest.raises(DatasetError, match="no column 'c' to exclude, only"):
         load_points(path, exclude=["c"])
-    with pytest.raises(DatasetError, match=r"no column of .* is left"):
+    with pytest.raises(DatasetError, match=r"all columns of .* are excluded"):
         load_points(path, exclude=names)
 
 
