@@ -221,9 +221,9 @@ def _seconds(num_samples: int) -> float:
 
 def _ddpm(like: SchedulerMixin) -> SchedulerMixin:
     """DDPM for a network that was trained with another scheduler: with a fixed variance, which both sides can draw."""
-    from ..export.compile import ddpm_options, make_scheduler
+    from ..export.compile import make_scheduler
 
-    return make_scheduler("ddpm", like, **ddpm_options(like))
+    return make_scheduler("ddpm", like)
 
 
 def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:

@@ -52,12 +52,6 @@ def make_scheduler(name: str, like: SchedulerMixin, **options: Any) -> Scheduler
         raise ConfigurationError(f"{cls.__name__}: {error}") from None
 
 
-def ddpm_options(like: SchedulerMixin) -> dict[str, Any]:
-    """The options with which DDPM has a table: a variance that the network predicts can't be in one."""
-    learned = "learned" in like.config.get("variance_type", "")
-    return {"variance_type": "fixed_large"} if learned else {}
-
-
 def split_options(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A scheduler's own options, and those of its steps, such as DDIM's `eta`."""
     of_steps = _options_of_steps(_class_of(name))

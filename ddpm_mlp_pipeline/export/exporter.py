@@ -23,10 +23,10 @@ from ..errors import ConfigurationError, DivergenceError, ParityError
 from ..files import check_folder, whole_folder
 from ..loading import load_checkpoint, quiet
 from ..pipeline import DDPMMLPPipeline
-from ..runtime.bundle import FORMAT, INPUTS, VERSION, seal
+from ..runtime.bundle import FORMAT, INPUTS, OPTIONAL_INPUTS, VERSION, seal
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
-from .compile import compile_scheduler, ddpm_options, make_scheduler, split_options
+from .compile import compile_scheduler, make_scheduler, split_options
 from .parity import ParityReport, compare, compare_sampler
 from .precision import reduce_precision
 from .sampler_graph import build_sampler
@@ -85,6 +85,9 @@ def export_bundle(
     precision: str = "fp32",
     scheduler_options: dict[str, Any] | None = None,
     table: StepTable | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    null_label: int | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
@@ -109,6 +112,9 @@ def export_bundle(
             steps, such as `eta`.
         table: the steps of the checkpoint's own scheduler, where they need not be compiled; in place of `scheduler`
             and its options. The bundle is compared with the pipeline as always.
+        guidance_scale: w of classifier-free guidance, which the bundle's samples have unless one asks for another.
+        guidance_interval: `(t_high, t_low)`, the timesteps to guide at; by default all.
+        null_label: the class that a stock `UNet2DModel` was trained to take for "no label".
         overwrite: whether a bundle that is there already is replaced; a folder of anything else never is.
 
     Returns:
@@ -116,7 +122,8 @@ def export_bundle(
 
     Raises:
         CheckpointError: if the checkpoint can't be loaded.
-        ConfigurationError, UnsupportedSchedulerError: if the scheduler can't be compiled.
+        ConfigurationError, UnsupportedSchedulerError: if the scheduler can't be compiled, or the network can't be
+            guided.
         OutputExistsError: if `bundle` exists, and isn't to be overwritten or holds something else.
         ParityError: if bundle and pipeline differ by more than rounding explains; none is written then.
         DivergenceError: if the sampler blows up: more than one sample in a hundred is far outside of the data's range.
@@ -129,6 +136,10 @@ def export_bundle(
     bundle = Path(bundle)
     check_folder(bundle, FILES.__contains__, overwrite)
     pipeline = load_checkpoint(checkpoint)
+    if null_label is not None:
+        if not 0 <= null_label < pipeline.num_classes:
+            raise ConfigurationError(f"null_label must be one of the network's {pipeline.num_classes} labels")
+        pipeline.register_to_config(null_label=null_label)
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
     trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options and table is None
@@ -142,8 +153,10 @@ def export_bundle(
             num_inference_steps = min(default_steps, pipeline.scheduler.config.num_train_timesteps)
         table = _set_scheduler(pipeline, scheduler, scheduler_options, num_inference_steps)
 
+    if guidance_scale is not None:
+        table = table.guided(guidance_scale, guidance_interval)
     with whole_folder(bundle, FILES.__contains__, overwrite) as folder:
-        export_network(pipeline.unet, pipeline.sample_shape, folder / "unet.onnx")
+        export_network(pipeline, folder / "unet.onnx")
         _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
         strays, warning = _strays(folder, data_range), None
         if strays > MAX_STRAYS and is_default:
@@ -153,11 +166,15 @@ def export_bundle(
                 f"{num_inference_steps} steps: has the network been trained for long enough?"
             )
             pipeline.scheduler = trained_with
-            table = _set_scheduler(pipeline, "ddpm", ddpm_options(trained_with), num_inference_steps)
+            table = _set_scheduler(pipeline, "ddpm", {}, num_inference_steps)
+            if guidance_scale is not None:
+                table = table.guided(guidance_scale, guidance_interval)
+            if table.log_variance is not None:  # the network's output has another shape then
+                export_network(pipeline, folder / "unet.onnx")
             _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
             strays = _strays(folder, data_range)
         _check_strays(table, strays)
-        parity = compare(pipeline, folder, num_inference_steps, tolerance)
+        parity = compare(pipeline, folder, num_inference_steps, tolerance, guidance_scale or 1.0, guidance_interval)
         if not parity.ok:
             message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
             raise ParityError(f"{message}: {parity.explanation}", parity)
@@ -215,30 +232,41 @@ def _blow_up(table: StepTable, strays: float) -> str:
     )
 
 
-def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: Path) -> None:
-    """Write an ε-network as ONNX: inputs `sample` `[batch, *sample_shape]` and `timestep` `[]`, output `out_sample`.
+def export_network(pipeline: DDPMMLPPipeline, path: Path) -> None:
+    """Write a pipeline's network as ONNX.
+
+    Its inputs are `sample` `[batch, *sample_shape]`, `timestep` `[]`, and where it takes them `class_labels` int64
+    `[batch]` and `condition` `[batch, condition_dim]`; its output is `out_sample`.
 
     The timestep is one number, not one for each sample: in sampling it is the same for all, and its embedding is then
-    computed once.
+    computed once. A variance that the network predicts is left out unless the pipeline's scheduler takes it.
     """
+    inputs = input_names(pipeline)
 
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.unet = unet
+            self.unet = pipeline.unet
 
-        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            # Without the variance that it may predict beside
-            return self.unet(sample, timestep, return_dict=False)[0][:, : sample.shape[1]]
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *further: torch.Tensor) -> torch.Tensor:
+            known = dict(zip(inputs[len(INPUTS) :], further, strict=True))
+            output = self.unet(sample, timestep, return_dict=False, **known)[0]
+            return output if pipeline.learns_variance else output[:, : sample.shape[1]]
 
-    example = (torch.zeros(2, *sample_shape), torch.tensor(1.0))
+    further = {
+        "class_labels": torch.zeros(2, dtype=torch.int64),
+        "condition": torch.zeros(2, len(pipeline.condition_columns)),
+    }
+    chosen = [further[name] for name in inputs[len(INPUTS) :]]
+    example = (torch.zeros(2, *pipeline.sample_shape), torch.tensor(1.0), *chosen)
+    batch = torch.export.Dim("batch")
     with quiet():
         program = torch.onnx.export(
             Network().eval(),
             example,
-            input_names=list(INPUTS),
+            input_names=inputs,
             output_names=["out_sample"],
-            dynamic_shapes={"sample": {0: torch.export.Dim("batch")}, "timestep": {}},
+            dynamic_shapes=({0: batch}, {}, *([tuple({0: batch} for _ in chosen)] if chosen else [])),
             opset_version=OPSET,
             custom_translation_table={torch.ops.aten.group_norm.default: _group_norm},
             dynamo=True,
@@ -250,6 +278,12 @@ def export_network(unet: torch.nn.Module, sample_shape: tuple[int, ...], path: P
         del node.metadata_props[:]  # the exporter notes each node's place in the source files of this machine
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def input_names(pipeline: DDPMMLPPipeline) -> list[str]:
+    """Return the names of the inputs that a pipeline's network has as ONNX."""
+    takes = {"class_labels": pipeline.num_classes, "condition": pipeline.condition_columns}
+    return [*INPUTS, *(name for name in OPTIONAL_INPUTS if takes[name])]
 
 
 def _group_norm(x, num_groups, weight, bias, eps=1e-5, cudnn_enabled=True):  # type: ignore[no-untyped-def]  # the exporter reads annotations as ONNX types
@@ -273,13 +307,21 @@ def _filled(size: int, value: float) -> Any:
 def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: int, precision: str) -> dict[str, Any]:
     """bundle.json: what the runtime must know of the data, and where the bundle comes from."""
     shape, config = pipeline.sample_shape, pipeline.config
-    info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "inputs": list(INPUTS), "sample_shape": list(shape)}
+    inputs = input_names(pipeline)
+    info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "inputs": inputs, "sample_shape": list(shape)}
     if pipeline.is_points:
         info["data_mean"] = config.data_mean or [0.0] * shape[0]
         info["data_std"] = config.data_std or [1.0] * shape[0]
         info["data_columns"] = pipeline.data_columns
     else:
         info["value_range"] = [-1.0, 1.0]
+    if "class_labels" in inputs:
+        info |= {"class_names": pipeline.class_names, "null_label": pipeline.null_label}
+    if "condition" in inputs:
+        columns = pipeline.condition_columns
+        info["condition_mean"] = config.condition_mean or [0.0] * len(columns)
+        info["condition_std"] = config.condition_std or [1.0] * len(columns)
+        info["condition_columns"] = columns
     info["provenance"] = {
         "checkpoint": checkpoint.resolve().name,
         "unet": type(pipeline.unet).__name__,

@@ -19,6 +19,8 @@ import torch
 from diffusers import DiffusionPipeline
 from tabulate import tabulate
 
+from ..pipeline import DDPMMLPPipeline
+from ..runtime.request import Asked, resolve
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import Z
 from .compile import noise_drawn
@@ -127,14 +129,24 @@ class ParityReport:
 
 
 def compare(
-    pipeline: DiffusionPipeline, bundle: str | os.PathLike[str], num_inference_steps: int, tolerance: float
+    pipeline: DDPMMLPPipeline,
+    bundle: str | os.PathLike[str],
+    num_inference_steps: int,
+    tolerance: float,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> ParityReport:
-    """Run both on the same noise, at batches of 1, 3 and 8, side by side: no step is kept."""
+    """Run both on the same noise, at batches of 1, 3 and 8, side by side: no step is kept.
+
+    The samples are of several classes and conditions, where the network takes any, and guided as the bundle's table
+    says; the pipeline is told so by `guidance_scale` and `guidance_interval`.
+    """
     sampler = OnnxSampler(bundle)
-    report = _compare(pipeline, sampler, num_inference_steps, tolerance)
+    guidance = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+    report = _compare(pipeline, sampler, num_inference_steps, tolerance, guidance)
     if not report.ok:
         with _scheduler_in_float64(pipeline):
-            in_float64 = _compare(pipeline, sampler, num_inference_steps, tolerance)
+            in_float64 = _compare(pipeline, sampler, num_inference_steps, tolerance, guidance)
         report = dataclasses.replace(report, in_float64=in_float64)
     return report
 
@@ -144,8 +156,14 @@ def compare_sampler(bundle: str | os.PathLike[str]) -> float:
     runtime = OnnxSampler(bundle)
     graph = onnxruntime.InferenceSession(Path(bundle) / "sampler.onnx", providers=["CPUExecutionProvider"])
     seed, num_samples = 2**40 + 1, max(BATCH_SIZES)
-    (samples,) = graph.run(None, {"seed": np.array(seed), "num_samples": np.array(num_samples)})
-    expected = runtime.sample(num_samples, seed)
+    asked = _asked(runtime, num_samples)
+    request, _ = resolve(runtime.info, runtime.table, num_samples, **asked)
+    feeds = {"seed": np.array(seed), "num_samples": np.array(num_samples)} | request.of(range(num_samples)).inputs
+    if any(value.name == "guidance_scale" for value in graph.get_inputs()):
+        feeds["guidance_scale"] = np.array(2.0, dtype=np.float32)
+        asked["guidance_scale"] = 2.0
+    (samples,) = graph.run(None, feeds)
+    expected = runtime.sample(num_samples, seed, **asked)
     if samples.dtype == np.uint8:
         return 2 / 255 * max(0.0, float(np.abs(samples - 255 * expected).max()) - 0.5)  # but for what was rounded
     return float(
@@ -153,12 +171,28 @@ def compare_sampler(bundle: str | os.PathLike[str]) -> float:
     )
 
 
+def _asked(sampler: OnnxSampler, number: int) -> Asked:
+    """Classes one after the other, and conditions as the data have them, for some samples."""
+    asked: Asked = {}
+    if sampler.class_names:
+        asked["class_labels"] = [i % len(sampler.class_names) for i in range(number)]
+    if sampler.condition_columns:
+        mean, std = (np.array(sampler.info[name]) for name in ("condition_mean", "condition_std"))
+        asked["condition"] = mean + std * np.random.default_rng(0).standard_normal((number, len(mean)))
+    return asked
+
+
 def _compare(
-    pipeline: DiffusionPipeline, sampler: OnnxSampler, num_inference_steps: int, tolerance: float
+    pipeline: DDPMMLPPipeline,
+    sampler: OnnxSampler,
+    num_inference_steps: int,
+    tolerance: float,
+    guidance: dict[str, Any],
 ) -> ParityReport:
     differences, amplifications, single_steps, cancellations = {}, {}, [], []
     for size in BATCH_SIZES:
-        run = _SideBySide(pipeline, sampler, size)
+        asked = _asked(sampler, size)
+        run = _SideBySide(pipeline, sampler, size, asked, guidance)
         final = run(num_inference_steps)
         differences[size], *others = np.transpose(run.rows)
         single_steps.append(others[0])
@@ -173,7 +207,8 @@ def _compare(
             return {}
 
         latents, generator = _start(pipeline, size, NUDGE * tolerance)
-        pipeline(size, generator, num_inference_steps, latents=latents, callback_on_step_end=keep_last)
+        call = {"latents": latents, "callback_on_step_end": keep_last, **asked, **guidance}
+        pipeline(size, generator, num_inference_steps, **call)
         amplifications[size] = _largest(moved - final)
     return ParityReport(
         differences,
@@ -185,7 +220,7 @@ def _compare(
     )
 
 
-def _start(pipeline: DiffusionPipeline, batch_size: int, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Generator]:
+def _start(pipeline: DDPMMLPPipeline, batch_size: int, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Generator]:
     """The initial sample, moved by normal noise of that standard deviation, and the generator of all later noise."""
     generator = torch.Generator().manual_seed(batch_size)
     latents = torch.randn((batch_size, *pipeline.sample_shape), generator=generator)
@@ -193,7 +228,7 @@ def _start(pipeline: DiffusionPipeline, batch_size: int, nudge: float = 0.0) -> 
 
 
 @contextlib.contextmanager
-def _scheduler_in_float64(pipeline: DiffusionPipeline) -> Iterator[None]:
+def _scheduler_in_float64(pipeline: DDPMMLPPipeline) -> Iterator[None]:
     """Have the scheduler's steps take and give float64; the network's numbers stay float32."""
     scheduler, step = pipeline.scheduler, pipeline.scheduler.step
     own = vars(scheduler).get("step")  # where it has options
@@ -222,8 +257,15 @@ class _SideBySide:
             step's terms; and that size over the outcome's.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int):
-        self.pipeline, self.table = pipeline, sampler.table
+    def __init__(
+        self,
+        pipeline: DDPMMLPPipeline,
+        sampler: OnnxSampler,
+        batch_size: int,
+        asked: Asked,
+        guidance: dict[str, Any],
+    ):
+        self.pipeline, self.table, self.asked = pipeline, sampler.table, {**asked, **guidance}
         self.latents, self.generator = _start(pipeline, batch_size)
         self.state = self.generator.get_state()
         self.x = self.sample = self.latents.numpy()
@@ -231,7 +273,7 @@ class _SideBySide:
         self.outcomes: tuple[np.ndarray, np.ndarray] | None = None
         noises = (self.z for _ in itertools.count())  # always that of the step which is being taken
         self.alone, self.beside = (
-            sampler.steps(batch_size, latents=self.latents.numpy(), noises=noises) for _ in range(2)
+            sampler.steps(batch_size, latents=self.latents.numpy(), noises=noises, **asked) for _ in range(2)
         )
         self.sizes: deque[list[float]] = deque(
             maxlen=self.table.history
@@ -246,6 +288,7 @@ class _SideBySide:
                 *(len(self.latents), self.generator, num_inference_steps),
                 latents=self.latents,
                 callback_on_step_end=self._step_taken,
+                **self.asked,
             )
         finally:
             hook.remove()
@@ -254,7 +297,8 @@ class _SideBySide:
 
     def _network_called(self, network: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # What the network sees is the outcome of the step before: some schedulers scale it.
-        x, eps = args[0].numpy(), output[0].numpy()
+        # (Of a guided call, the second half of the batch is the same again.)
+        x, eps = (values.numpy()[: len(self.latents)] for values in (args[0], output[0]))
         self._compare(x)
         self.x = x
         sizes = _largest(x), _largest(eps[:, : x.shape[1]])

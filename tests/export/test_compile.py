@@ -184,7 +184,7 @@ def networks(tmp_path_factory):
         export_bundle(pretrained("heart"), bundle, "ddpm", 5)
         pipeline = DDPMMLPPipeline(KnownNetwork(kind), DDPMScheduler())
         pipeline.set_progress_bar_config(disable=True)
-        export_network(pipeline.unet, (2,), bundle / "unet.onnx")
+        export_network(pipeline, bundle / "unet.onnx")
         networks[kind] = pipeline, bundle
     return networks
 
