@@ -88,6 +88,7 @@ def export_bundle(
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     null_label: int | None = None,
+    sampler_takes_known: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
     """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
@@ -115,6 +116,7 @@ def export_bundle(
         guidance_scale: w of classifier-free guidance, which the bundle's samples have unless one asks for another.
         guidance_interval: `(t_high, t_low)`, the timesteps to guide at; by default all.
         null_label: the class that a stock `UNet2DModel` was trained to take for "no label".
+        sampler_takes_known: whether `sampler.onnx` takes known values, which costs it a second noise in each step.
         overwrite: whether a bundle that is there already is replaced; a folder of anything else never is.
 
     Returns:
@@ -184,7 +186,7 @@ def export_bundle(
             report.strays = _strays(folder, data_range)
             _check_strays(table, report.strays)
         if sampler is not None:
-            onnx.save(build_sampler(folder, sampler), folder / "sampler.onnx")
+            onnx.save(build_sampler(folder, sampler, sampler_takes_known), folder / "sampler.onnx")
             report.sampler_difference = compare_sampler(folder)
             # Where int8 rounds, the least difference becomes one of a whole level.
             allowed = math.inf if precision == "int8" else max(tolerance, *parity.amplifications.values())

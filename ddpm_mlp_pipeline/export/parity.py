@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from tabulate import tabulate
 
 from ..pipeline import DDPMMLPPipeline
-from ..runtime.request import Asked, resolve
+from ..runtime.request import Asked
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import Z
 from .compile import noise_drawn
@@ -157,11 +157,23 @@ def compare_sampler(bundle: str | os.PathLike[str]) -> float:
     graph = onnxruntime.InferenceSession(Path(bundle) / "sampler.onnx", providers=["CPUExecutionProvider"])
     seed, num_samples = 2**40 + 1, max(BATCH_SIZES)
     asked = _asked(runtime, num_samples)
-    request, _ = resolve(runtime.info, runtime.table, num_samples, **asked)
-    feeds = {"seed": np.array(seed), "num_samples": np.array(num_samples)} | request.of(range(num_samples)).inputs
-    if any(value.name == "guidance_scale" for value in graph.get_inputs()):
-        feeds["guidance_scale"] = np.array(2.0, dtype=np.float32)
-        asked["guidance_scale"] = 2.0
+    feeds: dict[str, Any] = {"seed": np.array(seed), "num_samples": np.array(num_samples)}
+    if runtime.class_names:
+        feeds["class_labels"] = np.array(asked["class_labels"], dtype=np.int64)
+    if runtime.condition_columns:
+        feeds["condition"] = np.asarray(asked["condition"], dtype=np.float32)
+    names = {value.name for value in graph.get_inputs()}
+    if "guidance_scale" in names:
+        feeds["guidance_scale"] = np.array(1.5, dtype=np.float32)
+        is_guided = runtime.table.is_guided
+        at = runtime.table.timesteps[is_guided if is_guided.any() else slice(None)]
+        asked |= {"guidance_scale": 1.5, "guidance_interval": (float(at.max()), float(at.min()))}
+    if "mask" in names:
+        known = runtime.sample(num_samples, seed + 1, **asked)  # what the data are like
+        mask = np.zeros(known.shape, dtype=np.float32)
+        mask[:, : known.shape[1] // 2] = 1  # the first columns, or rows
+        feeds |= {"known": known, "mask": mask}
+        asked |= {"known": known, "mask": mask if runtime.is_points else mask[..., 0]}
     (samples,) = graph.run(None, feeds)
     expected = runtime.sample(num_samples, seed, **asked)
     if samples.dtype == np.uint8:
