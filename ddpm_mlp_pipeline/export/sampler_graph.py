@@ -49,8 +49,8 @@ def build_sampler(
         Where the network takes them, it also has the inputs `class_labels`, int64 `[num_samples]`, with the null label
         for none; `condition`, float32 `[num_samples, condition_dim]`, in its own units, with NaN for none; and
         `guidance_scale`, float32 `[]`, which replaces the table's in its guided steps (or in all, if none is guided);
-        a table with several scales keeps them. With `takes_known`, `known` and `mask`, float32 of the shape of `samples`, with a mask
-        of 1 where `known` is known and 0 elsewhere.
+        a table with several scales keeps them. With `takes_known`, it has `known` and `mask`, float32 of the shape of
+        `samples`, with a mask of 1 where `known` is known and 0 elsewhere.
 
     Raises:
         BundleError: if the bundle can't be loaded.
@@ -139,7 +139,7 @@ def _further_inputs(builder: GraphBuilder, info: dict[str, Any]) -> tuple[dict[s
 
 
 def _guidance(builder: GraphBuilder, table: StepTable) -> ir.Value:
-    """Return the scale of each call, float32 `[calls]`, from the input `guidance_scale` where the table has one scale."""
+    """Return each call's scale, float32 `[calls]`: from the input `guidance_scale`, unless the table has several."""
     op, is_guided = builder.op, table.is_guided
     scales = np.ones(len(table)) if table.guidance_scale is None else table.guidance_scale
     if is_guided.any() and len(set(scales[is_guided])) > 1:
