@@ -9,15 +9,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..files import check_file
 from ..runtime.step_table import StepTable
-from .parser import (
-    CommandParser,
-    add_data_options,
-    add_overwrite,
-    command,
-    command_imports,
-    leaving_out,
-    noise_seed,
-)
+from .parser import CommandParser, add_data_options, add_overwrite, command, command_imports, leaving_out, noise_seed
 
 with command_imports("ddpm-plot", __name__):
     from .. import figures
