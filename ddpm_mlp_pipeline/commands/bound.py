@@ -1,4 +1,4 @@
-"""Measure the variational bound of a checkpoint on data, term by term: the command `ddpm-bound`."""
+"""Measure the variational bound of a checkpoint on data, term by term."""
 
 from __future__ import annotations
 
@@ -44,21 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     add_data_options(parser, f"(default: {NUM_POINTS} points, all images)", "test, or train where there is none")
     parser.add_argument(
-        "--variance_type", choices=VARIANCE_TYPES, help="of the reverse steps (default: the checkpoint's)"
+        "--variance_type", choices=VARIANCE_TYPES, help="variance of the denoising steps (default: the checkpoint's)"
     )
     parser.add_argument(
         "--timestep_stride",
         type=positive_int,
         default=1,
         metavar="N",
-        help="let groups of N samples share the timesteps, which takes a share of 1 / N of the time (default: 1)",
+        help="spread the timesteps over groups of N samples, in 1 / N of the time (default: 1)",
     )
     parser.add_argument("--batch_size", type=positive_int, default=100, help="(default: 100)")
-    parser.add_argument("--seed", type=noise_seed, default=1, help="of the points and the noise (default: 1)")
-    parser.add_argument(
-        "--output", type=Path, help="a .json file; if it is stopped, the same command goes on where it was"
-    )
-    parser.add_argument("--figure", type=Path, help="a .png file for the terms by timestep")
+    parser.add_argument("--seed", type=noise_seed, default=1, help="seed of points and noise (default: 1)")
+    parser.add_argument("--output", type=Path, help="a .json file; with it, an interrupted command can be resumed")
+    parser.add_argument("--figure", type=Path, help="a .png file of the terms by timestep")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.figure is not None and args.figure.suffix != ".png":
@@ -124,9 +122,9 @@ def _table(estimate: BoundEstimate) -> str:
 
 
 def _report(args: Namespace, estimate: BoundEstimate, scheduler: DDPMScheduler, num_samples: int) -> dict[str, Any]:
-    """What the estimate was made of, and what came out, in bits."""
-    made_of = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    return made_of | {
+    """Return the options and the estimate, in bits."""
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return options | {
         "variance_type": scheduler.config.variance_type,
         "num_samples": num_samples,
         "dimension": estimate.dimension,
@@ -141,7 +139,7 @@ def _report(args: Namespace, estimate: BoundEstimate, scheduler: DDPMScheduler, 
 
 
 def _or_none(value: float) -> float | None:
-    """JSON knows no NaN, which a standard error of one group is."""
+    """Replace NaN, the standard error of a single group, by JSON's null."""
     return value if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""Draw samples: from a bundle, without PyTorch, or from a checkpoint, with it."""
+"""Draw samples from a bundle, without PyTorch, or from a checkpoint, with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
 from .parser import CommandParser, add_overwrite, command, noise_seed, positive_int
 
-MAX_POINTS, MAX_GRID = 10**6, 2**28  # of one picture: points; numbers, that is bytes
-is_picture = re.compile(r"[0-9]+\.png").fullmatch  # of a folder that this command writes
+MAX_POINTS, MAX_GRID = 10**6, 2**28  # points, and bytes of a grid of images, in one picture
+is_picture = re.compile(r"[0-9]+\.png").fullmatch  # the files of a folder that this command writes
 PLAIN_NAME = re.compile(r'(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*', re.IGNORECASE | re.ASCII)
 Writer = Callable[[Path, Iterable[np.ndarray], int, Sampler], None]
 PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
@@ -30,10 +30,12 @@ PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-sample", description=__doc__)
     parser.add_argument("source", type=Path, help="a bundle that ddpm-export wrote, or a checkpoint folder")
-    parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="how many (default: 1)")
+    parser.add_argument(
+        "--num_samples", type=positive_int, default=1, metavar="N", help="number of samples (default: 1)"
+    )
     parser.add_argument("--seed", type=noise_seed, default=0, help="the same seed gives the same samples (default: 0)")
     parser.add_argument(
-        "--batch_size", type=positive_int, default=512, metavar="N", help="at most so many at once (default: 512)"
+        "--batch_size", type=positive_int, default=512, metavar="N", help="samples drawn at once (default: 512)"
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="a .png, .npy or (for points) .csv file, or a folder for images"
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
     write = find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
-    if not _is_first(sampler):  # the others draw their part
+    if not _is_first(sampler):  # this process draws its share
         for _ in sampler.batches(args.num_samples, args.seed, args.batch_size):
             pass
         return
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _is_first(sampler: Sampler) -> bool:
-    """Whether this process writes the samples: of several that draw from a checkpoint together, the first does."""
+    """Return whether this process writes the samples, as the first of those that sample a checkpoint together."""
     if isinstance(sampler, OnnxSampler):
         return True
     from ..training.processes import this_process
@@ -79,10 +81,15 @@ def _is_first(sampler: Sampler) -> bool:
 
 
 def find_writer(sample_shape: tuple[int, ...], suffix: str, number: int) -> Writer:
-    """What writes so many such samples, batch by batch, to a path of that ending (or, without one, to a folder).
+    """Return the writer for this shape, suffix and number of samples.
+
+    Args:
+        sample_shape: `(dimension,)` of points, `(channels, height, width)` of images.
+        suffix: `.npy`, `.csv`, `.png`, or `""` for a folder.
+        number: number of samples.
 
     Raises:
-        ConfigurationError: if they can't be written in that format. (A picture has to fit into memory.)
+        ConfigurationError: if the format can't hold the samples, or a picture would be too large.
     """
     if suffix == ".npy":
         return _write_npy
@@ -124,10 +131,10 @@ def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: 
 
 
 def csv_header(names: Iterable[str]) -> str:
-    """Return the first line of a CSV file, as `toCsv` of `web/ddpm.js` has it.
+    """Return the first line of a CSV file, the same as that of `toCsv` in `web/ddpm.js`.
 
-    Quotes surround a name that would be read as several, as another or as a number: all but those that begin with a
-    letter or underscore and hold neither quotes, commas nor line breaks.
+    A name is quoted if readers could split it, change it or take it for a number. No quotes are needed if it begins
+    with a letter or underscore and has no quotes, commas or line breaks.
     """
     return ",".join(name if PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"' for name in names)
 
