@@ -22,7 +22,7 @@ import onnxruntime as ort
 from ..errors import BundleError, explain_missing_extra
 from ..runtime.bundle import seal
 from ..runtime.sampler import OnnxSampler
-from .parser import CommandParser, command, positive_int
+from .parser import CommandParser, command
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -62,18 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-benchmark", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     parser.add_argument("bundle", type=Path, help="a bundle exported from it")
-    parser.add_argument(
-        "--batch_sizes", type=positive_int, nargs="+", default=[1, 1000], metavar="N", help="(default: 1 1000)"
-    )
-    parser.add_argument(
-        "--num_inference_steps",
-        type=positive_int,
-        metavar="N",
-        help="DDPM steps (default: 1000, at most the number of training timesteps)",
-    )
-    parser.add_argument(
-        "--repeats", type=positive_int, default=5, metavar="N", help="runs of which to take medians (default: 5)"
-    )
+    parser.add_count("--batch_sizes", "(default: 1 1000)", nargs="+", default=[1, 1000])
+    parser.add_count("--num_inference_steps", "DDPM steps (default: 1000, at most the number of training timesteps)")
+    parser.add_count("--repeats", "runs of which to take medians (default: 5)", default=5)
     args = parser.parse_args(argv)
     with explain_missing_extra("ddpm-benchmark", "export"):
         import torch

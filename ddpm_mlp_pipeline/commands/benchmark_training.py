@@ -17,7 +17,7 @@ from pathlib import Path
 from ..checkpoints import FEATURES
 from ..errors import ConfigurationError
 from ..files import check_names, whole_file
-from .parser import CommandParser, command, command_imports, positive_int
+from .parser import CommandParser, command, command_imports
 
 with command_imports("training", __name__):
     import numpy as np
@@ -47,17 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="all other options are those of train_images.py, and apply to every variant",
     )
-    parser.add_argument(
-        "variants", nargs="+", help="a preset's name, followed in the same argument by options that change it"
-    )
+    parser.add_argument("variants", nargs="+", help="a preset's name and options that change it, in one argument")
     parser.add_argument("--minutes", type=float, default=10, help="training time of each (default: 10)")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="timings of each, taken in turn (default: 3)")
-    parser.add_argument("--num_samples", type=positive_int, default=2000, help="samples to measure (default: 2000)")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=100, help="DDPM steps (default: 100)")
+    parser.add_count("--repeats", "timings of each, taken in turn (default: 3)", default=3)
+    parser.add_count("--num_samples", "samples to measure (default: 2000)", default=2000)
+    parser.add_count("--num_inference_steps", "DDPM steps (default: 100)", default=100)
     parser.add_argument("--split", default="test", help="split to compare samples with (default: test)")
-    parser.add_argument(
-        "--features", type=Path, default=FEATURES, help="feature network (default: the shipped MNIST network)"
-    )
+    parser.add_argument("--features", type=Path, default=FEATURES, help="feature network (default: MNIST's, shipped)")
     parser.add_argument("--output_dir", type=Path, help="folder for the checkpoints and a report (default: keep none)")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace those of an earlier run")
     args, shared = parser.parse_known_args(argv)
@@ -71,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             words = ["--config", *shlex.split(variant), *shared, "--report_to=none", f"--output_dir={folder / str(i)}"]
             runs[variant] = parse_options(ImageTrainingArguments, words, __doc__, PRESETS)
         if len({run.mixed_precision for run in runs.values()}) > 1:
-            raise ConfigurationError("the variants must share one --mixed_precision")
+            raise ConfigurationError("the variants must share one --mixed_precision: pass it after them")
         check_names(folder, [REPORT], args.overwrite_output_dir)
         for run in runs.values():
             run.overwrite_output_dir = args.overwrite_output_dir

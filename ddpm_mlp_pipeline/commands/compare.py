@@ -27,7 +27,6 @@ from .parser import (
     command,
     command_imports,
     leaving_out,
-    positive_int,
 )
 
 with command_imports("ddpm-compare", __name__):
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _write(known, args.output)  # fails before the work if the file can't be written
     pipeline = load_checkpoint(args.checkpoint)
     if pipeline.is_points:
-        raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
+        raise ConfigurationError("ddpm-compare is for images: use ddpm-evaluate for points")
     channels, height, width = pipeline.sample_shape
     split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
     features, network = choose_features(args.features, channels, args.num_samples, count_images(args.dataset, split))
@@ -129,13 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-compare", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    add_data_options(
-        parser,
-        "(default: 2000)",
-        "test, or train where there is none",
-        dataset="the image data set to compare samples with",
-        points=False,
-    )
+    dataset = "the image data set to compare samples with"
+    add_data_options(parser, "(default: 2000)", "test, or train if there is none", dataset=dataset, points=False)
     parser.set_defaults(num_samples=2000)
     parser.add_argument(
         "--schedulers",
@@ -144,14 +138,7 @@ def _make_parser() -> CommandParser:
         metavar="NAME[:OPTION=VALUE,…]",
         help=f"schedulers and their options (default: {' '.join(SAMPLERS)})",
     )
-    parser.add_argument(
-        "--num_inference_steps",
-        type=positive_int,
-        nargs="+",
-        default=STEPS,
-        metavar="N",
-        help=f"(default: {' '.join(map(str, STEPS))})",
-    )
+    parser.add_count("--num_inference_steps", f"(default: {' '.join(map(str, STEPS))})", nargs="+", default=STEPS)
     parser.add_argument("--features", help=FEATURES_HELP)
     parser.add_argument(
         "--output", type=Path, required=True, help="a .json file; distances already in it are not measured again"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigurationError, DatasetError
-from .parser import CommandParser, add_data_options, command, command_imports, leaving_out, positive_int
+from .parser import CommandParser, add_data_options, command, command_imports, leaving_out
 
 with command_imports("ddpm-doctor", __name__):
     import torch
@@ -47,12 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_data_options(parser, number, "train", dataset=dataset, required=False, fit="the preset's, or resize")
     parser.set_defaults(fit=None)
     parser.add_argument("--held_out_split", help="split to detect overfitting with (default: test, if there is one)")
-    parser.add_argument(
-        "--resolution", type=positive_int, metavar="N", help="size of a preset's images, as in training"
-    )
-    parser.add_argument(
-        "--channels", type=int, choices=[1, 3, 4], help="channels of a preset's images, as in training"
-    )
+    parser.add_count("--resolution", "size of a preset's images, as in training")
+    parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="channels of a preset's images")
     args = parser.parse_args(argv)
     with leaving_out(args.skip_corrupt) as on_corrupt:
         make_patient = _checkpoint_as_patient if Path(args.patient).is_dir() else _preset_as_patient

@@ -27,7 +27,6 @@ from .parser import (
     command,
     command_imports,
     leaving_out,
-    positive_int,
 )
 
 with command_imports("ddpm-evaluate", __name__):
@@ -66,15 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = f"{NUM_POINTS} points or half of a file, at most {NUM_IMAGES} images"
     add_data_options(parser, f"number of samples, and of points to compare with (default: {default})", "test")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
-    parser.add_argument(
-        "--num_inference_steps", type=positive_int, metavar="N", help="for a checkpoint (default: all timesteps)"
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive_int,
-        metavar="N",
-        help=f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)",
-    )
+    parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
+    parser.add_count("--repeats", f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)")
     parser.add_argument("--output", type=Path, help="a .json file for the results and their settings")
     add_overwrite(parser)
     images = parser.add_argument_group("images")
@@ -140,8 +132,7 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     from ..judge.features import PIXELS
 
     # All errors of the options are raised before any image is decoded or drawn.
-    split, train_split = _choose_splits(args)
-    n, num_references = _choose_numbers(source, args, split, train_split)
+    split, train_split, n, num_references = _choose_images(source, args)
     seeds = range(args.repeats or IMAGE_REPEATS)
     data_seeds = [DATA_SEED + i for i in range(IMAGE_FLOOR_REPEATS)]
     channels, height, width = source.shape
@@ -184,9 +175,12 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     }
 
 
-def _choose_splits(args: Namespace) -> tuple[str, str]:
-    """Return the split to compare with and the split for the floor; they are the same if the data set has only one."""
-    from ..data.images import HELD_OUT_SPLITS, choose_split
+def _choose_images(source: Source, args: Namespace) -> tuple[str, str, int, int]:
+    """Return the split to compare with, the split for the floor, and the numbers of samples and of references.
+
+    The two splits are the same if the data set has only one.
+    """
+    from ..data.images import HELD_OUT_SPLITS, choose_split, count_images
 
     split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
     train_split = args.train_split or choose_split(args.dataset, ["train"])
@@ -194,13 +188,6 @@ def _choose_splits(args: Namespace) -> tuple[str, str]:
         raise ConfigurationError(
             "--split and --train_split must share no image: pass two splits, or slices (train[:80%] and train[80%:])"
         )
-    return split, train_split
-
-
-def _choose_numbers(source: Source, args: Namespace, split: str, train_split: str) -> tuple[int, int]:
-    """Return the number of samples, and the number of images to compare them with."""
-    from ..data.images import count_images
-
     num_references = count_images(args.dataset, split)
     if split == train_split:
         num_references = num_fresh = num_references // 2
@@ -214,7 +201,7 @@ def _choose_numbers(source: Source, args: Namespace, split: str, train_split: st
         raise DatasetError(
             f"{args.samples} holds {source.number} samples, fewer than the {n} needed: lower --num_samples"
         )
-    return n, num_references
+    return split, train_split, n, num_references
 
 
 def _varied(samples: np.ndarray, name: object) -> np.ndarray:

@@ -10,7 +10,7 @@ from ..export.page import PAGE_ENTRIES, write_page
 from ..export.schedulers import SCHEDULERS, scheduler_option
 from ..files import check_folder
 from ..runtime.step_table import StepTable
-from .parser import CommandParser, add_overwrite, command, positive_int
+from .parser import CommandParser, add_overwrite, command
 
 
 @command
@@ -33,12 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="options of the scheduler's diffusers class that differ from training (use_karras_sigmas=true), "
         "or of its step method (eta=1)",
     )
-    parser.add_argument(
-        "--num_inference_steps",
-        type=positive_int,
-        metavar="N",
-        help="sampling steps (default: 50; 20 with the default scheduler for images)",
-    )
+    parser.add_count("--num_inference_steps", "sampling steps (default: 50; 20 with the default scheduler for images)")
     parser.add_argument(
         "--sampler",
         nargs="?",

@@ -46,7 +46,7 @@ command = one_line_errors()  # decorates a command's `main`: each call enters a 
 
 
 def add_data_options(
-    parser: argparse.ArgumentParser,
+    parser: CommandParser,
     num_samples: str,
     split: str,
     *,
@@ -67,7 +67,7 @@ def add_data_options(
         points: whether the data may be points.
     """
     parser.add_argument("--dataset", required=required, help=dataset)
-    parser.add_argument("--num_samples", type=positive_int, metavar="N", help=num_samples)
+    parser.add_count("--num_samples", num_samples)
     if points:
         noise = "noise of a point set, as in training (default: the set's own)"
         parser.add_argument("--dataset_noise", type=float, help=noise)
@@ -118,6 +118,10 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs, allow_abbrev=False)
 
+    def add_count(self, name: str, help: str, **options: Any) -> None:
+        """Add an option whose value is an integer of at least 1."""
+        self.add_argument(name, type=_positive_int, metavar="N", help=help, **options)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{message} (see --help)")
 
@@ -127,8 +131,7 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs (default: refuse)")
 
 
-def positive_int(text: str) -> int:
-    """Parse an integer of at least 1, as an argparse type."""
+def _positive_int(text: str) -> int:
     value = _int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

@@ -26,9 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder; for a table, a bundle")
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
     dataset = "for forward and drift: the point set or image set to add noise to"
-    add_data_options(
-        parser, "samples to draw (default: 3000 points, 16 images)", "train", dataset=dataset, required=False
-    )
+    num_samples = "samples to draw (default: 3000 points, 16 images)"
+    add_data_options(parser, num_samples, "train", dataset=dataset, required=False)
     parser.set_defaults(split="train")
     parser.add_argument(
         "--timesteps", type=int, nargs="+", metavar="T", help="timesteps to draw, for reverse (default: 999 749 499 0)"
@@ -47,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     pipeline = load_checkpoint(args.checkpoint)
     if pipeline.is_points and pipeline.sample_shape[0] < 2:
-        raise ConfigurationError(
-            "a picture needs points of at least two coordinates: use ddpm-sample with .npy or .csv"
-        )
+        raise ConfigurationError("a picture needs points of at least two coordinates: write samples with ddpm-sample")
     number = args.num_samples or (figures.NUM_POINTS if pipeline.is_points else 16)
 
     if args.kind == "animation":

@@ -17,7 +17,7 @@ from ..files import check_file, check_folder, whole_file, whole_folder
 from ..progress import progress_bar
 from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
-from .parser import CommandParser, add_overwrite, command, noise_seed, positive_int
+from .parser import CommandParser, add_overwrite, command, noise_seed
 
 MAX_POINTS, MAX_GRID = 10**6, 2**28  # points, and bytes of a grid of images, in one picture
 is_picture = re.compile(r"[0-9]+\.png").fullmatch  # the files of a folder that this command writes
@@ -30,20 +30,14 @@ PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-sample", description=__doc__)
     parser.add_argument("source", type=Path, help="a bundle that ddpm-export wrote, or a checkpoint folder")
-    parser.add_argument(
-        "--num_samples", type=positive_int, default=1, metavar="N", help="number of samples (default: 1)"
-    )
+    parser.add_count("--num_samples", "number of samples (default: 1)", default=1)
     parser.add_argument("--seed", type=noise_seed, default=0, help="the same seed gives the same samples (default: 0)")
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=512, metavar="N", help="samples drawn at once (default: 512)"
-    )
+    parser.add_count("--batch_size", "samples drawn at once (default: 512)", default=512)
     parser.add_argument(
         "--output", type=Path, required=True, help="a .png, .npy or (for points) .csv file, or a folder for images"
     )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
-    parser.add_argument(
-        "--num_inference_steps", type=positive_int, metavar="N", help="for a checkpoint (default: all timesteps)"
-    )
+    parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.output.suffix not in (".png", ".npy", ".csv", ""):
@@ -57,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
     write = find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
-    if not _is_first(sampler):  # this process draws its share
+    if not _is_first(sampler):  # this process only draws its share
         for _ in sampler.batches(args.num_samples, args.seed, args.batch_size):
             pass
         return
