@@ -233,8 +233,8 @@ def _check_same_weights(pipeline: DiffusionPipeline, bundle: Path) -> None:
     if sampler.sample_shape == pipeline.sample_shape:
         x = np.random.default_rng(0).standard_normal((2, *sampler.sample_shape)).astype(np.float32)
         with torch.no_grad():
-            noise_prediction = pipeline.unet(torch.from_numpy(x), 500).sample[:, : x.shape[1]]  # no learned variance
-        expected = noise_prediction.numpy()
+            output = pipeline.unet(torch.from_numpy(x), 500).sample
+        expected = output[:, : x.shape[1]].numpy()  # without a learned variance
         error = np.sqrt(np.square(sampler.predict(x, 500) - expected).mean() / np.square(expected).mean())
         precision = sampler.info.get("provenance", {}).get("precision")
         if error < SAME_WEIGHTS["int8" if precision == "int8" else "float"]:

@@ -133,8 +133,9 @@ def _make_parser() -> CommandParser:
     parser.set_defaults(num_samples=2000)
     parser.add_argument(
         "--schedulers",
+        type=_scheduler,
         nargs="+",
-        default=SAMPLERS,
+        default=[_scheduler(text) for text in SAMPLERS],
         metavar="NAME[:OPTION=VALUE,…]",
         help=f"schedulers and their options (default: {' '.join(SAMPLERS)})",
     )
@@ -148,12 +149,20 @@ def _make_parser() -> CommandParser:
     return parser
 
 
+def _scheduler(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Parse `NAME[:OPTION=VALUE,…]`, as an argparse type; return the text, the name and the options."""
+    name, _, options = text.partition(":")
+    return text, name, dict(scheduler_option(option) for option in options.split(",") if option)
+
+
 def _compile_all(args: argparse.Namespace, trained_with: SchedulerMixin) -> dict[tuple[str, int], StepTable]:
     """Compile each scheduler for each number of steps; print an error for each that can't be compiled."""
     tables = {}
-    for scheduler, num_inference_steps in itertools.product(args.schedulers, args.num_inference_steps):
+    for (text, name, options), steps in itertools.product(args.schedulers, args.num_inference_steps):
+        config, step_options = split_options(name, options)
         try:
-            tables[scheduler, num_inference_steps] = _compile(scheduler, num_inference_steps, trained_with)
+            scheduler = make_scheduler(name, trained_with, **config)
+            tables[text, steps] = compile_scheduler(scheduler, steps, **step_options)
         except UnsupportedSchedulerError as error:
             print(error)
     if not tables:
@@ -177,17 +186,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
     with whole_file(path, overwrite=True) as temporary:  # _read has checked its content
         temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
-
-
-def _compile(words: str, num_inference_steps: int, trained_with: SchedulerMixin) -> StepTable:
-    name, _, options = words.partition(":")
-    try:
-        config, step_options = split_options(
-            name, dict(scheduler_option(option) for option in options.split(",") if option)
-        )
-    except argparse.ArgumentTypeError as error:
-        raise ConfigurationError(f"--schedulers {words}: {error}") from None
-    return compile_scheduler(make_scheduler(name, trained_with, **config), num_inference_steps, **step_options)
 
 
 def _milliseconds(sampler: OnnxSampler, size: int) -> float:

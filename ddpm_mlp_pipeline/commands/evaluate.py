@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     images.add_argument("--features", help=FEATURES_HELP)
     args = parser.parse_args(argv)
-    with contextlib.ExitStack() as stack:
-        output = None if args.output is None else stack.enter_context(whole_file(args.output, args.overwrite))
+    with whole_file(args.output, args.overwrite) if args.output else contextlib.nullcontext() as output:
         source = open_source(args.samples, args.scheduler, args.num_inference_steps)
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")
         with explain_missing_extra("ddpm-evaluate", extra):

@@ -113,7 +113,7 @@ def read_preset(preset: str, presets: Path | None) -> dict[str, Any]:
 def _as_argv(preset: str, options: dict[str, Any], arguments: dict[str, dict[str, Any]]) -> list[str]:
     unknown = sorted(str(key) for key in options.keys() - arguments.keys())
     if unknown:
-        raise ConfigurationError(f"{preset} sets {', '.join(unknown)}, which is no option of this command")
+        raise ConfigurationError(f"{preset} sets {', '.join(unknown)}, which this command does not have: see --help")
     argv = []
     for key, value in options.items():
         is_list = isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = functools.partial(whole_folder, own=is_picture)
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
-    write = find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
+    write = _find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
     if not _is_first(sampler):  # this process only draws its share
         for _ in sampler.batches(args.num_samples, args.seed, args.batch_size):
             pass
@@ -74,17 +74,8 @@ def _is_first(sampler: Sampler) -> bool:
     return this_process().is_main_process
 
 
-def find_writer(sample_shape: tuple[int, ...], suffix: str, number: int) -> Writer:
-    """Return the writer for this shape, suffix and number of samples.
-
-    Args:
-        sample_shape: `(dimension,)` of points, `(channels, height, width)` of images.
-        suffix: `.npy`, `.csv`, `.png`, or `""` for a folder.
-        number: number of samples.
-
-    Raises:
-        ConfigurationError: if the format can't hold the samples, or a picture would be too large.
-    """
+def _find_writer(sample_shape: tuple[int, ...], suffix: str, number: int) -> Writer:
+    """Return the writer for this shape, suffix (`""` for a folder) and number of samples."""
     if suffix == ".npy":
         return _write_npy
     if len(sample_shape) == 1:
