@@ -1,1 +1,1 @@
-"""The console commands, one file each, and what they share."""
+"""The console commands, one file each, and the code that they share."""

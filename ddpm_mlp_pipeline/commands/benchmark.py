@@ -1,4 +1,4 @@
-"""Time a bundle against the torch pipeline that it was exported from: same weights, same schedulers, one run."""
+"""Time a bundle against the torch pipeline that it was exported from, with the same weights and schedulers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -21,19 +22,19 @@ import onnxruntime as ort
 from ..errors import BundleError, explain_missing_extra
 from ..runtime.bundle import seal
 from ..runtime.sampler import OnnxSampler
-from .parser import CommandParser, command, positive_int
+from .parser import CommandParser, command
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
-# Largest relative error of the outputs of the same weights: half precision makes 1e-3, 8 bits 0.1, other weights 1.
+# Largest relative error between outputs of the same weights. Half precision causes 1e-3, 8 bits 0.1, other weights 1.
 SAME_WEIGHTS = {"float": 5e-3, "int8": 0.2}
-DDPM_STEPS, DDIM_STEPS = 1000, 50  # or all that a network was trained with
-PAUSE = 0.2  # seconds
-PRODUCT_SIZE = 2048  # of the square matrices whose product shows the machine's peak
-# What a user without the bundle would run, from a fresh process to a picture.
+DDPM_STEPS, DDIM_STEPS = 1000, 50  # at most the number of training timesteps
+PAUSE = 0.2  # seconds, after which the threads of the previous contender sleep
+PRODUCT_SIZE = 2048  # rows and columns of the matrices whose product measures the machine's peak
+# The program of a user without the bundle, from a fresh process to a picture
 TORCH_PROCESS = """
 import sys
 from diffusers import DDIMScheduler
@@ -45,8 +46,8 @@ samples = pipeline(int(sys.argv[2]), num_inference_steps=int(sys.argv[4]), outpu
 picture = draw_points(samples) if samples.ndim == 2 else image_grid([samples], len(samples))
 picture.save(sys.argv[3])
 """
-# Runs a command, and prints its seconds and its peak memory. A process's peak counts from before its exec, when it
-# was still a copy of the one that started it: so that one is this small one rather than the benchmark, with torch.
+# Run a command, and print its seconds and its peak memory. The peak includes the memory of the process that forked
+# it, which is therefore this small one rather than the benchmark with torch.
 LAUNCHER = """
 import os, sys, time
 start = time.perf_counter()
@@ -61,16 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-benchmark", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     parser.add_argument("bundle", type=Path, help="a bundle exported from it")
-    parser.add_argument(
-        "--batch_sizes", type=positive_int, nargs="+", default=[1, 1000], metavar="N", help="(default: 1 1000)"
-    )
-    parser.add_argument(
-        "--num_inference_steps",
-        type=positive_int,
-        metavar="N",
-        help="DDPM steps (default: 1000, or all that the network was trained with)",
-    )
-    parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="medians of so many (default: 5)")
+    parser.add_count("--batch_sizes", "(default: 1 1000)", nargs="+", default=[1, 1000])
+    parser.add_count("--num_inference_steps", "DDPM steps (default: 1000, at most the number of training timesteps)")
+    parser.add_count("--repeats", "runs of which to take medians (default: 5)", default=5)
     args = parser.parse_args(argv)
     with explain_missing_extra("ddpm-benchmark", "export"):
         import torch
@@ -88,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = compile_scheduler(pipeline.scheduler, ddpm_steps)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        # The bundle's network, with a table of the benchmark's own choice
+        # A copy of the bundle, so that its step table can be replaced
         bundle = Path(folder) / "bundle"
         shutil.copytree(args.bundle, bundle)
         table.save(bundle / "step_table.json")
@@ -96,13 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = OnnxSampler(args.bundle)
         own_steps = f"{len(own)} {own.table.scheduler.removesuffix('Scheduler')} steps"
         with (
-            Contender(_torch_sampler, args.checkpoint, ddpm_steps) as torch_contender,
-            Contender(_bundle_sampler, bundle) as bundle_contender,
-            Contender(_bundle_sampler, args.bundle) as own_contender,
+            _contender(_torch_sampler, args.checkpoint, ddpm_steps) as torch_contender,
+            _contender(_bundle_sampler, bundle) as bundle_contender,
+            _contender(_bundle_sampler, args.bundle) as own_contender,
         ):
             for size in args.batch_sizes:
                 contenders = [torch_contender, bundle_contender, own_contender]
-                works = [functools.partial(contender.seconds, size) for contender in contenders]
+                works = [functools.partial(_sampling_seconds, contender, size) for contender in contenders]
                 torch_time, bundle_time, own_time = (1000 * time / size for time in _alternate(works, args.repeats))
                 what = "one at a time" if size == 1 else f"{size} together"
                 steps = f"{ddpm_steps} DDPM steps"
@@ -126,7 +120,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append((f"{what}, peak MiB", torch_run[1], bundle_run[1]))
 
     share = _share_of_peak(pipeline, own, min(64, max(args.batch_sizes)))
-
     versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
     print(f"{versions}, {own.num_threads} cores; medians of {args.repeats}")
     cells = [(*row, f"{row[1] / row[2]:.1f}×") for row in rows]
@@ -136,14 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _share_of_peak(pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int) -> str:
-    """How many multiply-adds a second the bundle's network gets to, beside one large matrix product."""
+    """Return a line with the multiply-adds per second of the bundle's network and of a large matrix product."""
     import onnx
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     x = np.zeros((batch_size, *sampler.sample_shape), dtype=np.float32)
-    # Of attention's implementations, the counter knows the plain one.
+    # The counter knows only the plain implementation of attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         pipeline.unet(torch.from_numpy(x), 500)
     multiply_adds = counter.get_total_flops() / 2
@@ -158,54 +151,31 @@ def _share_of_peak(pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size
     session = ort.InferenceSession(product.SerializeToString(), options)
     factors = dict.fromkeys(("a", "b"), np.ones((PRODUCT_SIZE, PRODUCT_SIZE), dtype=np.float32))
 
-    def seconds(work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    # One after the other, not in turn: the threads of one session wait busily, and would slow the other's.
-    works = (lambda: session.run(None, factors), lambda: sampler.predict(x, 500))
-    matrix, network = (_alternate([functools.partial(seconds, work)], 20)[0] for work in works)
-    rates = multiply_adds / network, PRODUCT_SIZE**3 / matrix
+    # All runs of one before those of the other, since a session's busily waiting threads slow the other session.
+    timers = timeit.Timer(lambda: session.run(None, factors)), timeit.Timer(lambda: sampler.predict(x, 500))
+    product_s, network_s = (float(np.median(timer.repeat(21, number=1)[1:])) for timer in timers)
+    rate, peak = multiply_adds / network_s / 1e9, PRODUCT_SIZE**3 / product_s / 1e9
     return (
-        f"the network, batch {batch_size}: {1000 * network:.3g} ms for {multiply_adds / 1e9:.3g} G multiply-adds, "
-        f"{rates[0] / 1e9:.3g} G/s: {rates[0] / rates[1]:.0%} of the {rates[1] / 1e9:.3g} G/s of a matrix product"
+        f"the network, batch {batch_size}: {1000 * network_s:.3g} ms for {multiply_adds / 1e9:.3g} G multiply-adds, "
+        f"{rate:.3g} G/s: {rate / peak:.0%} of the {peak:.3g} G/s of a matrix product"
     )
 
 
 def _alternate(works: Sequence[Callable[[], Any]], repeats: int) -> tuple[Any, ...]:
-    """Medians of what each returns, run in turn, so that a busy moment of the machine hits all; one run to warm up."""
+    """Run the works in turn, so that other load slows all alike; return the median results, without a warm-up run."""
     runs = [[work() for work in works] for _ in range(repeats + 1)][1:]
-    return tuple(np.median(np.array(results), axis=0) for results in zip(*runs, strict=True))
+    return tuple(np.median(results, axis=0) for results in zip(*runs, strict=True))
 
 
-class Contender:
-    """Draws samples in a process of its own.
+_draw: Callable[[int], object]  # set in a contender's process: draw a number of samples together
 
-    The threads of torch and of onnxruntime wait busily for their next task: in one process, each slows the other.
 
-    Args:
-        open_sampler: called in the process, with `args`; returns what draws a number of samples.
+def _contender(open_sampler: Callable[..., Callable[[int], object]], *args: Any) -> ProcessPoolExecutor:
+    """Return a process that draws with `open_sampler(*args)`.
+
+    In one process, the busily waiting threads of torch and of onnxruntime would slow each other.
     """
-
-    def __init__(self, open_sampler: Callable[..., Callable[[int], object]], *args: Any):
-        self._process = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_open, initargs=(open_sampler, args)
-        )
-
-    def seconds(self, num_samples: int) -> float:
-        """How long it takes to draw so many samples together, once the threads of who drew before are asleep."""
-        time.sleep(PAUSE)
-        return self._process.submit(_seconds, num_samples).result()
-
-    def __enter__(self) -> Contender:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.shutdown()
-
-
-_draw: Callable[[int], object]  # of a contender's process
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open, (open_sampler, args))
 
 
 def _open(open_sampler: Callable[..., Callable[[int], object]], args: tuple[Any, ...]) -> None:
@@ -214,13 +184,16 @@ def _open(open_sampler: Callable[..., Callable[[int], object]], args: tuple[Any,
 
 
 def _seconds(num_samples: int) -> float:
-    start = time.perf_counter()
-    _draw(num_samples)
-    return time.perf_counter() - start
+    return timeit.timeit(lambda: _draw(num_samples), number=1)
+
+
+def _sampling_seconds(contender: ProcessPoolExecutor, num_samples: int) -> float:
+    time.sleep(PAUSE)
+    return contender.submit(_seconds, num_samples).result()
 
 
 def _ddpm(like: SchedulerMixin) -> SchedulerMixin:
-    """DDPM for a network that was trained with another scheduler: with a fixed variance, which both sides can draw."""
+    """Return a DDPM scheduler with the noise schedule of `like`."""
     from ..export.compile import make_scheduler
 
     return make_scheduler("ddpm", like)
@@ -240,7 +213,7 @@ def _bundle_sampler(bundle: Path) -> Callable[[int], object]:
 
 
 def _process(argv: list[str]) -> tuple[float, float]:
-    """Wall time in seconds, and peak resident memory in MiB, of a process of its own."""
+    """Run a command; return its wall time in seconds and its peak resident memory in MiB."""
     result = subprocess.run(
         [sys.executable, "-c", LAUNCHER, *argv],
         capture_output=True,
@@ -260,13 +233,13 @@ def _check_same_weights(pipeline: DiffusionPipeline, bundle: Path) -> None:
     if sampler.sample_shape == pipeline.sample_shape:
         x = np.random.default_rng(0).standard_normal((2, *sampler.sample_shape)).astype(np.float32)
         with torch.no_grad():
-            # Without the variance that it may predict beside
-            expected = pipeline.unet(torch.from_numpy(x), 500).sample[:, : x.shape[1]].numpy()
+            output = pipeline.unet(torch.from_numpy(x), 500).sample
+        expected = output[:, : x.shape[1]].numpy()  # without a learned variance
         error = np.sqrt(np.square(sampler.predict(x, 500) - expected).mean() / np.square(expected).mean())
         precision = sampler.info.get("provenance", {}).get("precision")
         if error < SAME_WEIGHTS["int8" if precision == "int8" else "float"]:
             return
-    raise BundleError(f"{bundle} was not exported from this checkpoint: their networks differ")
+    raise BundleError(f"{bundle} was not exported from this checkpoint: export it again with ddpm-export")
 
 
 if __name__ == "__main__":

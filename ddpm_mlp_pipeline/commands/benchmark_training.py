@@ -1,4 +1,4 @@
-"""Compare ways of training: images per second, and the quality of samples after equal time, in one run.
+"""Compare training variants by images per second, and by sample quality after equal training time.
 
 python train_scripts/benchmark_training.py mnist "mnist --model stock" --minutes 10 --dataset_name ylecun/mnist
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from ..checkpoints import FEATURES
 from ..errors import ConfigurationError
 from ..files import check_names, whole_file
-from .parser import CommandParser, command, command_imports, positive_int
+from .parser import CommandParser, command, command_imports
 
 with command_imports("training", __name__):
     import numpy as np
@@ -34,10 +34,10 @@ with command_imports("training", __name__):
     from .train_images import train_on_images
 
 
-SHORT, LONG = 10, 40  # steps of the two runs whose difference in time is what steps cost
+SHORT, LONG = 10, 40  # steps of two runs, whose difference in time is that of LONG - SHORT steps
 SAMPLING_BATCH_SIZE = 250
 REPORT = "benchmark.json"
-load_images_once = functools.cache(load_images)  # every timing trains on the same images
+load_images_once = functools.cache(load_images)
 
 
 @command
@@ -45,17 +45,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="all other options are train_images.py's, and go to every variant",
+        epilog="all other options are those of train_images.py, and apply to every variant",
     )
-    parser.add_argument("variants", nargs="+", help="a preset's name, and in the same word options to change in it")
-    parser.add_argument("--minutes", type=float, default=10, help="of training for each (default: 10)")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="timings, taken in turn (default: 3)")
-    parser.add_argument("--num_samples", type=positive_int, default=2000, help="for the distance (default: 2000)")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=100, help="DDPM steps (default: 100)")
-    parser.add_argument("--split", default="test", help="what the samples are compared with (default: test)")
+    parser.add_argument("variants", nargs="+", help="a preset's name and options that change it, in one argument")
+    parser.add_argument("--minutes", type=float, default=10, help="training time of each (default: 10)")
+    parser.add_count("--repeats", "timings of each, taken in turn (default: 3)", default=3)
+    parser.add_count("--num_samples", "samples to measure (default: 2000)", default=2000)
+    parser.add_count("--num_inference_steps", "DDPM steps (default: 100)", default=100)
+    parser.add_argument("--split", default="test", help="split to compare samples with (default: test)")
     parser.add_argument("--features", type=Path, default=FEATURES, help="feature network (default: MNIST's, shipped)")
-    parser.add_argument("--output_dir", type=Path, help="keep the checkpoints and a report there")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace those of an earlier run there")
+    parser.add_argument("--output_dir", type=Path, help="folder for the checkpoints and a report (default: keep none)")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace those of an earlier run")
     args, shared = parser.parse_known_args(argv)
     if not args.minutes > 0:
         raise ConfigurationError(f"--minutes must be more than 0, got {args.minutes}")
@@ -64,30 +64,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.output_dir or Path(temporary)
         runs = {}
         for i, variant in enumerate(args.variants):
-            words = [
-                "--config",
-                *shlex.split(variant),
-                *shared,
-                "--report_to",
-                "none",
-                "--output_dir",
-                str(folder / str(i)),
-            ]
+            words = ["--config", *shlex.split(variant), *shared, "--report_to=none", f"--output_dir={folder / str(i)}"]
             runs[variant] = parse_options(ImageTrainingArguments, words, __doc__, PRESETS)
         if len({run.mixed_precision for run in runs.values()}) > 1:
-            raise ConfigurationError("the variants must share one --mixed_precision")
+            raise ConfigurationError("the variants must share one --mixed_precision: pass it after them")
         check_names(folder, [REPORT], args.overwrite_output_dir)
         for run in runs.values():
             run.overwrite_output_dir = args.overwrite_output_dir
             check_output_dir(run)
-            run.overwrite_output_dir = True  # each of its trainings replaces the one before
+            run.overwrite_output_dir = True  # each training of a variant replaces the one before
         _compare(args, runs, folder)
 
 
 def _compare(args: argparse.Namespace, runs: dict[str, ImageTrainingArguments], folder: Path) -> None:
     seconds: dict[str, list[float]] = {variant: [] for variant in runs}
     for _ in range(args.repeats):
-        for variant, run in runs.items():  # in turn, so that a busy moment of the machine hits all of them
+        for variant, run in runs.items():  # in turn, so that other load slows all alike
             times = [_timed_training(run, steps)[1] for steps in (SHORT, LONG)]
             seconds[variant].append((times[1] - times[0]) / (LONG - SHORT))
     rows = []

@@ -1,4 +1,4 @@
-"""Measure the variational bound of a checkpoint on data, term by term: the command `ddpm-bound`."""
+"""Measure the variational bound of a checkpoint on data, term by term."""
 
 from __future__ import annotations
 
@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..files import check_file, whole_file
-from .parser import (
-    CommandParser,
-    add_data_options,
-    add_overwrite,
-    command,
-    command_imports,
-    leaving_out,
-    noise_seed,
-    positive_int,
-)
+from ..files import whole_file
+from .parser import CommandParser, add_data_options, add_overwrite, command, command_imports, leaving_out, noise_seed
 
 with command_imports("ddpm-bound", __name__):
     from diffusers import DDPMScheduler
@@ -42,60 +33,35 @@ NUM_POINTS = 10_000
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-bound", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    add_data_options(parser, f"(default: {NUM_POINTS} points, all images)", "test, or train where there is none")
+    add_data_options(parser, f"(default: {NUM_POINTS} points, all images)", "test, or train if there is none")
     parser.add_argument(
-        "--variance_type", choices=VARIANCE_TYPES, help="of the reverse steps (default: the checkpoint's)"
+        "--variance_type", choices=VARIANCE_TYPES, help="variance of the denoising steps (default: the checkpoint's)"
     )
-    parser.add_argument(
-        "--timestep_stride",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="let groups of N samples share the timesteps, which takes a share of 1 / N of the time (default: 1)",
-    )
-    parser.add_argument("--batch_size", type=positive_int, default=100, help="(default: 100)")
-    parser.add_argument("--seed", type=noise_seed, default=1, help="of the points and the noise (default: 1)")
-    parser.add_argument(
-        "--output", type=Path, help="a .json file; if it is stopped, the same command goes on where it was"
-    )
-    parser.add_argument("--figure", type=Path, help="a .png file for the terms by timestep")
+    stride = "spread the timesteps over groups of N samples, in 1 / N of the time (default: 1)"
+    parser.add_count("--timestep_stride", stride, default=1)
+    parser.add_count("--batch_size", "(default: 100)", default=100)
+    parser.add_argument("--seed", type=noise_seed, default=1, help="seed of points and noise (default: 1)")
+    parser.add_argument("--output", type=Path, help="a .json file; with it, an interrupted command can be resumed")
+    parser.add_argument("--figure", type=Path, help="a .png file of the terms by timestep")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.figure is not None and args.figure.suffix != ".png":
         raise ConfigurationError(f"{args.figure} must end in .png")
-    outputs = (args.output, args.figure)
-    for path in outputs:
-        if path is not None:
-            check_file(path, args.overwrite)
-    pipeline = load_checkpoint(args.checkpoint)
-    if args.variance_type is not None:
-        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
-    if args.split is None and not pipeline.is_points:
-        args.split = choose_split(args.dataset, HELD_OUT_SPLITS)
-    with leaving_out(args.skip_corrupt) as on_corrupt:
-        dataset = load_normalized(
-            pipeline,
-            args.dataset,
-            args.num_samples or (NUM_POINTS if pipeline.is_points else None),
-            split=args.split,
-            fit=args.fit,
-            noise=args.dataset_noise,
-            seed=args.seed,
-            on_corrupt=on_corrupt,
-        )
+    state_path = None if args.output is None else args.output.with_suffix(".partial.npz")
     with contextlib.ExitStack() as stack:
-        output, figure = (
-            None if path is None else stack.enter_context(whole_file(path, args.overwrite)) for path in outputs
-        )
-        state_path = None if args.output is None else args.output.with_suffix(".partial.npz")
-        estimate = variational_bound(
-            pipeline,
-            dataset,
-            batch_size=args.batch_size,
-            timestep_stride=args.timestep_stride,
-            seed=args.seed,
-            state_path=state_path,
-        )
+        paths = (args.output, args.figure)
+        output, figure = (path and stack.enter_context(whole_file(path, args.overwrite)) for path in paths)
+        pipeline = load_checkpoint(args.checkpoint)
+        if args.variance_type is not None:
+            pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
+        if args.split is None and not pipeline.is_points:
+            args.split = choose_split(args.dataset, HELD_OUT_SPLITS)
+        number = args.num_samples or (NUM_POINTS if pipeline.is_points else None)
+        options = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise, "seed": args.seed}
+        with leaving_out(args.skip_corrupt) as on_corrupt:
+            dataset = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
+        options = {"batch_size": args.batch_size, "timestep_stride": args.timestep_stride, "seed": args.seed}
+        estimate = variational_bound(pipeline, dataset, **options, state_path=state_path)
         if output is not None:
             output.write_text(json.dumps(_report(args, estimate, pipeline.scheduler, len(dataset)), indent=2))
         if figure is not None:
@@ -124,9 +90,9 @@ def _table(estimate: BoundEstimate) -> str:
 
 
 def _report(args: Namespace, estimate: BoundEstimate, scheduler: DDPMScheduler, num_samples: int) -> dict[str, Any]:
-    """What the estimate was made of, and what came out, in bits."""
-    made_of = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    return made_of | {
+    """Return the options and the estimate, in bits."""
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return options | {
         "variance_type": scheduler.config.variance_type,
         "num_samples": num_samples,
         "dimension": estimate.dimension,
@@ -141,7 +107,7 @@ def _report(args: Namespace, estimate: BoundEstimate, scheduler: DDPMScheduler, 
 
 
 def _or_none(value: float) -> float | None:
-    """JSON knows no NaN, which a standard error of one group is."""
+    """Replace NaN, the standard error of a single group, by JSON's null."""
     return value if math.isfinite(value) else None
 
 

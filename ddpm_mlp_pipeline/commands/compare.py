@@ -1,4 +1,4 @@
-"""Compare schedulers and numbers of steps on a checkpoint of images: the quality of the samples, and their time."""
+"""Compare schedulers and numbers of steps on a checkpoint of images, by sample quality and sampling time."""
 
 from __future__ import annotations
 
@@ -7,25 +7,40 @@ import itertools
 import json
 import math
 import tempfile
-import time
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigurationError, DivergenceError, UnsupportedSchedulerError, explain_missing_extra
+from ..errors import ConfigurationError, DivergenceError, UnsupportedSchedulerError
 from ..export.schedulers import scheduler_option
 from ..files import check_file, whole_file
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
-from .parser import FEATURES_HELP, CommandParser, add_data_options, add_overwrite, command, leaving_out, positive_int
+from .parser import (
+    FEATURES_HELP,
+    CommandParser,
+    add_data_options,
+    add_overwrite,
+    command,
+    command_imports,
+    leaving_out,
+)
 
-if TYPE_CHECKING:
-    import torch
+with command_imports("ddpm-compare", __name__):
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from matplotlib.figure import Figure
+    from tabulate import tabulate
 
-    from ..judge.features import Features
+    from .. import figures
+    from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
+    from ..export.compile import compile_scheduler, make_scheduler, split_options
+    from ..export.exporter import export_bundle
+    from ..judge.features import PIXELS
+    from ..judge.metrics import choose_features, frechet_distance, image_features, squared_energy_distance, to_uint8
+    from ..loading import fingerprint, load_checkpoint
 
 
 STEPS = (10, 20, 30, 50)
@@ -39,7 +54,7 @@ SAMPLERS = (
     "euler_ancestral",
     "sasolver",
 )
-OF_EVERY_ROW = {"scheduler", "num_inference_steps", "num_samples"}
+REQUIRED_KEYS = {"scheduler", "num_inference_steps", "num_samples"}
 BATCH_SIZES = (1, 64)
 MAX_PIXEL_REFERENCES = 2000  # all pairs are compared
 LABELS = {"frechet_distance": "Fréchet distance", "energy_distance": "squared energy distance"}
@@ -51,19 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _make_parser().parse_args(argv)
     if args.figure is not None:
         check_file(args.figure, args.overwrite)
-    with explain_missing_extra("ddpm-compare", "export"):
-        from ..export.exporter import export_bundle
-    with explain_missing_extra("ddpm-compare", "train"):
-        from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
-        from ..judge.features import PIXELS
-        from ..judge.metrics import choose_features, frechet_distance, image_features, squared_energy_distance
-        from ..loading import fingerprint, load_checkpoint
-
     known = _read(args.output)
-    _write(known, args.output)  # a place that can't be written to is found before the work
+    _write(known, args.output)  # fails before the work if the file can't be written
     pipeline = load_checkpoint(args.checkpoint)
     if pipeline.is_points:
-        raise ConfigurationError("ddpm-compare is for images; ddpm-evaluate measures points")
+        raise ConfigurationError("ddpm-compare is for images: use ddpm-evaluate for points")
     channels, height, width = pipeline.sample_shape
     split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
     features, network = choose_features(args.features, channels, args.num_samples, count_images(args.dataset, split))
@@ -79,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sha256, scheduler_config = fingerprint(pipeline, images=images, **network.state_dict())
     run = {
         "checkpoint": str(args.checkpoint),
-        "sha256": sha256,  # of network, data and features, since a path may come to hold others
+        "sha256": sha256,  # of network, data and features: the paths may hold others later
         "trained_with": json.loads(json.dumps(scheduler_config, default=list)),
         "dataset": args.dataset,
         "split": split,
@@ -98,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             before = next((other for other in known if row.items() <= other.items()), None)
             if before is None:
                 try:
-                    row[measure] = distance(_features_of(sampler, args.num_samples, network), references)
+                    batches = map(to_uint8, sampler.batches(args.num_samples, 0, BATCH_SIZES[-1]))
+                    row[measure] = distance(image_features(batches, network), references)
                 except DivergenceError as error:
                     print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
                     continue
@@ -120,100 +128,73 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-compare", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    add_data_options(
-        parser,
-        "(default: 2000)",
-        "test, or train where there is none",
-        dataset="an image data set, to whose images samples are compared",
-        points=False,
-    )
+    dataset = "the image data set to compare samples with"
+    add_data_options(parser, "(default: 2000)", "test, or train if there is none", dataset=dataset, points=False)
     parser.set_defaults(num_samples=2000)
     parser.add_argument(
         "--schedulers",
+        type=_scheduler,
         nargs="+",
-        default=SAMPLERS,
+        default=[_scheduler(text) for text in SAMPLERS],
         metavar="NAME[:OPTION=VALUE,…]",
-        help=f"schedulers, with options of their own (default: {' '.join(SAMPLERS)})",
+        help=f"schedulers and their options (default: {' '.join(SAMPLERS)})",
     )
-    parser.add_argument(
-        "--num_inference_steps",
-        type=positive_int,
-        nargs="+",
-        default=STEPS,
-        metavar="N",
-        help=f"(default: {' '.join(map(str, STEPS))})",
-    )
+    parser.add_count("--num_inference_steps", f"(default: {' '.join(map(str, STEPS))})", nargs="+", default=STEPS)
     parser.add_argument("--features", help=FEATURES_HELP)
     parser.add_argument(
-        "--output", type=Path, required=True, help="a .json file; what this command wrote there isn't measured again"
+        "--output", type=Path, required=True, help="a .json file; distances already in it are not measured again"
     )
-    parser.add_argument("--figure", type=Path, help="a .png file")
+    parser.add_argument("--figure", type=Path, help="a .png file for distance by time")
     add_overwrite(parser)
     return parser
 
 
+def _scheduler(text: str) -> tuple[str, str, dict[str, Any]]:
+    """Parse `NAME[:OPTION=VALUE,…]`, as an argparse type; return the text, the name and the options."""
+    name, _, options = text.partition(":")
+    return text, name, dict(scheduler_option(option) for option in options.split(",") if option)
+
+
 def _compile_all(args: argparse.Namespace, trained_with: SchedulerMixin) -> dict[tuple[str, int], StepTable]:
-    """Compile each scheduler with each number of steps; print those that can't be."""
+    """Compile each scheduler for each number of steps; print an error for each that can't be compiled."""
     tables = {}
-    for scheduler, num_inference_steps in itertools.product(args.schedulers, args.num_inference_steps):
+    for (text, name, options), steps in itertools.product(args.schedulers, args.num_inference_steps):
+        config, step_options = split_options(name, options)
         try:
-            tables[scheduler, num_inference_steps] = _compile(scheduler, num_inference_steps, trained_with)
+            scheduler = make_scheduler(name, trained_with, **config)
+            tables[text, steps] = compile_scheduler(scheduler, steps, **step_options)
         except UnsupportedSchedulerError as error:
             print(error)
     if not tables:
-        raise ConfigurationError("there is nothing to compare")
+        raise ConfigurationError("no scheduler can be compiled: name others with --schedulers")
     return tables
 
 
-def _features_of(sampler: OnnxSampler, num_samples: int, network: Features) -> torch.Tensor:
-    from ..judge.metrics import image_features, to_uint8
-
-    batches = sampler.batches(num_samples, 0, BATCH_SIZES[-1])
-    return image_features((to_uint8(batch) for batch in batches), network)
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
-    """What an earlier run has measured."""
+    """Return the rows that an earlier run measured."""
     if not path.is_file():
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(rows, list) or not all(row.keys() >= OF_EVERY_ROW for row in rows):
+        if not isinstance(rows, list) or not all(row.keys() >= REQUIRED_KEYS for row in rows):
             raise ValueError
         return [row for row in rows if math.isfinite(next(row[measure] for measure in LABELS if measure in row))]
     except (ValueError, AttributeError, StopIteration, TypeError, RecursionError):
-        raise ConfigurationError(f"{path} does not hold what ddpm-compare writes") from None
+        raise ConfigurationError(f"{path} does not hold what ddpm-compare writes: name another file") from None
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    with whole_file(path, overwrite=True) as temporary:  # as _read has recognised it
+    with whole_file(path, overwrite=True) as temporary:  # _read has checked its content
         temporary.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
-def _compile(words: str, num_inference_steps: int, trained_with: SchedulerMixin) -> StepTable:
-    from ..export.compile import compile_scheduler, make_scheduler, split_options
-
-    name, _, options = words.partition(":")
-    try:
-        own, of_steps = split_options(name, dict(scheduler_option(option) for option in options.split(",") if option))
-    except argparse.ArgumentTypeError as error:
-        raise ConfigurationError(f"--schedulers {words}: {error}") from None
-    return compile_scheduler(make_scheduler(name, trained_with, **own), num_inference_steps, **of_steps)
-
-
 def _milliseconds(sampler: OnnxSampler, size: int) -> float:
-    """For one image of so many that are drawn together, the median of a few runs."""
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        sampler.sample(size, batch_size=size)
-        seconds.append(time.perf_counter() - start)
+    """Return the median time per image, in milliseconds, of sampling a batch of `size`."""
+    seconds = timeit.repeat(lambda: sampler.sample(size, batch_size=size), number=1, repeat=REPEATS)
     return 1000 * float(np.median(seconds)) / size
 
 
 def _table(rows: list[dict[str, Any]], measure: str) -> str:
-    from tabulate import tabulate
-
     headers = ("", "steps", "calls", "distance", *(f"ms, batch {size}" for size in BATCH_SIZES))
     columns = ("scheduler", "num_inference_steps", "network_calls", measure)
     best_first = sorted(rows, key=lambda row: row[measure])
@@ -222,29 +203,23 @@ def _table(rows: list[dict[str, Any]], measure: str) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], path: Path, measure: str, overwrite: bool) -> None:
-    from matplotlib.figure import Figure
-
-    from ..figures import save
-
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     size = str(BATCH_SIZES[-1])
     for scheduler in dict.fromkeys(row["scheduler"] for row in rows):
-        of_it = sorted((row for row in rows if row["scheduler"] == scheduler), key=lambda row: row["network_calls"])
-        times, distances = [row["ms_per_image"][size] for row in of_it], [row[measure] for row in of_it]
+        own_rows = sorted((row for row in rows if row["scheduler"] == scheduler), key=lambda row: row["network_calls"])
+        times, distances = zip(*((row["ms_per_image"][size], row[measure]) for row in own_rows), strict=True)
         (line,) = axes.plot(times, distances, marker="o", markersize=4, label=scheduler)
-        for row, time_, distance in zip(of_it, times, distances, strict=True):
-            number = str(row["network_calls"])
-            axes.annotate(
-                number, (time_, distance), (3, 3), textcoords="offset points", size=6, color=line.get_color()
-            )
-    axes.set(xscale="log", xlabel=f"ms per image, {size} together", ylabel=LABELS[measure])
-    if all(row[measure] > 0 for row in rows):  # the energy distance of samples like the data may be negative
+        for row, *point in zip(own_rows, times, distances, strict=True):
+            calls, style = str(row["network_calls"]), {"size": 6, "color": line.get_color()}
+            axes.annotate(calls, point, (3, 3), textcoords="offset points", **style)
+    axes.set(xscale="log", xlabel=f"ms per image, batch {size}", ylabel=LABELS[measure])
+    if all(row[measure] > 0 for row in rows):  # the unbiased energy distance may be negative
         axes.set_yscale("log")
-    axes.set_title("Numbers: calls of the network", size="small")
+    axes.set_title("Numbers: network evaluations", size="small")
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize="small")
-    save(figure, path, overwrite)
+    figures.save(figure, path, overwrite)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The console commands' entry points. Each imports its module when it runs, so that it can say what is missing."""
+"""The console commands' entry points. Each imports its module when it runs, so that a missing extra is one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from .parser import command
 
 
-def _entry_point(module: str) -> Callable[[Sequence[str] | None], None]:
+def _entry_point(module: str) -> Callable[..., None]:
     @command
     def main(argv: Sequence[str] | None = None) -> None:
         importlib.import_module(f"{__package__}.{module}").main(argv)

@@ -1,4 +1,4 @@
-"""Look for what goes wrong again and again in training and sampling, and say what helps: `ddpm-doctor`."""
+"""Look for common mistakes in training and sampling, and suggest remedies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigurationError, DatasetError
-from .parser import CommandParser, add_data_options, command, command_imports, leaving_out, positive_int
+from .parser import CommandParser, add_data_options, command, command_imports, leaving_out
 
 with command_imports("ddpm-doctor", __name__):
     import torch
@@ -41,24 +41,23 @@ with command_imports("ddpm-doctor", __name__):
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-doctor", description=__doc__)
-    parser.add_argument("patient", help="a checkpoint folder, or a preset: a YAML file, or a shipped one's name")
+    parser.add_argument("patient", help="a checkpoint folder, or a preset: a YAML file or a shipped one's name")
     dataset = "a point set's name, a file of points, or an image data set (default: the preset's)"
-    number = f"to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)"
+    number = f"samples to take losses on (default: {NUM_POINTS} points, {NUM_IMAGES} images)"
     add_data_options(parser, number, "train", dataset=dataset, required=False, fit="the preset's, or resize")
     parser.set_defaults(fit=None)
-    parser.add_argument("--held_out_split", help="to look for overfitting (default: test, where there is one)")
-    parser.add_argument("--resolution", type=positive_int, metavar="N", help="of a preset's images, as in training")
-    parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="of a preset's images, as in training")
+    parser.add_argument("--held_out_split", help="split to detect overfitting with (default: test, if there is one)")
+    parser.add_count("--resolution", "size of a preset's images, as in training")
+    parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="channels of a preset's images")
     args = parser.parse_args(argv)
     with leaving_out(args.skip_corrupt) as on_corrupt:
-        if Path(args.patient).is_dir():
-            patient = _checkpoint_as_patient(args, on_corrupt)
-        else:
-            patient = _preset_as_patient(args, on_corrupt)
+        make_patient = _checkpoint_as_patient if Path(args.patient).is_dir() else _preset_as_patient
+        patient = make_patient(args, on_corrupt)
     if patient.pipeline.is_points:
-        findings = [*check_point_columns(args.dataset, patient.pipeline.config.data_columns), *examine(patient)]
+        findings = list(check_point_columns(args.dataset, patient.pipeline.config.data_columns))
     else:
-        findings = [check_shape(args.dataset, args.split, patient.pipeline), *examine(patient)]
+        findings = [check_shape(args.dataset, args.split, patient.pipeline)]
+    findings += examine(patient)
     for finding in findings:
         print(_show(finding))
     wrong = sum(finding.remedy is not None and not finding.is_open for finding in findings)
@@ -68,14 +67,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _take(dataset: BatchDataset) -> torch.Tensor:
-    """All of it, in random order: the losses' timesteps rise from sample to sample."""
+    """Return all samples in random order, because the timesteps of the losses rise from sample to sample."""
     if len(dataset) < MIN_SAMPLES:
         raise DatasetError(f"losses by timestep need at least {MIN_SAMPLES} samples, got {len(dataset)}")
-    return dataset.__getitems__(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()).x_0
+    return dataset.__getitems__(_random_order(len(dataset)).tolist()).x_0
+
+
+def _random_order(number: int) -> torch.Tensor:
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))
 
 
 def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:
-    """The network before averaging, from the newest state that training has left to resume from."""
+    """Return the network with its raw weights from the newest training state; `None` if there is no state."""
     weights = [path for state in find_states(folder) if (path := state / "model.safetensors").is_file()]
     if not weights:
         return None
@@ -88,11 +91,13 @@ def _load_raw(folder: Path, unet: ModelMixin) -> ModelMixin | None:
 
 
 def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
-    """A checkpoint's network, and the data that it is said to be trained on."""
+    """Return a checkpoint's network and the data that the user names."""
     if args.dataset is None:
-        raise ConfigurationError("a checkpoint is examined on its data: name them with --dataset")
+        raise ConfigurationError("a checkpoint is examined on its training data: name them with --dataset")
     if args.resolution or args.channels:
-        raise ConfigurationError("--resolution and --channels are a preset's: a checkpoint's network has its own")
+        raise ConfigurationError(
+            "--resolution and --channels are for a preset, and a checkpoint has its own: leave them out"
+        )
     pipeline = load_checkpoint(args.patient)
     args.split = args.split or "train"
     number = args.num_samples or (NUM_POINTS if pipeline.is_points else NUM_IMAGES)
@@ -112,14 +117,14 @@ def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | 
 
 
 def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
-    """A preset's data and untrained network; what is typed wins, as in training."""
+    """Return a preset's data and untrained network; the command line overrides the preset, as in training."""
     preset = read_preset(args.patient, PRESETS)
     is_points = is_point_set(args.dataset) if args.dataset else "dataset_name" not in preset
     typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
     typed["dataset_name"] = args.dataset
     if is_points:
         if args.resolution or args.channels:
-            raise ConfigurationError("--resolution and --channels are for images, but these are points")
+            raise ConfigurationError("--resolution and --channels are for images: leave them out for points")
         typed = {"dataset": args.dataset, "dataset_noise": args.dataset_noise}
     argv = ["--config", args.patient, "--output_dir", "none"]
     argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
@@ -136,7 +141,7 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
         images = load_images(options.dataset_name, options.split, *form, on_corrupt=on_corrupt)
         pipeline, x_0 = make_image_pipeline(options, tuple(images.shape[1:])), images
         args.dataset, args.split, number = options.dataset_name, options.split, args.num_samples or NUM_IMAGES
-    chosen = x_0[torch.randperm(len(x_0), generator=torch.Generator().manual_seed(0))[:number]]
+    chosen = x_0[_random_order(len(x_0))[:number]]
     return Patient(pipeline, chosen if is_points else to_network_units(chosen), options=options, dataset_size=len(x_0))
 
 

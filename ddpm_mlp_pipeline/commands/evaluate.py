@@ -1,8 +1,10 @@
-"""Measure how far samples are from the data, beside how far the data are from themselves: the floor."""
+"""Measure distances of samples to data, and their floor: the same distances between two sets of real data."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import numpy as np
 from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..export.schedulers import SCHEDULERS
 from ..files import whole_file
+from ..judge import metrics
 from ..judge.sources import Source, open_source
 from .parser import (
     FEATURES_HELP,
@@ -24,7 +27,6 @@ from .parser import (
     command,
     command_imports,
     leaving_out,
-    positive_int,
 )
 
 with command_imports("ddpm-evaluate", __name__):
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 NUM_POINTS, NUM_IMAGES = 10_000, 2_000
 POINT_REPEATS, IMAGE_REPEATS, IMAGE_FLOOR_REPEATS = 5, 1, 5
 DATA_SEED = 1000  # of the first draw of data
-LABELS = {  # of the measures, by their keys in the report
+LABELS = {
     "sliced_wasserstein_distance": "sliced Wasserstein distance",
     "energy_distance": "energy distance",
     "squared_energy_distance": "energy distance, squared",
@@ -47,7 +49,7 @@ LABELS = {  # of the measures, by their keys in the report
     "precision": "precision",
     "recall": "recall",
 }
-# Of a measure without bias, the floor is 0 but for chance, so that a ratio to it says nothing.
+# The floor of an unbiased measure is 0 apart from chance, so that a ratio to it is meaningless.
 WITHOUT_RATIO = ("kernel_distance", "kernel_distance_deviation", "squared_energy_distance")
 PACKAGES = ("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "POT", "torch", "diffusers", "torchmetrics")
 
@@ -61,36 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a checkpoint folder, a bundle, a .npy file, a .csv or .parquet file of points, or a folder of images",
     )
     default = f"{NUM_POINTS} points or half of a file, at most {NUM_IMAGES} images"
-    add_data_options(parser, f"samples, on both sides if points (default: {default})", "test")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="of a checkpoint (default: its own)")
-    parser.add_argument(
-        "--num_inference_steps", type=positive_int, metavar="N", help="of a checkpoint (default: all timesteps)"
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive_int,
-        metavar="N",
-        help=f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)",
-    )
-    parser.add_argument("--output", type=Path, help="a .json file for the numbers, and how they came about")
+    add_data_options(parser, f"number of samples, and of points to compare with (default: {default})", "test")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
+    parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
+    parser.add_count("--repeats", f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)")
+    parser.add_argument("--output", type=Path, help="a .json file for the results and their settings")
     add_overwrite(parser)
     images = parser.add_argument_group("images")
     images.add_argument(
         "--train_split",
-        help="the split that the floor's come from (default: train). If there is but one split, random halves of it "
-        "take the place of both",
+        help="split of the images for the floor (default: train; a data set with one split is cut into random halves)",
     )
     images.add_argument("--features", help=FEATURES_HELP)
     args = parser.parse_args(argv)
-    with contextlib.ExitStack() as stack:
-        output = None if args.output is None else stack.enter_context(whole_file(args.output, args.overwrite))
+    with whole_file(args.output, args.overwrite) if args.output else contextlib.nullcontext() as output:
         source = open_source(args.samples, args.scheduler, args.num_inference_steps)
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")
         with explain_missing_extra("ddpm-evaluate", extra):
             report = {"samples": str(args.samples), **source.info, "dataset": args.dataset, **evaluate(source, args)}
-        print(_heading(report, "points" if source.is_points else "images"))
-        if not source.is_points:
-            print(_image_heading(report))
+        print(_heading(report, source.is_points))
         print(_table(report["measures"]))
         if output is not None:
             output.write_text(json.dumps({**report, "versions": _versions()}, indent=2), encoding="utf-8")
@@ -99,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
     from ..data.points import POINT_SETS, load_points, to_array
 
-    # Every draw has data of its own on both sides: a distance between two finite draws is never 0, and how far it is
-    # from 0 when both are data is the floor that a model's distance has to be read against.
+    # Each repeat draws new data for both sides. Two finite sets of data are never at distance 0: that is the floor.
     n, seeds = args.num_samples or NUM_POINTS, range(args.repeats or POINT_REPEATS)
     data_seeds = [DATA_SEED + seed for seed in seeds]
     if args.dataset in POINT_SETS:
@@ -108,7 +98,7 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
             to_array(load_points(args.dataset, 2 * n, args.dataset_noise, seed, columns=source.columns))
             for seed in data_seeds
         ]
-    else:  # a file: the two sides share no point
+    else:  # a file, of which the two sides share no point
         points = to_array(load_points(args.dataset, columns=source.columns))
         n = args.num_samples or min(n, len(points) // 2)
         if len(points) < 2 * n:
@@ -139,26 +129,25 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
 
     from ..data.images import load_images
     from ..judge.features import PIXELS
-    from ..judge.metrics import choose_features, image_features
 
-    # What is missing is said before anything is decoded or drawn.
-    split, train_split = _choose_splits(args)
-    n, num_references = _choose_numbers(source, args, split, train_split)
+    # All errors of the options are raised before any image is decoded or drawn.
+    split, train_split, n, num_references = _choose_images(source, args)
     seeds = range(args.repeats or IMAGE_REPEATS)
     data_seeds = [DATA_SEED + i for i in range(IMAGE_FLOOR_REPEATS)]
     channels, height, width = source.shape
-    features, network = choose_features(args.features, channels, n, num_references)
-    measure, max_references = _measure_images, None
-    if features == PIXELS:  # all pairs are compared
-        measure, max_references = _measure_pixels, NUM_IMAGES
+    features, network = metrics.choose_features(args.features, channels, n, num_references)
+    measure = functools.partial(_measure_images, on_pixels=features == PIXELS)
+    max_references = NUM_IMAGES if features == PIXELS else None  # all pairs of pixels are compared
+
+    def features_of(images: np.ndarray, name: object) -> torch.Tensor:
+        return metrics.image_features([torch.from_numpy(_varied(images, name))], network)
 
     def load(split: str, number: int | None, seed: int) -> torch.Tensor:
         form = args.dataset, split, (height, width), args.fit, channels, number, seed
-        images = load_images(*form, on_corrupt=on_corrupt).numpy()
-        return image_features([torch.from_numpy(_varied(images, args.dataset))], network)
+        return features_of(load_images(*form, on_corrupt=on_corrupt).numpy(), args.dataset)
 
     with leaving_out(args.skip_corrupt) as on_corrupt:
-        if split == train_split:  # each draw halves it anew
+        if split == train_split:  # each repeat halves it anew
             data = load(split, max_references and 2 * max_references, DATA_SEED)
             half = len(data) // 2
             orders = [np.random.default_rng(seed).permutation(len(data)) for seed in data_seeds]
@@ -169,10 +158,8 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
             fresh = [load(train_split, n, seed) for seed in data_seeds]
     n = min(n, *map(len, fresh))  # corrupt images may be left out
     floor = [measure(x[:n], y) for x, y in zip(fresh, references, strict=True)]
-    samples = []
-    for seed in seeds:
-        images = torch.from_numpy(_varied(source.draw(n, seed), args.samples))
-        samples.append(measure(image_features([images], network), references[seed % len(references)]))
+    drawn = (features_of(source.draw(n, seed), args.samples) for seed in seeds)
+    samples = [measure(x, y) for x, y in zip(drawn, itertools.cycle(references), strict=False)]
     return {
         "split": split,
         "train_split": train_split,
@@ -187,23 +174,19 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     }
 
 
-def _choose_splits(args: Namespace) -> tuple[str, str]:
-    """The split to compare with, and that of the floor: the same, to be halved, only if there is no other."""
-    from ..data.images import HELD_OUT_SPLITS, choose_split
+def _choose_images(source: Source, args: Namespace) -> tuple[str, str, int, int]:
+    """Return the split to compare with, the split for the floor, and the numbers of samples and of references.
+
+    The two splits are the same if the data set has only one.
+    """
+    from ..data.images import HELD_OUT_SPLITS, choose_split, count_images
 
     split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
     train_split = args.train_split or choose_split(args.dataset, ["train"])
     if split == train_split and (args.split or args.train_split):
         raise ConfigurationError(
-            "--split and --train_split must share no image; slices are splits, too: train[:80%] and train[80%:]"
+            "--split and --train_split must share no image: pass two splits, or slices (train[:80%] and train[80%:])"
         )
-    return split, train_split
-
-
-def _choose_numbers(source: Source, args: Namespace, split: str, train_split: str) -> tuple[int, int]:
-    """The numbers of samples, and of images to compare them with."""
-    from ..data.images import count_images
-
     num_references = count_images(args.dataset, split)
     if split == train_split:
         num_references = num_fresh = num_references // 2
@@ -212,53 +195,40 @@ def _choose_numbers(source: Source, args: Namespace, split: str, train_split: st
     n = args.num_samples or min(NUM_IMAGES, num_fresh, source.number or NUM_IMAGES)
     if num_fresh < n:
         what = f"half of the split {split!r}" if split == train_split else f"the split {train_split!r}"
-        raise DatasetError(f"{what} holds {num_fresh} images, fewer than the {n} needed")
+        raise DatasetError(f"{what} holds {num_fresh} images, fewer than the {n} needed: lower --num_samples")
     if source.number is not None and source.number < n:
-        raise DatasetError(f"{args.samples} holds {source.number} samples, fewer than the {n} asked for")
-    return n, num_references
+        raise DatasetError(
+            f"{args.samples} holds {source.number} samples, fewer than the {n} needed: lower --num_samples"
+        )
+    return split, train_split, n, num_references
 
 
 def _varied(samples: np.ndarray, name: object) -> np.ndarray:
-    """The samples as they are, if they are not all the same, as a blank picture's copies would be."""
+    """Return the samples, or raise an error if they are all the same."""
     if (samples == samples[0]).all():
         raise DatasetError(f"the {len(samples)} samples of {name} are all the same: there is nothing to compare")
     return samples
 
 
 def _measure_points(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    from ..judge.metrics import energy_distance, sliced_wasserstein_distance
-
     return {
-        "sliced_wasserstein_distance": sliced_wasserstein_distance(x, y),
-        "energy_distance": energy_distance(x, y),
+        "sliced_wasserstein_distance": metrics.sliced_wasserstein_distance(x, y),
+        "energy_distance": metrics.energy_distance(x, y),
     }
 
 
-def _measure_images(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    from ..judge.metrics import frechet_distance, kernel_distance, share_in_manifold
-
-    kernel_mean, kernel_deviation = kernel_distance(x, y)
-    return {
-        "frechet_distance": frechet_distance(x, y),
-        "kernel_distance": kernel_mean,
-        "kernel_distance_deviation": kernel_deviation,
-        "precision": share_in_manifold(x, y),
-        "recall": share_in_manifold(y, x),
-    }
-
-
-def _measure_pixels(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    from ..judge.metrics import share_in_manifold, squared_energy_distance
-
-    return {
-        "squared_energy_distance": squared_energy_distance(x, y),
-        "precision": share_in_manifold(x, y),
-        "recall": share_in_manifold(y, x),
-    }
+def _measure_images(x: torch.Tensor, y: torch.Tensor, on_pixels: bool) -> dict[str, float]:
+    if on_pixels:
+        distances = {"squared_energy_distance": metrics.squared_energy_distance(x, y)}
+    else:
+        distances = {"frechet_distance": metrics.frechet_distance(x, y)}
+        kernel_distance, deviation = metrics.kernel_distance(x, y)
+        distances |= {"kernel_distance": kernel_distance, "kernel_distance_deviation": deviation}
+    return distances | {"precision": metrics.share_in_manifold(x, y), "recall": metrics.share_in_manifold(y, x)}
 
 
 def _rows(samples: list[dict[str, float]], floor: list[dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """For each measure its values, one of each draw, and the ratio of their means where it says something."""
+    """Return each measure's values by draw and, where it is meaningful, the ratio of their mean to the floor's."""
     rows = {}
     for key in samples[0]:
         values, floors = ([measures[key] for measures in draws] for draws in (samples, floor))
@@ -268,21 +238,20 @@ def _rows(samples: list[dict[str, float]], floor: list[dict[str, float]]) -> dic
     return rows
 
 
-def _heading(report: dict[str, Any], kind: str) -> str:
-    return (
-        f"{report['num_samples']:,} {kind} of {report['samples']} against {report['num_references']:,} of "
-        f"{report['dataset']}\ndraws of samples: {len(report['seeds'])}, of data: {len(report['data_seeds'])} "
-        "(means ± standard error)"
+def _heading(report: dict[str, Any], is_points: bool) -> str:
+    heading = (
+        f"{report['num_samples']:,} {'points' if is_points else 'images'} of {report['samples']} against "
+        f"{report['num_references']:,} of {report['dataset']}\ndraws of samples: {len(report['seeds'])}, "
+        f"of data: {len(report['data_seeds'])} (means ± standard error)"
     )
-
-
-def _image_heading(report: dict[str, Any]) -> str:
+    if is_points:
+        return heading
     split, train_split = report["split"], report["train_split"]
     channels, height, width = report["shape"]
     splits = f"split {split!r}, floor from {train_split!r}"
     if split == train_split:
         splits = f"random halves of split {split!r}, since there is no other"
-    return f"data: {splits}; {width}×{height}, channels: {channels}; features: {report['features']}"
+    return f"{heading}\ndata: {splits}; {width}×{height}, channels: {channels}; features: {report['features']}"
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
@@ -293,7 +262,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
 
 def _mean(values: list[float]) -> str:
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{error}" if values else "–"
+    return f"{np.mean(values):.4f}{error}"
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from ..export.page import PAGE_ENTRIES, write_page
 from ..export.schedulers import SCHEDULERS, scheduler_option
 from ..files import check_folder
 from ..runtime.step_table import StepTable
-from .parser import CommandParser, add_overwrite, command, positive_int
+from .parser import CommandParser, add_overwrite, command
 
 
 @command
@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--scheduler",
         choices=SCHEDULERS,
-        help="sampler (default: ddim for points; for images dpmsolver_multistep with algorithm_type=sde-dpmsolver++; "
-        "ddpm where these blow up)",
+        help="scheduler to sample with (default: ddim for points; for images dpmsolver_multistep with "
+        "algorithm_type=sde-dpmsolver++; ddpm if these diverge)",
     )
     parser.add_argument(
         "--scheduler_options",
@@ -30,40 +30,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="of the diffusers class, where they are to differ from those of training (use_karras_sigmas=true), "
-        "or of its steps (eta=1)",
+        help="options of the scheduler's diffusers class that differ from training (use_karras_sigmas=true), "
+        "or of its step method (eta=1)",
     )
-    parser.add_argument(
-        "--num_inference_steps",
-        type=positive_int,
-        metavar="N",
-        help="sampling steps (default: 50; 20 of the images' default)",
-    )
+    parser.add_count("--num_inference_steps", "sampling steps (default: 50; 20 with the default scheduler for images)")
     parser.add_argument(
         "--sampler",
         nargs="?",
         choices=["float32", "uint8"],
         const="float32",
-        help="also write sampler.onnx, the whole sampler as one graph, and which samples it has (default: float32)",
+        help="also write sampler.onnx, the sampling loop as one graph, with samples of this type (default: float32)",
     )
     parser.add_argument(
         "--precision",
         choices=["fp32", "fp16", "int8"],
         default="fp32",
-        help="of the network: fp16 halves the file, int8 makes convolutions faster, too (default: fp32)",
+        help="precision of the network: fp16 halves the file, int8 also speeds up convolutions (default: fp32)",
     )
     parser.add_argument("--web", type=Path, metavar="DIR", help="also write a static page that samples in the browser")
     parser.add_argument(
         "--onnxruntime_web",
         type=Path,
         metavar="DIR",
-        help="the unpacked npm package, for --web without a network (default: downloaded once from the npm registry)",
+        help="the unpacked npm package for --web (default: downloaded once from the npm registry)",
     )
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.onnxruntime_web is not None and args.web is None:
-        raise ConfigurationError("--onnxruntime_web is for --web DIR, which is missing")
-    if args.web is not None:  # before the work; export_bundle looks after the bundle
+        raise ConfigurationError("--onnxruntime_web needs --web: pass --web DIR")
+    if args.web is not None:  # before the work; export_bundle checks the bundle's folder
         check_folder(args.web, PAGE_ENTRIES.__contains__, args.overwrite)
     with explain_missing_extra("ddpm-export", "export"):
         from ..export.exporter import export_bundle

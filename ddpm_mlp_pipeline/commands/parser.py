@@ -1,28 +1,27 @@
-"""What the console commands share: a user's mistake ends them with one line and a non-zero status, not a traceback."""
+"""Options and error handling that the console commands share."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from ..errors import ConfigurationError, DDPMPipelineError, ParityError, explain_missing_extra
 
 FEATURES_HELP = (
-    "what images are compared on: pixels, a feature network's folder, or a file of torch-fidelity's Inception weights "
-    "(default: the shipped MNIST network for grey images, if there are enough of them, else pixels)"
+    "features to compare images on: pixels, a feature network's folder, or torch-fidelity's file of Inception weights "
+    "(default: the shipped MNIST network for grey images if there are enough of them, else pixels)"
 )
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with one line if the block fails by the user's or the file system's doing.
+    """Turn an error that the user or the file system causes into one line on stderr and a non-zero exit status.
 
-    The exit status is 1 after an error, 130 after Ctrl-C and 143 after SIGTERM (as shells have it).
+    The status is 1 after an error, and as in a shell 130 after Ctrl-C and 143 after SIGTERM.
     """
     try:
         yield
@@ -33,7 +32,7 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except MemoryError as error:
-        message = f"there is not enough memory: {error}"
+        message = f"out of memory: {error}"
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         raise SystemExit(128 + getattr(interrupt, "signum", signal.SIGINT)) from None
@@ -43,25 +42,11 @@ def one_line_errors() -> Iterator[None]:
     raise SystemExit(1)
 
 
-class Command(Protocol):
-    """A command's `main`, with the arguments after its name, or by default `sys.argv`'s."""
-
-    def __call__(self, argv: Sequence[str] | None = None) -> None: ...
-
-
-def command(main: Command) -> Command:
-    """Decorate a command's `main(argv)`, so that its errors become one line."""
-
-    @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> None:
-        with one_line_errors():
-            main(argv)
-
-    return run
+command = one_line_errors()  # decorates a command's `main`: each call enters a new context
 
 
 def add_data_options(
-    parser: argparse.ArgumentParser,
+    parser: CommandParser,
     num_samples: str,
     split: str,
     *,
@@ -70,33 +55,39 @@ def add_data_options(
     points: bool = True,
     fit: str = "resize",
 ) -> None:
-    """Add the options that name a data set and say how it is read.
+    """Add the options that select a data set and say how to read it.
+
+    The defaults are `None` and `--fit resize`; a command changes them with `parser.set_defaults`.
 
     Args:
-        parser: of a command, which sets other defaults than None and `--fit resize` itself.
-        num_samples, dataset: the help of the options of these names.
-        split, fit: the defaults of the options of these names, in words.
+        parser: the command's parser.
+        num_samples, dataset: the help texts of these options.
+        split, fit: the defaults of these options, as the help describes them.
         required: whether `--dataset` must be given.
         points: whether the data may be points.
     """
     parser.add_argument("--dataset", required=required, help=dataset)
-    parser.add_argument("--num_samples", type=positive_int, metavar="N", help=num_samples)
+    parser.add_count("--num_samples", num_samples)
     if points:
-        noise = "of a point set, as in training (default: the set's own)"
+        noise = "noise of a point set, as in training (default: the set's own)"
         parser.add_argument("--dataset_noise", type=float, help=noise)
-    parser.add_argument("--split", help=f"of an image data set (default: {split})")
-    parser.add_argument("--fit", choices=["resize", "pad"], default="resize", help=f"as in training (default: {fit})")
-    parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images, and list them")
+    parser.add_argument("--split", help=f"split of an image data set (default: {split})")
+    parser.add_argument(
+        "--fit",
+        choices=["resize", "pad"],
+        default="resize",
+        help=f"how images are fitted, as in training (default: {fit})",
+    )
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave out unreadable images and list them")
 
 
 @contextlib.contextmanager
 def leaving_out(skip_corrupt: bool, silent: bool = False) -> Iterator[Callable[[str], None] | None]:
-    """Yield what `load_images` takes as `on_corrupt`, and print at the end, to stderr, how many images were left out,
-    and each one's message, once.
+    """Yield the `on_corrupt` argument of `load_images`; at the end, print which images were left out to stderr.
 
     Args:
-        skip_corrupt: whether to leave any out; if not, `None` is yielded.
-        silent: whether to print nothing, because another process does.
+        skip_corrupt: whether to leave out unreadable images; if not, yield `None`.
+        silent: print nothing, because another process prints the same.
     """
     messages: list[str] = []
     yield messages.append if skip_corrupt else None
@@ -108,35 +99,39 @@ def leaving_out(skip_corrupt: bool, silent: bool = False) -> Iterator[Callable[[
 
 @contextlib.contextmanager
 def command_imports(name: str, module: str) -> Iterator[None]:
-    """Explain a missing extra at the top of a command's module.
-
-    Where the module runs as a program, one line ends it. Where it is imported, `MissingExtraError` is raised.
+    """Guard a command's imports of optional packages, and name the extra to install if one is missing.
 
     Args:
-        name: of the command, to begin the line with.
-        module: `__name__`.
+        name: the command's name, with which the message begins.
+        module: the module's `__name__`. If it is `"__main__"`, the message is printed and the program ends.
+
+    Raises:
+        MissingExtraError: if a package is missing and the module was imported.
     """
     with one_line_errors() if module == "__main__" else contextlib.nullcontext(), explain_missing_extra(name):
         yield
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, without the usage: that is what --help is for."""
+    """An `ArgumentParser` whose errors are one line, without the usage that `--help` prints."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs, allow_abbrev=False)
+
+    def add_count(self, name: str, help: str, **options: Any) -> None:
+        """Add an option whose value is an integer of at least 1."""
+        self.add_argument(name, type=_positive_int, metavar="N", help=help, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{message} (see --help)")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """Add the flag without which no command replaces an output that exists: see `files`."""
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that exist (default: refuse)")
+    """Add `--overwrite`, which lets a command replace its existing outputs (see `files`)."""
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs (default: refuse)")
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
+def _positive_int(text: str) -> int:
     value = _int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -144,7 +139,7 @@ def positive_int(text: str) -> int:
 
 
 def noise_seed(text: str) -> int:
-    """An argparse type: a seed of the runtime's noise."""
+    """Parse a seed of the runtime's noise, an integer from 0 to 2^63 - 1, as an argparse type."""
     value = _int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^63, got {value}")

@@ -1,4 +1,4 @@
-"""Draw a checkpoint's samples, processes or drift, or a bundle's step table: the command `ddpm-plot`."""
+"""Draw a checkpoint's samples, processes or drift, or a bundle's step table."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..files import check_file
 from ..runtime.step_table import StepTable
-from .parser import (
-    CommandParser,
-    add_data_options,
-    add_overwrite,
-    command,
-    command_imports,
-    leaving_out,
-    noise_seed,
-)
+from .parser import CommandParser, add_data_options, add_overwrite, command, command_imports, leaving_out, noise_seed
 
 with command_imports("ddpm-plot", __name__):
     from .. import figures
@@ -33,11 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder; for a table, a bundle")
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
-    dataset = "for forward, drift: the point set or image set whose data turn into noise"
-    add_data_options(parser, "points (3000) or images (16) to draw", "train", dataset=dataset, required=False)
+    dataset = "for forward and drift: the point set or image set to add noise to"
+    num_samples = "samples to draw (default: 3000 points, 16 images)"
+    add_data_options(parser, num_samples, "train", dataset=dataset, required=False)
     parser.set_defaults(split="train")
-    parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="for reverse (default: 999 749 499 0)")
-    parser.add_argument("--seed", type=noise_seed, default=0, help="of the noise (default: 0)")
+    parser.add_argument(
+        "--timesteps", type=int, nargs="+", metavar="T", help="timesteps to draw, for reverse (default: 999 749 499 0)"
+    )
+    parser.add_argument("--seed", type=noise_seed, default=0, help="seed of the noise (default: 0)")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     suffixes = (".gif", ".mp4") if args.kind == "animation" else (".png",)
@@ -51,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     pipeline = load_checkpoint(args.checkpoint)
     if pipeline.is_points and pipeline.sample_shape[0] < 2:
-        raise ConfigurationError("points of one coordinate have no picture")
+        raise ConfigurationError("a picture needs points of at least two coordinates: write samples with ddpm-sample")
     number = args.num_samples or (figures.NUM_POINTS if pipeline.is_points else 16)
 
     if args.kind == "animation":
@@ -59,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures.animate_process([("reverse", frames)], args.output, args.overwrite)
     elif args.kind in ("forward", "drift"):
         if args.dataset is None:
-            raise ConfigurationError(f"{args.kind} starts from data: name them with --dataset")
+            raise ConfigurationError(f"{args.kind} needs data: name them with --dataset")
         if args.kind == "drift" and pipeline.sample_shape != (2,):
-            raise ConfigurationError("the drift is drawn of points of two coordinates")
+            raise ConfigurationError("drift needs points of two coordinates: draw reverse instead")
         options: dict[str, Any] = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise}
         with leaving_out(args.skip_corrupt) as on_corrupt:
             data = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)

@@ -26,36 +26,34 @@ class _Dataclass(Protocol):
 def parse_options(
     cls: type[Options], argv: Sequence[str] | None, description: str, presets: Path | None = None
 ) -> Options:
-    """Read a dataclass of options from the command line, and from the YAML preset that its `--config` names.
+    """Read a dataclass of options from the command line and from the YAML preset that `--config` names.
 
-    Each field becomes a flag of its name and type; its metadata's `help` describes it, and its `choices` bound it. A
-    preset is read as if its lines stood first on the command line, so that what is typed wins, and a value of the
-    wrong type is refused alike in both.
+    Each field becomes a flag of its name and type, with the `help` and `choices` of its metadata. A preset's lines are
+    put before the command line's arguments: the command line wins, and both have the same checks.
 
     Args:
         cls: a dataclass; fields without a default are required.
         argv: the arguments, without the program's name; `sys.argv` by default.
-        description: what `--help` says of the command.
-        presets: the folder of the presets that go by a bare name.
+        description: the description for `--help`.
+        presets: the folder of the shipped presets.
 
     Raises:
-        ConfigurationError: if the preset doesn't exist, is no mapping, or has a key that is no option; and whatever
-            the dataclass's own checks raise.
+        ConfigurationError: if the preset doesn't exist, isn't a mapping, or sets an unknown option, or if a value is
+            invalid. The dataclass may raise other errors.
     """
     parser = CommandParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", metavar="PRESET", help="a YAML file of these options, or a shipped one's name")
     types_of = typing.get_type_hints(cls)
-    fields = dataclasses.fields(cls)
-    for field in fields:
-        parser.add_argument(f"--{field.name}", **_argument(field, types_of[field.name]))
+    arguments = {field.name: _argument(field, types_of[field.name]) for field in dataclasses.fields(cls)}
+    for name, argument in arguments.items():
+        parser.add_argument(f"--{name}", **argument)
 
     argv = sys.argv[1:] if argv is None else list(argv)
     config = CommandParser(add_help=False)
     config.add_argument("--config")
     preset = config.parse_known_args(argv)[0].config
     if preset is not None:
-        lists = {field.name for field in fields if "nargs" in _argument(field, types_of[field.name])}
-        argv = _as_argv(preset, read_preset(preset, presets), {field.name for field in fields}, lists) + argv
+        argv = _as_argv(preset, read_preset(preset, presets), arguments) + argv
 
     values = vars(parser.parse_args(argv))
     del values["config"]
@@ -63,16 +61,16 @@ def parse_options(
 
 
 class _PresetLoader(yaml.SafeLoader):
-    """Refuses aliases (`*name`): presets have no use for them, and a few can stand for gigabytes."""
+    """A loader that refuses aliases (`*name`), a few of which can expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (*name) stands where a value should")
+            raise yaml.YAMLError("it has an alias (*name): write the value instead")
         return super().compose_node(parent, index)
 
 
 def _argument(field: dataclasses.Field[Any], type_: Any) -> dict[str, Any]:
-    """argparse's description of a field."""
+    """Return the arguments of `add_argument` for a field."""
     argument: dict[str, Any] = {"help": field.metadata.get("help", "")}
     if field.default is dataclasses.MISSING:
         argument["required"] = True
@@ -80,7 +78,7 @@ def _argument(field: dataclasses.Field[Any], type_: Any) -> dict[str, Any]:
         argument["default"] = field.default
     if type_ is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
-    if isinstance(type_, types.UnionType):  # such as int | None, where None is the absence of the flag
+    if isinstance(type_, types.UnionType):  # such as int | None, where None means that the flag is absent
         (type_,) = (member for member in type_.__args__ if member is not types.NoneType)
     if typing.get_origin(type_) is Sequence:
         return argument | {"type": typing.get_args(type_)[0], "nargs": "+", "metavar": "NAME"}
@@ -88,14 +86,14 @@ def _argument(field: dataclasses.Field[Any], type_: Any) -> dict[str, Any]:
 
 
 def read_preset(preset: str, presets: Path | None) -> dict[str, Any]:
-    """Read a preset's options by name, of whatever types YAML gives them.
+    """Read a preset's options by name, with the types that YAML gives them.
 
     Args:
-        preset: a YAML file, or the bare name of one in `presets`.
-        presets: the folder of the presets that go by a bare name.
+        preset: a YAML file, or the name without suffix of one in `presets`.
+        presets: the folder of the shipped presets.
 
     Raises:
-        ConfigurationError: if the preset doesn't exist, or is no mapping.
+        ConfigurationError: if the preset doesn't exist, isn't valid YAML, or isn't a mapping.
     """
     path = Path(preset)
     if not path.is_file() and presets is not None:
@@ -112,14 +110,14 @@ def read_preset(preset: str, presets: Path | None) -> dict[str, Any]:
     return options
 
 
-def _as_argv(preset: str, options: dict[str, Any], known: set[str], lists: set[str]) -> list[str]:
-    unknown = sorted(str(key) for key in options.keys() - known)
+def _as_argv(preset: str, options: dict[str, Any], arguments: dict[str, dict[str, Any]]) -> list[str]:
+    unknown = sorted(str(key) for key in options.keys() - arguments.keys())
     if unknown:
-        raise ConfigurationError(f"{preset} sets {', '.join(unknown)}, which is no option of this command")
-
+        raise ConfigurationError(f"{preset} sets {', '.join(unknown)}, which this command does not have: see --help")
     argv = []
     for key, value in options.items():
-        if key in lists and isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        is_list = isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+        if is_list and "nargs" in arguments[key]:
             argv += [f"--{key}", *map(str, value)]
         elif isinstance(value, dict | list):
             raise ConfigurationError(f"{preset} must set {key} to one value")

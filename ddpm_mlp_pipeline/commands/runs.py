@@ -1,4 +1,4 @@
-"""What training begins and ends with, on points and on images alike."""
+"""The first and the last steps of a training run, on points or on images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Options = TypeVar("Options", bound=TrainingArguments)
 
 
 def start_run(arguments: type[Options], argv: Sequence[str] | None, description: str) -> tuple[Options, str | None]:
-    """Parse the options, see that the output folder is free, and set the seed.
+    """Parse the options, check the output folder, and set the seed.
 
     Returns:
-        The options, and the repository to push to: `None` without `--push_to_hub`, and in all but the main process.
+        The options, and the repository to push to: `None` without `--push_to_hub` or outside the main process.
     """
     args = parse_options(arguments, argv, description, presets=PRESETS)
     check_output_dir(args, *figures.FIGURES, model_card.CARD_NAME)
@@ -42,7 +42,7 @@ def finish_run(
     repo_id: str | None,
     steps: int | None = None,
 ) -> None:
-    """Draw the figures (see `draw_training_run`), write the model card, and push them: all in the main process."""
+    """Draw the figures (see `draw_training_run`), write the model card and push them, in the main process only."""
     if not this_process().is_main_process:
         return
     written = ["the checkpoint", "README.md"]

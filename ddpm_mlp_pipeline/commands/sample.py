@@ -1,4 +1,4 @@
-"""Draw samples: from a bundle, without PyTorch, or from a checkpoint, with it."""
+"""Draw samples from a bundle, without PyTorch, or from a checkpoint, with PyTorch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..files import check_file, check_folder, whole_file, whole_folder
 from ..progress import progress_bar
 from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
-from .parser import CommandParser, add_overwrite, command, noise_seed, positive_int
+from .parser import CommandParser, add_overwrite, command, noise_seed
 
-MAX_POINTS, MAX_GRID = 10**6, 2**28  # of one picture: points; numbers, that is bytes
-is_picture = re.compile(r"[0-9]+\.png").fullmatch  # of a folder that this command writes
+MAX_POINTS, MAX_GRID = 10**6, 2**28  # points, and bytes of a grid of images, in one picture
+is_picture = re.compile(r"[0-9]+\.png").fullmatch  # the files of a folder that this command writes
 PLAIN_NAME = re.compile(r'(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*', re.IGNORECASE | re.ASCII)
 Writer = Callable[[Path, Iterable[np.ndarray], int, Sampler], None]
 PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
@@ -30,18 +30,14 @@ PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-sample", description=__doc__)
     parser.add_argument("source", type=Path, help="a bundle that ddpm-export wrote, or a checkpoint folder")
-    parser.add_argument("--num_samples", type=positive_int, default=1, metavar="N", help="how many (default: 1)")
+    parser.add_count("--num_samples", "number of samples (default: 1)", default=1)
     parser.add_argument("--seed", type=noise_seed, default=0, help="the same seed gives the same samples (default: 0)")
-    parser.add_argument(
-        "--batch_size", type=positive_int, default=512, metavar="N", help="at most so many at once (default: 512)"
-    )
+    parser.add_count("--batch_size", "samples drawn at once (default: 512)", default=512)
     parser.add_argument(
         "--output", type=Path, required=True, help="a .png, .npy or (for points) .csv file, or a folder for images"
     )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
-    parser.add_argument(
-        "--num_inference_steps", type=positive_int, metavar="N", help="for a checkpoint (default: all timesteps)"
-    )
+    parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.output.suffix not in (".png", ".npy", ".csv", ""):
@@ -54,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = functools.partial(whole_folder, own=is_picture)
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
-    write = find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
-    if not _is_first(sampler):  # the others draw their part
+    write = _find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
+    if not _is_first(sampler):  # this process only draws its share
         for _ in sampler.batches(args.num_samples, args.seed, args.batch_size):
             pass
         return
@@ -70,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _is_first(sampler: Sampler) -> bool:
-    """Whether this process writes the samples: of several that draw from a checkpoint together, the first does."""
+    """Return whether this process writes the samples, as the first of those that sample a checkpoint together."""
     if isinstance(sampler, OnnxSampler):
         return True
     from ..training.processes import this_process
@@ -78,12 +74,8 @@ def _is_first(sampler: Sampler) -> bool:
     return this_process().is_main_process
 
 
-def find_writer(sample_shape: tuple[int, ...], suffix: str, number: int) -> Writer:
-    """What writes so many such samples, batch by batch, to a path of that ending (or, without one, to a folder).
-
-    Raises:
-        ConfigurationError: if they can't be written in that format. (A picture has to fit into memory.)
-    """
+def _find_writer(sample_shape: tuple[int, ...], suffix: str, number: int) -> Writer:
+    """Return the writer for this shape, suffix (`""` for a folder) and number of samples."""
     if suffix == ".npy":
         return _write_npy
     if len(sample_shape) == 1:
@@ -124,10 +116,10 @@ def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: 
 
 
 def csv_header(names: Iterable[str]) -> str:
-    """Return the first line of a CSV file, as `toCsv` of `web/ddpm.js` has it.
+    """Return the first line of a CSV file, the same as that of `toCsv` in `web/ddpm.js`.
 
-    Quotes surround a name that would be read as several, as another or as a number: all but those that begin with a
-    letter or underscore and hold neither quotes, commas nor line breaks.
+    A name is quoted if readers could split it, change it or take it for a number. No quotes are needed if it begins
+    with a letter or underscore and has no quotes, commas or line breaks.
     """
     return ",".join(name if PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"' for name in names)
 

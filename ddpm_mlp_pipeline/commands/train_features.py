@@ -1,4 +1,4 @@
-"""Train the feature network of the Fréchet distance, a classifier of labelled images:
+"""Train a classifier of labelled images, the feature network of the Fréchet distance:
 python train_scripts/train_features.py --dataset_name NAME --output_dir FOLDER"""
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class FeatureTrainingArguments:
 
     dataset_name: str = option(help="a data set with images and labels, and the splits train and test")
     output_dir: str = option(help="folder for the network")
-    overwrite_output_dir: bool = option(False, "replace a network that is there")
+    overwrite_output_dir: bool = option(False, "replace an existing network")
     train_batch_size: int = option(128, "batch size")
     num_epochs: int = option(8, "passes over the data set")
-    learning_rate: float = option(3e-3, "peak learning rate of Adam, which rises and falls in one cycle")
-    max_shift: int = option(2, "images are shifted by up to so many pixels")
-    seed: int = option(0, "of the weights and the order of the data")
+    learning_rate: float = option(3e-3, "peak learning rate of Adam, with a one-cycle schedule")
+    max_shift: int = option(2, "maximum shift of the images, in pixels")
+    seed: int = option(0, "seed of the weights and of the order of the data")
 
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "num_epochs"):
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     images, labels = splits["train"].tensors
     if images.shape[2] != images.shape[3]:
-        raise DatasetError(f"the images of {args.dataset_name} must be square, but are {tuple(images.shape[2:])}")
+        raise DatasetError(f"the images of {args.dataset_name} must be square, got {tuple(images.shape[2:])}")
     network = FeatureNetwork(images.shape[2], images.shape[1], num_classes=int(labels.max()) + 1)
 
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
         network.save_pretrained(folder)
         move_into(Path(folder), output_dir, last=CONFIG_NAME)
-    print(f"{args.output_dir}: {int(right)} of {len(splits['test'])} test images classified rightly")
+    print(f"{args.output_dir}: {int(right)} of {len(splits['test'])} test images classified correctly")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ with command_imports("training", __name__):
 
 
 def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: EMAModel | None, epoch: int) -> None:
-    """Draw the same noise's samples with the raw and with the averaged weights, side by side."""
+    """Draw samples of the raw and of the averaged weights from the same noise, side by side."""
     raw = figures.draw_samples(pipeline, args.ddpm_num_inference_steps, args.seed)
     titles = (f"epoch {epoch}", "")
     averaged = raw
@@ -31,7 +31,7 @@ def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: E
         ema.copy_to(pipeline.unet.parameters())
         averaged = figures.draw_samples(pipeline, args.ddpm_num_inference_steps, args.seed)
         ema.restore(pipeline.unet.parameters())
-        # An average over more steps than there were is mostly made of the untrained weights.
+        # With fewer steps than the average spans, it consists mostly of the untrained weights.
         young = ema.optimization_step < 5 / (1 - ema.cur_decay_value)
         titles = (f"epoch {epoch}, raw weights", "EMA, still young: it will catch up" if young else "EMA")
     folder = Path(args.output_dir) / "samples"
