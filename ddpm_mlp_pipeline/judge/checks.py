@@ -125,10 +125,10 @@ def check_shape(name: str, split: str, pipeline: DDPMMLPPipeline) -> Finding:
         return Finding("shape", "none of the images can be read", "remove the files that are not images")
     brought = f"and are brought to the network's {_shape(expected)}"
     if len({shape[1:] for shape in shapes}) > 1:
-        low, high = (tuple(extreme(shape[i] for shape in shapes) for i in (1, 2)) for extreme in (min, max))
+        _, heights, widths = zip(*shapes, strict=True)
         message = (
-            f"the images' sizes differ, with widths from {low[1]} to {high[1]} and heights from {low[0]} to "
-            f"{high[0]}, {brought}"
+            f"the images' sizes differ, with widths from {min(widths)} to {max(widths)} and heights from "
+            f"{min(heights)} to {max(heights)}, {brought}"
         )
         return Finding("shape", message)
     ((found, _),) = shapes.most_common(1)
