@@ -139,7 +139,7 @@ def test_nan_is_a_blow_up(tmp_path, heart):
 
 @pytest.fixture
 def hardly_trained(tmp_path):
-    """A checkpoint for images that has hardly been trained."""
+    """A checkpoint of an untrained network for images."""
     torch.manual_seed(0)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     DDPMMLPPipeline(MLPModel(1, 8, hidden_dim=32), scheduler).save_pretrained(tmp_path / "checkpoint")

@@ -119,7 +119,7 @@ def test_damaged_bytes_hide_nothing():
 def test_a_tag_that_overflows_hides_nothing():
     """C++ parsers read only the lower 32 bits of a tag."""
     inner = tensor("weights.bin").SerializeToString()
-    graph = b"\x2a" + bytes([len(inner)]) + inner  # field 5 of the message
+    graph = b"\x2a" + bytes([len(inner)]) + inner  # field 5: initializer
     tag = 7 << 3 | 2 | 1 << 32
     overflowing = bytes([*(tag >> shift & 127 | 128 for shift in range(0, 28, 7)), tag >> 28])
     assert has_external_data(overflowing + bytes([len(graph)]) + graph)

@@ -197,7 +197,7 @@ def test_the_canvas_shows_each_point_at_its_place(visit, pages, ddim_bundle, vie
     assert all(ink[round(y), round(x)] for x, y in expected)
     rows, columns = np.nonzero(ink)
     distances = np.linalg.norm(np.stack([columns, rows], axis=1)[:, None] + 0.5 - expected, axis=2)
-    assert distances.min(axis=1).max() < 5  # no other pixel has their colour
+    assert distances.min(axis=1).max() < 5  # no pixel elsewhere has their colour
     assert "40 points" in tab.locator("#canvas").get_attribute("aria-label")
 
 
@@ -522,7 +522,7 @@ def test_another_package_is_refused(ddim_bundle, package, tmp_path, damage, mess
 
 @pytest.fixture
 def registry(package, serve, tmp_path, monkeypatch):
-    """A local registry, an empty cache, and the integrity of the package."""
+    """Serve the package from a local registry, to an empty cache, and return its archive."""
     archive = tmp_path / "registry" / "onnxruntime-web" / "-" / f"onnxruntime-web-{VERSION}.tgz"
     archive.parent.mkdir(parents=True)
     with tarfile.open(archive, "w:gz") as tar:

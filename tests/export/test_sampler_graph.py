@@ -45,7 +45,7 @@ def test_it_draws_the_runtimes_samples(tmp_path, scheduler, options):
         assert samples.dtype == np.float32
         assert samples.shape == expected.shape
         differences = np.abs(samples - expected) / runtime.info["data_std"]
-        assert np.quantile(differences, 1.0 if num_samples < 10 else 0.99) < 1e-4  # some are magnified rounding
+        assert np.quantile(differences, 1.0 if num_samples < 10 else 0.99) < 1e-4  # some samples magnify rounding
 
 
 @pytest.mark.parametrize(
