@@ -61,7 +61,7 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
             from ..data.images import load_images
         return _choose_from(load_images(path).numpy(), path)
     if not path.is_file():
-        raise ConfigurationError(f"there is no {path}")
+        raise ConfigurationError(f"there is no {path}: give a checkpoint, a bundle, a file or a folder of images")
     if path.suffix == ".npy":
         array = read_array(path)
         if array.ndim == 4:
