@@ -1,4 +1,4 @@
-"""What the tests share: shipped checkpoints, bundles exported from them, and commands run as a user runs them."""
+"""Fixtures for all tests: shipped checkpoints, bundles exported from them, and commands run as a user runs them."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from helpers import SCRIPTS
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks of pytest's)
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may wait for a network; before diffusers is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before diffusers is imported: no test may wait for a network
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, export_bundle, pretrained
 
@@ -37,7 +37,7 @@ def ddpm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a command in an empty folder; a bare name is an installed console command."""
+    """Run a command in an empty folder. A bare name is an installed console command."""
 
     def run(*argv: object, **kwargs: object) -> subprocess.CompletedProcess:
         words = [str(word) for word in argv]

@@ -23,13 +23,13 @@ def call(*argv: object, cwd: Path) -> str:
 
 
 def find_pythons(folder: Path) -> dict[str, str]:
-    """Return the path of each version, of those on the PATH and of pyenv's, in order."""
+    """Return the path of each Python version on the PATH or in pyenv, in ascending order."""
     paths = [shutil.which(name) for name in ("python3", *(f"python3.{minor}" for minor in range(10, 30)))]
     paths += sorted(Path.home().glob(".pyenv/versions/3.*/bin/python"))
     found = {}
     for path in filter(None, paths):
         result = subprocess.run([path, "-c", VERSION], cwd=folder, capture_output=True, text=True)
-        if result.returncode == 0:  # pyenv's shims are there for versions that are not chosen, too
+        if result.returncode == 0:  # pyenv has shims also for versions that are not selected, which fail
             found.setdefault(result.stdout.strip(), str(path))
     versions = {tuple(map(int, version.split("."))): path for version, path in found.items()}
     return {".".join(map(str, key)): versions[key] for key in sorted(versions) if key >= (3, 10)}

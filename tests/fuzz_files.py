@@ -1,8 +1,8 @@
 """Damaged files for every loader: python tests/fuzz_files.py --number 2000 --seed 0
 
-Each case copies real files, damages one of them, loads the copy in a process of bounded time and memory, and samples
-from what it loads. A case ends as the same samples, as other samples, or as an error of the package's own: anything
-else is a mistake, and its number is printed, for `--only NUMBER` to repeat it.
+Each case copies real files, damages one of them, loads the copy in a process with limits of time and memory, and
+draws samples. The good outcomes are the same samples, other samples, and an error of the package. Any other outcome is
+a failure. Its number is printed, and `--only NUMBER` repeats it.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported
 import numpy as np
 from numpy.random import Generator
 
-SECONDS, BYTES = 60, 2 * 2**30  # that a case may take; bytes of address space, beyond what the imports take
+SECONDS, BYTES = 60, 2 * 2**30  # limits of a case; the bytes are address space beyond that of the imports
 ODD_VALUES = [
     *(None, True, False, 0, -1, 1, 2, 0.5, 1e-300, 10**9, -(10**9), 2**31, 2**63, 10**400),
     *(float("nan"), float("inf"), "", "1", "NaN", "../../secret", "/etc/passwd", "\0", "é" * 1000),
     *([], {}, [[]], [1, 2], [[0] * 4], {"a": 1}, ["subprocess", "Popen"], ["torch", "load"], ["os", "system"]),
 ]
-CODE = "import pathlib\npathlib.Path({marker!r}).touch()\n"  # what a checkpoint's code would leave behind
+CODE = "import pathlib\npathlib.Path({marker!r}).touch()\n"  # the file shows that a checkpoint's code has run
 
-Case = tuple[str, str, bytes | None]  # the target's name, the damaged file, what it holds: None, if it is gone
-GOOD = ("same", "other", "refused")  # ends of a case
+Case = tuple[str, str, bytes | None]  # the target, the damaged file, and its content, or None to delete it
+GOOD = ("same", "other", "refused")  # outcomes of a case
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The real files, and their loaders. A loader gives the numbers that come of a file: the same for the same file.
+# The real files, and their loaders. A loader returns numbers that depend on the file alone.
 
 
 @dataclasses.dataclass
 class Target:
-    """A loader.
+    """A kind of folder, with its loader.
 
     Attributes:
-        load: of a copy of the target's folder.
-        detects: the files whose every change is found: from these, no other samples may come.
+        load: loads a copy of the target's folder.
+        detects: the files in which every change must be detected: "other samples" is a failure.
     """
 
     load: Callable[[Path], Any]
@@ -145,7 +145,7 @@ TARGETS = {
 
 
 def make_originals(root: Path) -> None:
-    """Write every target's files, and beside them a donor's: another of the kind, whose files get mixed in."""
+    """Write the files of each target and of a donor: a folder of the same kind, whose files replace the target's."""
     import pandas as pd
     import torch
     from diffusers import DDPMScheduler
@@ -197,7 +197,7 @@ def make_originals(root: Path) -> None:
 
 
 def make_case(root: Path, number: int, seed: int) -> Case:
-    """A target, one of its files, and what the file holds after the damage; `None` where it is gone."""
+    """Return a target, one of its files, and the file's damaged content, or `None` to delete it."""
     rng = np.random.default_rng([seed, number])
     target = list(TARGETS)[number % len(TARGETS)]
     folder = root / "originals" / target
@@ -227,7 +227,7 @@ def _cut(content: bytes, rng: Generator, suffix: str) -> bytes:
 
 def _flip(content: bytes, rng: Generator, suffix: str) -> bytes:
     damaged = bytearray(content)
-    end = _pick(rng, [len(content), min(len(content), 400)])  # headers are where the damage is greatest
+    end = _pick(rng, [len(content), min(len(content), 400)])  # damage to headers has the largest effect
     for _ in range(_pick(rng, [1, 1, 2, 8])):
         damaged[rng.integers(end)] ^= 1 << int(rng.integers(8))
     return bytes(damaged)
@@ -251,7 +251,7 @@ def _replace(content: bytes, rng: Generator, suffix: str) -> bytes:
 
 
 def _edit(content: bytes, rng: Generator, suffix: str) -> bytes:
-    """Edit what a file says of itself, and leave the rest as it is."""
+    """Edit a file's metadata, and keep the rest."""
     if suffix == ".json":
         return json.dumps(_edited(json.loads(content), rng)).encode()
     if suffix == ".yaml":
@@ -275,7 +275,7 @@ def _edit(content: bytes, rng: Generator, suffix: str) -> bytes:
 
 
 def _edited(tree: Any, rng: Generator) -> Any:
-    """JSON with one value changed, one key gone, or one doubled under another name."""
+    """Change a value, or delete, rename or copy a key."""
     tree = copy.deepcopy(tree)
     places = [*_places(tree)]
     holder, key = _pick(rng, places)
@@ -302,11 +302,11 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cases, each in a process that may die.
+# The cases, each in a process that can be killed.
 
 
 def run_case(root: Path, case: Case | None, target: str) -> tuple[str, Any]:
-    """What comes of a case: the kind of its end, and the numbers or the message."""
+    """Return the outcome of a case, and the numbers or the message."""
     from ddpm_mlp_pipeline.errors import DDPMPipelineError
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -347,7 +347,7 @@ def start_worker(root: Path) -> None:
 
 
 def run_cases(root: Path, cases: Iterable[Case]) -> Iterator[tuple[Case, str, str]]:
-    """Run cases, and yield each, the kind of its end, and the message."""
+    """Run cases, and yield each with its outcome and message."""
 
     def new_pool() -> concurrent.futures.ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
@@ -384,9 +384,9 @@ def run_cases(root: Path, cases: Iterable[Case]) -> Iterator[tuple[Case, str, st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--number", type=int, default=2000, help="of cases (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument("--only", type=int, nargs="+", help="the numbers of the cases to run, instead of all")
+    parser.add_argument("--number", type=int, default=2000, help="number of cases (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the cases (default: 0)")
+    parser.add_argument("--only", type=int, nargs="+", help="run only the cases with these numbers")
     args = parser.parse_args()
     tally: dict[str, collections.Counter] = {target: collections.Counter() for target in TARGETS}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""What several tests use."""
+"""Helpers for several tests."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
-MNIST = ROOT.parent / "shared" / "data" / "mnist"  # where it is, tests use the real one
+MNIST = ROOT.parent / "shared" / "data" / "mnist"  # tests of real images need it
 needs_mnist = pytest.mark.skipif(
     not MNIST.is_dir(), reason=f"needs MNIST (the hub's ylecun/mnist, as a folder that load_dataset takes) in {MNIST}"
 )
@@ -26,7 +26,7 @@ LAUNCH = (
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) -> None:
-    """The command failed, and the last thing it said is one line that holds the fragments; no traceback."""
+    """Assert that a command failed without a traceback, and that its last line is an error with all fragments."""
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -36,7 +36,7 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) 
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights that hide nothing: those that begin at zero, too, are random."""
+    """Make weights that start at zero random, since zeros would hide errors."""
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)

@@ -1,5 +1,5 @@
-"""Kill a training run with SIGKILL at random moments, resume it, and compare all that it leaves behind with what a run
-that was never interrupted leaves, byte for byte.
+"""Kill a training run with SIGKILL at random moments, resume it, and compare its files with those of a run that was
+never interrupted, byte for byte.
 
 python tests/kill_training.py --kills 30 --seed 0 [--images]
 """
@@ -23,7 +23,7 @@ from PIL import Image
 
 from ddpm_mlp_pipeline.commands import train_images, train_points
 
-RESULT = "model_index.json"  # which is written last
+RESULT = "model_index.json"  # the last file to be written
 SHORT = (
     "--max_train_steps",
     "120",
@@ -38,14 +38,14 @@ SHORT += ("--num_hidden_layers", "1", "--lr_warmup_steps", "10", "--ddpm_num_ste
 
 
 def points(folder: Path) -> list[str]:
-    """The options of a training on points, of one dimension, of which the scripts draw no figures but the loss."""
+    """Return options to train on points of one dimension, for which the only figure is that of the loss."""
     table = np.random.default_rng(0).standard_normal((600, 1))
     np.savetxt(folder / "points.csv", table, header="x", comments="")
     return ["--dataset", str(folder / "points.csv"), "--train_batch_size", "64", *SHORT]
 
 
 def images(folder: Path) -> list[str]:
-    """The options of a training on images, with all that draws random numbers on the way."""
+    """Return options to train on images, with everything that draws random numbers."""
     (folder / "pictures").mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(256, size=(80, 4, 6), dtype=np.uint8)):
         Image.fromarray(pixels).save(folder / "pictures" / f"{i:02}.png")
@@ -54,17 +54,17 @@ def images(folder: Path) -> list[str]:
 
 
 def kill_and_compare(main: Callable[[list[str]], None], argv: list[str], kills: int, seed: int, folder: Path) -> dict:
-    """Kill runs of `main` so many times in all, resume each of them until it comes to its end, and compare.
+    """Kill runs of `main`, `kills` times in all, resume each of them until it ends, and compare.
 
     Returns:
-        How many kills hit what.
+        The number of kills at each stage of a run.
 
     Raises:
-        AssertionError: if a run fails, or leaves other files, or other bytes in one, than the one not interrupted.
+        AssertionError: if a run fails, or its files differ from those of the uninterrupted run.
     """
     start = time.time()
     _run(main, argv, folder / "whole" / "run")
-    # A little longer than until the result is there: not all kills are to hit the figures that come after it.
+    # Slightly longer than until the result is written, so that few kills hit the figures that follow it.
     duration = 1.1 * ((folder / "whole" / "run" / RESULT).stat().st_mtime - start)
     expected = _tree(folder / "whole" / "run")
 
@@ -76,7 +76,7 @@ def kill_and_compare(main: Callable[[list[str]], None], argv: list[str], kills: 
             if _run(main, argv, output_dir, draw.uniform(0, duration)):
                 tally["kills"] += 1
                 tally[_what_was_hit(output_dir)] += 1
-            else:  # faster than the first run, when the machine may have been busy
+            else:  # the run was faster than the first one
                 duration *= 0.9
         _run(main, argv, output_dir)
         found = _tree(output_dir)
@@ -88,7 +88,7 @@ def kill_and_compare(main: Callable[[list[str]], None], argv: list[str], kills: 
 
 
 def _run(main: Callable[[list[str]], None], argv: list[str], output_dir: Path, limit: float | None = None) -> bool:
-    """Start or resume a run, in a process that has done its imports before; returns whether it had to be killed."""
+    """Start or resume a run in a process forked after the imports, and return whether it was killed."""
     words = [*argv, "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
     log = output_dir.parent / "log.txt"
     log.parent.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def _run(main: Callable[[list[str]], None], argv: list[str], output_dir: Path, l
     if killed:
         process.kill()
         process.join()
-    # A process that ended just before it was to be killed is one that was not killed.
+    # The process can end just before it is killed.
     assert process.exitcode in (0, -9), log.read_text()
     return process.exitcode == -9
 
@@ -131,7 +131,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", action="store_true", help="train on images, with flips and figures on the way")
+    parser.add_argument("--images", action="store_true", help="train on images, with flips and figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(KeyboardInterrupt):
         script, options = (train_images, images) if args.images else (train_points, points)

@@ -1,4 +1,4 @@
-"""With CI=true, a skipped test fails, unless allowed_skips.txt names it with a reason."""
+"""Fail skipped tests if CI=true, unless allowed_skips.txt lists them with a reason."""
 
 import os
 from collections.abc import Generator
@@ -19,14 +19,14 @@ def _fail_unless_allowed(report: pytest.TestReport | pytest.CollectReport, confi
 
 
 def read_allowed(path: Path) -> list[tuple[str, str]]:
-    """Return the list's pairs of a pattern, as `fnmatch` takes it, of test ids, and the reason."""
+    """Return the list's pairs of an `fnmatch` pattern for test ids and a reason."""
     lines = path.read_text(encoding="utf-8").splitlines()
     entries = [line.partition(": ") for line in lines if line and not line.startswith("#")]
     assert all(reason for _, _, reason in entries), f"every entry of {path} gives its reason"
     return [(pattern, reason) for pattern, _, reason in entries]
 
 
-# Both run in the process that runs the test. pytest-xdist hands their reports on.
+# Both hooks run in the process that runs the test. pytest-xdist passes the reports on.
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

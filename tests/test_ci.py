@@ -1,4 +1,4 @@
-"""What CI promises: nothing is skipped in silence, and what a machine lacks is installed or told."""
+"""The promises of CI: no test is skipped silently, and missing programs are installed or reported."""
 
 import os
 import shutil
@@ -60,14 +60,14 @@ def test_a_skip_fails_on_ci_unless_it_is_listed(run, tmp_path):
     assert "test_mark: on CI" not in one.stdout
 
 
-def test_every_allowed_skip_is_of_a_test_that_there_is():
+def test_every_allowed_skip_is_of_a_test_that_exists():
     for pattern, _ in read_allowed(ROOT / "tests" / "allowed_skips.txt"):
         file, _, name = pattern.partition("::")
         assert f"def {name.partition('[')[0].rstrip('*')}" in (ROOT / file).read_text(encoding="utf-8"), pattern
 
 
-def test_what_can_not_be_installed_is_told_and_the_rest_is_installed(tmp_path):
-    """With stand-ins for apt-get, which refuses npm beside a Node from elsewhere, and for make."""
+def test_what_can_not_be_installed_is_reported_and_the_rest_is_installed(tmp_path):
+    """Stand-ins replace make, and apt-get, which refuses npm next to a Node from elsewhere."""
     commands = {
         "apt-get": 'echo "$@" >> "$LOG"; case "$*" in *npm*) echo "nodejs : Conflicts: npm" >&2; exit 100;; esac',
         "make": 'echo "make $*" >> "$LOG"',

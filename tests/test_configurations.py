@@ -1,6 +1,6 @@
-"""Any small configuration goes the whole way: trained for two steps, saved, loaded, exported, sampled on both sides.
+"""Train any small configuration for two steps, save, load, export, and sample it with torch and with the bundle.
 
-`CONFIGURATIONS=50 pytest tests/test_configurations.py` tries more of them.
+`CONFIGURATIONS=50 pytest tests/test_configurations.py` tries more configurations.
 """
 
 import os
@@ -85,7 +85,7 @@ samplers = st.sampled_from(["ddim", "ddpm", "dpmsolver_multistep", "unipc", "heu
     max_examples=int(os.environ.get("CONFIGURATIONS", 2)),
     derandomize=True,
     deadline=None,
-    phases=[Phase.generate],  # an example takes seconds: a failure is not made simpler
+    phases=[Phase.generate],  # no shrinking: an example takes seconds
 )
 @given(data=st.data(), training=trainings, scheduler=samplers, steps=st.integers(2, 6), seed=st.integers(0, 2**31))
 def test_a_configuration_goes_the_whole_way(kind, data, training, scheduler, steps, seed):
@@ -112,7 +112,7 @@ def test_a_configuration_goes_the_whole_way(kind, data, training, scheduler, ste
         try:
             report = export_bundle(checkpoint, bundle, scheduler, steps)
         except (ConfigurationError, DivergenceError, UnsupportedSchedulerError):
-            assert scheduler not in ("ddim", "ddpm")  # others can't predict x_0, or blow up where little is learned
+            assert scheduler not in ("ddim", "ddpm")  # others can't predict x_0, or diverge with an untrained network
             return
         assert report.parity.ok
         sampler = OnnxSampler(bundle)

@@ -1,4 +1,4 @@
-"""The notebook runs, what README and pages name is there, and a wheel holds what it should."""
+"""The notebook runs, the README and the pages name only what exists, and the wheel holds the right files."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def test_the_notebook_runs(tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)
-    assert float(re.search(r"loss of the last 50 steps: ([\d.]+)", text).group(1)) < 0.5  # an untrained one's is 1
+    assert float(re.search(r"loss of the last 50 steps: ([\d.]+)", text).group(1)) < 0.5  # untrained: 1
     assert "DDIMScheduler, 20 network calls" in text
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
@@ -34,8 +34,8 @@ def test_the_notebook_shows_results_and_nothing_of_a_machine():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_is_there(page):
-    """Links to files (mkdocs checks those of the site, not the README's), and options of our commands."""
+def test_files_and_options_that_pages_name_exist(page):
+    """Check links to files (mkdocs checks the site's, but not the README's) and options of the commands."""
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (page.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""`ddpm-doctor`: what is well is left alone, and each ailment is found, with its remedy."""
+"""`ddpm-doctor` finds each fault, with its remedy, and none in a sound checkpoint."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def test_data_of_another_kind(patient):
 
 
 def test_numbers_that_do_not_fit_into_16_bits(patient):
-    with torch.no_grad():  # the same function, through numbers that are large in between
+    with torch.no_grad():  # the same function, with large numbers in between
         patient.pipeline.unet.proj_out.weight *= 1e-6
         patient.pipeline.unet.blocks[0].linear.weight *= 1e6
     (finding,) = (finding for finding in examine(patient) if finding.check == "precision")
@@ -149,7 +149,7 @@ def test_the_command_on_a_preset(run, tmp_path):
     assert result.returncode == 1
     ailing = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("!!")]
     assert ailing == ["terminal", "timesteps:", "EMA:"]
-    assert run("ddpm-doctor", "heart").returncode == 0  # on the data that it names
+    assert run("ddpm-doctor", "heart").returncode == 0  # on the preset's own data
 
 
 @needs_mnist
@@ -171,7 +171,7 @@ def test_the_command_on_images(run):
 
 
 def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run, capsys, tmp_path):
-    """No single --resolution is theirs; what is typed wins over the preset."""
+    """The doctor recommends no single --resolution, and the command line wins over the preset."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     rng = np.random.default_rng(0)
@@ -188,7 +188,7 @@ def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run, caps
         "ok shape: the images' sizes differ, with widths from 10 to 14 and heights from 12 to 18, and are brought to "
         "the network's 20×20 of 1 channel"
     ) in found
-    assert "data: from -1.00 to" in found  # the black around them
+    assert "data: from -1.00 to" in found  # the black padding
     assert "larger than the 99 samples → lower --train_batch_size" in found
     for argv, message in [
         ((preset,), "50.png) can't be decoded"),

@@ -1,7 +1,7 @@
-"""Loading from the hub: from a server here that answers as the hub does.
+"""Loading from a local server that answers as the hub does.
 
-The check of `model_index.json` is in `DDPMMLPPipeline._dict_from_json_file`, a private method of diffusers'. If
-diffusers no longer calls it, these tests fail: then the check must move to where diffusers reads the file now.
+The check of `model_index.json` is in `DDPMMLPPipeline._dict_from_json_file`, a private method of diffusers. If
+diffusers no longer calls it, these tests fail, and the check must move to where diffusers reads the file.
 """
 
 import hashlib
@@ -22,8 +22,7 @@ UNCHECKED = "diffusers no longer reads model_index.json by _dict_from_json_file,
 
 @pytest.fixture
 def hub(tmp_path):
-    """A folder that is served as the hub serves the repository someone/heart, the server's address, and what was asked
-    of it."""
+    """Serve a folder as the hub's repository someone/heart. Return it, the server's address, and the requests."""
     folder, asked = tmp_path / "repository", []
     unet = MLPModel(2, hidden_dim=8, embedding_dim=4)
     DDPMMLPPipeline(unet, DDPMScheduler(), data_columns=["x", "y"]).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`ddpm-evaluate`: its table and its report; the shipped checkpoints against their data."""
+"""`ddpm-evaluate`: its table and its report, and the shipped checkpoints against their data."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ main()
 
 @pytest.fixture
 def evaluate(run, tmp_path):
-    """Run the command, and give its report and the table's rows, as lists of words."""
+    """Run the command, and return its report and the table's rows, as lists of words."""
 
     def evaluate(*argv, command=("ddpm-evaluate",), widest=80):
         result = run(*command, *argv, "--output", tmp_path / "report.json", "--overwrite")
@@ -47,7 +47,7 @@ def evaluate(run, tmp_path):
 
 @pytest.fixture
 def refused(capsys):
-    """What the command says to such arguments, in this process: starting one takes seconds."""
+    """Return the command's error. It runs in this process, since starting another takes seconds."""
 
     def refused(*argv):
         with pytest.raises(SystemExit) as end:
@@ -95,12 +95,12 @@ def test_points_from_a_file(evaluate, refused, tmp_path):
     assert report["measures"]["sliced_wasserstein_distance"]["samples"][0] == pytest.approx(100, rel=0.05)
     assert all(measure["ratio"] > 50 for measure in report["measures"].values())
     report, _ = evaluate(far, "--dataset", far)
-    assert report["num_samples"] == 200  # half of the file, on either side
+    assert report["num_samples"] == 200  # half of the file on each side
     assert all(0.5 < measure["ratio"] < 2 for measure in report["measures"].values())
 
     np.save(tmp_path / "wide.npy", np.random.default_rng(0).standard_normal((800, 2)) * 1e5)
     _, rows = evaluate(tmp_path / "wide.npy", "--dataset", tmp_path / "wide.npy", widest=100)
-    assert rows[0][-6] == rows[0][-3] == "±"  # the columns stand apart, however large the numbers
+    assert rows[0][-6] == rows[0][-3] == "±"  # the columns stay apart, however large the numbers
 
     np.save(tmp_path / "solid.npy", np.zeros((400, 3)))
     np.save(tmp_path / "same.npy", np.full((800, 2), 1.5))
@@ -134,7 +134,7 @@ def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
         ((blank, "--features", tmp_path), "can't load the feature network"),
     ]:
         samples, *options = argv
-        options = ("--dataset", pictures, "--num_samples", 100, *options)  # what comes last counts
+        options = ("--dataset", pictures, "--num_samples", 100, *options)  # the last value of an option counts
         error = refused(samples, *options)
         assert all(message in error for message in messages), error
     assert_one_line_error(run("ddpm-evaluate", blank, "--dataset", pictures), "120 samples of", "are all the same")
@@ -143,8 +143,8 @@ def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
     assert (report["shape"], report["fit"], report["num_samples"]) == ([1, 12, 12], "pad", 120)
 
 
-def test_what_is_missing_is_said_before_any_image_is_decoded(refused, tmp_path):
-    """None of these can be decoded."""
+def test_errors_are_reported_before_any_image_is_decoded(refused, tmp_path):
+    """None of the images can be decoded, so that decoding would be the error."""
     for i in range(9):
         (tmp_path / f"{i}.png").touch()
     samples = tmp_path / "samples.npy"
@@ -199,7 +199,7 @@ def frechet(x, y):
 
 @needs_mnist
 def test_images_measured_by_hand(evaluate, tmp_path):
-    """Noisy digits are far from the data by another computation, too, and so is the floor."""
+    """Distance and floor of noisy digits agree with another computation."""
     network = load_features(FEATURES)
 
     def features_of(images):
@@ -230,7 +230,7 @@ def test_images_measured_by_hand(evaluate, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["heart", "swiss_roll"])
 def test_shipped_checkpoints_are_within_twice_the_floor(evaluate, tmp_path, name):
-    """With 1,000 steps of the torch pipeline, and with 50 DDIM steps of the bundle."""
+    """The torch pipeline takes 1,000 steps, the bundle 50 DDIM steps."""
     export_bundle(pretrained(name), tmp_path / "bundle", "ddim", 50)
     for samples in (pretrained(name), tmp_path / "bundle"):
         report, _ = evaluate(samples, "--dataset", name, "--num_samples", 4000, "--repeats", 2)
@@ -240,7 +240,7 @@ def test_shipped_checkpoints_are_within_twice_the_floor(evaluate, tmp_path, name
 @pytest.mark.slow
 @needs_mnist
 def test_shipped_digits_hold_their_distance(run, evaluate, tmp_path):
-    """The bundle that ddpm-export makes of them by itself: ddpm-compare measured 10.0."""
+    """The bundle is ddpm-export's default, for which ddpm-compare measured 10.0."""
     result = run("ddpm-export", pretrained("mnist"), tmp_path / "bundle")
     assert "DPMSolverMultistepScheduler, 20 network calls" in result.stdout
     report, _ = evaluate(tmp_path / "bundle", "--dataset", MNIST)

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all, and replace nothing that isn't to be replaced."""
+"""Outputs appear whole or not at all, and replace only what they may replace."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from ddpm_mlp_pipeline.files import check_names, move_into, remove_partial, whol
 
 
 def own(name):
-    """A command that writes three files, one of them in a folder."""
+    """Whether the names are those of a command that writes three files, one of them in a folder."""
     return name in ("new", "old", "inside/", "inside/old")
 
 
@@ -54,7 +54,7 @@ def test_a_file_that_exists_is_refused_before_the_work(tmp_path, kind):
         temporary.write_text("new")
     assert path.read_text() == "new"
     if kind == "link":
-        assert (tmp_path / "b.txt").read_text() == "old"  # which it led to
+        assert (tmp_path / "b.txt").read_text() == "old"  # the link's target
 
 
 def test_a_file_that_appears_during_the_work_stays(tmp_path):
@@ -88,7 +88,7 @@ def test_a_folder_that_can_not_be_replaced_comes_back(tmp_path):
     path.mkdir()
     (path / "old").touch()
     with pytest.raises(OSError, match="folder"), whole_folder(path, own, overwrite=True) as temporary:
-        temporary.rmdir()  # so that it can't be renamed
+        temporary.rmdir()  # makes renaming fail
     assert tree(tmp_path) == ["folder", "folder/old"]
 
 
@@ -116,8 +116,8 @@ def put_link(folder):
     [
         (lambda folder: (folder / "notes.txt").touch(), "notes.txt"),
         (lambda folder: (folder / "notes").mkdir(), "notes/"),
-        (lambda folder: (folder / "old").mkdir(), "old/"),  # a folder of a file's name
-        (lambda folder: (folder / "inside").touch(), "inside"),  # and the other way round
+        (lambda folder: (folder / "old").mkdir(), "old/"),  # a folder with a file's name
+        (lambda folder: (folder / "inside").touch(), "inside"),  # a file with a folder's name
         (lambda folder: [(folder / "inside").mkdir(), (folder / "inside" / "notes").touch()], "inside/notes"),
         (put_link, "old"),
     ],
@@ -194,7 +194,7 @@ def test_only_errors_of_writing_blame_the_output(tmp_path, whole):
         (temporary / "nowhere" / "a").touch()
     assert found.value.filename == str(output)
     with pytest.raises(OSError, match=r"^damaged$"), whole(output):
-        raise OSError("damaged")  # as libraries have it of files that they read
+        raise OSError("damaged")  # as a library raises it for a file that it reads
     assert not tree(tmp_path)
 
 

@@ -1,5 +1,5 @@
-"""Files that mean harm, or came to some: loading runs no code of theirs, keeps to their folder, checks sizes before it
-takes memory, and ends well or in one of the package's own errors."""
+"""Malicious and damaged files: loading runs none of their code, stays in their folder, checks sizes before it takes
+memory, and ends well or in one of the package's errors."""
 
 import contextlib
 import dataclasses
@@ -38,12 +38,12 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def marker(tmp_path):
-    """A file that appears if code of the checkpoint's runs."""
+    """A path that exists once the checkpoint's code has run."""
     return tmp_path / "code-has-run"
 
 
 class Payload:
-    """Unpickled, it makes the file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -54,7 +54,7 @@ class Payload:
 
 @pytest.fixture
 def checkpoint(heart, tmp_path, marker):
-    """A checkpoint with code wherever some may lie: beside it, in every folder, and pickled in place of weights."""
+    """A checkpoint with code in every possible place: next to it, in each folder, and pickled in place of weights."""
     folder = tmp_path / "checkpoint"
     heart.save_pretrained(folder)
     for place in (tmp_path, folder, folder / "unet", folder / "scheduler"):
@@ -128,7 +128,7 @@ def test_a_networks_configuration_can_not_bring_other_code(checkpoint, marker, c
 def test_pickles_are_refused(checkpoint, marker, tmp_path):
     weights = load_file(checkpoint / WEIGHTS)
     (checkpoint / WEIGHTS).unlink()
-    torch.save(weights, checkpoint / "unet" / "diffusion_pytorch_model.bin")  # harmless, but who is to know?
+    torch.save(weights, checkpoint / "unet" / "diffusion_pytorch_model.bin")  # harmless, but loading can't know that
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "diffusion_pytorch_model.bin")}
     for name in ("none", "diffusion_pytorch_model.safetensors.index.json"):
         (checkpoint / "unet" / name).write_text(json.dumps(index))
@@ -153,7 +153,7 @@ def test_pickles_are_refused(checkpoint, marker, tmp_path):
 
 @pytest.mark.parametrize("place", ["weights.bin", "../weights.bin", "{folder}/weights.bin", "link.bin", "/dev/zero"])
 def test_paths_lead_nowhere(ddim_bundle, checkpoint, tmp_path, monkeypatch, place):
-    """Neither to weights outside of a bundle, nor to those beside its network: there is one file of them."""
+    """Weights in a second file are refused, whether it is in the folder or outside."""
     folder = shutil.copytree(ddim_bundle, tmp_path / "bundle")
     model = onnx.load(folder / "unet.onnx")
     onnx.save(model, folder / "unet.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
@@ -166,7 +166,7 @@ def test_paths_lead_nowhere(ddim_bundle, checkpoint, tmp_path, monkeypatch, plac
                 entry.value = place.format(folder=tmp_path)
     (folder / "unet.onnx").write_bytes(model.SerializeToString())
     seal(folder)
-    monkeypatch.chdir(folder)  # where a network that is loaded from memory would look for them
+    monkeypatch.chdir(folder)  # the default place for weights of a network loaded from memory
     with pytest.raises(BundleError, match="location"):
         OnnxSampler(folder)
 
@@ -178,7 +178,7 @@ def test_paths_lead_nowhere(ddim_bundle, checkpoint, tmp_path, monkeypatch, plac
 
 
 def test_a_hubs_snapshot_of_links_loads(ddim_bundle, heart, tmp_path):
-    """In the hub's cache, a snapshot's files are links to the files of another folder."""
+    """In the hub's cache, a snapshot consists of links to files in another folder."""
     heart.save_pretrained(tmp_path / "checkpoint")
     shutil.copytree(ddim_bundle, tmp_path / "bundle")
     for source in [path for path in tmp_path.rglob("*") if path.is_file()]:
@@ -198,7 +198,7 @@ def edited(originals, target, name, **changes):
 
 
 def test_sizes_are_checked_before_memory_is_taken(originals):
-    """Each of these would take gigabytes, or hours: in a process that has 2 GiB, they end as refused files."""
+    """Each of these would take gigabytes or hours. In a process with 2 GiB, they are refused."""
     cases = [
         edited(originals, target, "unet/config.json", **{name: size})
         for target, names in (
@@ -231,7 +231,7 @@ def test_sizes_are_checked_before_memory_is_taken(originals):
 
 
 def test_damaged_files_end_well_or_in_an_error_of_ours(originals):
-    """A short form of `python tests/fuzz_files.py`, with another seed."""
+    """A short run of `python tests/fuzz_files.py` with another seed."""
     cases = [make_case(originals, number, seed=12345) for number in range(13 * len(TARGETS))]
     for case, end, message in run_cases(originals, cases):
         assert end in GOOD, (case[:2], end, message)
@@ -327,7 +327,7 @@ def test_loading_leaves_the_random_numbers_alone():
 
 @pytest.fixture
 def exploding(heart, tmp_path):
-    """A checkpoint whose weights are finite, but make numbers that soon are not."""
+    """A checkpoint with finite weights, with which sampling soon overflows."""
     with torch.no_grad():
         for block in heart.unet.blocks:
             block.linear.weight.mul_(1e12)
@@ -338,7 +338,7 @@ def exploding(heart, tmp_path):
 def test_sampling_that_leaves_the_finite_numbers_says_where(ddim_bundle, exploding):
     sampler = OnnxSampler(ddim_bundle, num_threads=2)
     to_next = sampler.table.to_next.copy()
-    to_next[7:, 0, 0] = 1e30  # of x: the second such step is beyond float32
+    to_next[7:, 0, 0] = 1e30  # coefficient of x: the second such step overflows float32
     sampler.table = dataclasses.replace(sampler.table, to_next=to_next)
     assert all(np.isfinite(step.sample).all() == (step.index < 8) for step in sampler.steps(3))
     message = rf"step 8 .* timestep {sampler.table.timesteps[8]:g}"

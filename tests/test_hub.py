@@ -1,4 +1,4 @@
-"""The model card, and what a push sends: to a server here that answers as the hub does."""
+"""The model card, and the files of a push to a local server that answers as the hub does."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ SHORT += ("--ddpm_num_steps", 10, "--checkpointing_steps", 2)
 
 @pytest.fixture
 def hub():
-    """A server with the hub's three calls: create a repository, say how to upload, commit. It keeps the commit."""
+    """Serve the hub's three calls (create a repository, choose the upload mode, commit), and record the commit."""
     received = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,7 +43,7 @@ def hub():
             self.answer(answer)
 
         def do_GET(self):
-            if not self.path.endswith("?expand=xetEnabled"):  # which huggingface_hub before 1.0 asks for
+            if not self.path.endswith("?expand=xetEnabled"):  # only huggingface_hub before 1.0 requests it
                 return self.send_error(404)
             self.answer({"id": "someone/two-moons", "xetEnabled": False})
 
@@ -86,7 +86,7 @@ def test_a_run_is_pushed_with_its_card(run, hub, tmp_path, monkeypatch):
     }
     card = ModelCard(hub["files"]["README.md"].decode())
     assert card.data.library_name == "diffusers"
-    assert card.data.datasets is None  # two_moons is none of the hub's
+    assert card.data.datasets is None  # two_moons is not a data set of the hub
     assert card.data.tags == ["ddpm", "points", "ddpm-mlp-pipeline"]
     assert "![Samples, beside the data](samples.png)" in card.text
     assert "max_train_steps: 4" in card.text

@@ -1,4 +1,4 @@
-"""Images from a folder to a picture that onnxruntime drew: train, plot, export and sample, as a user runs them."""
+"""Images from a folder to samples by onnxruntime: train, plot, export and sample, as a user runs them."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ SMALL = ("--block_out_channels", "16,32", "--train_batch_size", 16, "--ddpm_num_
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    """A folder of grey images, 11 × 9, each a bright rectangle on black."""
+    """A folder of grey 11 × 9 images, each with a bright rectangle on black."""
     folder = tmp_path_factory.mktemp("squares")
     rng = np.random.default_rng(0)
     for i in range(70):
@@ -55,7 +55,7 @@ def test_training_leaves_checkpoint_figures_and_samples(trained):
 
 
 def test_the_figures_take_few_calls_of_the_network(tmp_path):
-    """After a training of three steps they may not take minutes: 64 images and all 1,000 steps were 64,000 calls."""
+    """They must not take minutes after a training of three steps: 64 images and 1,000 steps would be 64,000 calls."""
     unet = SmallUNet2DModel(sample_size=8, block_out_channels=(8, 8), attention=False)
     args = ImageTrainingArguments(output_dir=str(tmp_path), dataset_name="")
     pipeline, calls = DDPMMLPPipeline(unet, DDPMScheduler()), []
@@ -137,7 +137,7 @@ def test_comparing_schedulers(trained, squares, run, tmp_path):
     assert len(rows) == 6
     assert all(row["frechet_distance"] > 0 and row["ms_per_image"]["1"] > 0 for row in rows.values())
     assert rows["ddpm", 4]["network_calls"] == 4
-    # What is there isn't measured again, but for its time; of another number of samples, it is.
+    # An existing row is reused, except for its time; with another number of samples, it is measured again.
     output.write_text(output.read_text().replace(str(rows["ddpm", 4]["frechet_distance"]), "123.25"))
     again = run(*argv[:-2])
     assert "ddpm, 4 steps: 123.25" in again.stdout
@@ -154,7 +154,7 @@ def test_a_picture_of_a_bundles_coefficients(ddim_bundle, run, tmp_path):
     result = run("ddpm-plot", "table", ddim_bundle, "--output", tmp_path / "table.png")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "table.png") as picture:
-        # Its two lines: ε's and x̂_0's
+        # the lines of ε and x̂_0
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
         assert {(255, 127, 14), (44, 160, 44)} <= colors
 
@@ -197,7 +197,7 @@ def test_the_stock_model_trains(squares, run, tmp_path):
 
 @pytest.mark.slow
 def test_ways_of_training_are_compared(squares, run, tmp_path):
-    """The light variant of a preset of one's own, beside the preset; on data whose test set is the training set."""
+    """Compare a user's preset with its light variant, on data whose test set is the training set."""
     preset = tmp_path / "squares.yaml"
     preset.write_text(f"dataset_name: {squares}\ntrain_batch_size: 16\nddpm_num_steps: 20\nlr_warmup_steps: 2\n")
     narrow = f"{preset} --no-attention --block_out_channels 8,8"

@@ -1,4 +1,4 @@
-"""The variational bound against closed forms, and against the stock scheduler's own steps."""
+"""The variational bound against closed forms, and against the stock scheduler's steps."""
 
 import io
 import json
@@ -30,11 +30,11 @@ from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, Divergenc
 from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.training.options import linear_log_snr
 
-VARIANCE = torch.tensor([0.25, 4.0])  # of the data, in each dimension
+VARIANCE = torch.tensor([0.25, 4.0])  # of the data, per dimension
 
 
 class BestNetwork(MLPModel):
-    """Of Gaussian data, the best prediction in closed form, and the best variance, as `learned_range` has it."""
+    """The best prediction and `learned_range` variance for Gaussian data, in closed form."""
 
     def attach(self, scheduler):
         self.__dict__["bound"], self.__dict__["scheduler"] = VariationalBound(scheduler, discretized=False), scheduler
@@ -43,7 +43,7 @@ class BestNetwork(MLPModel):
     def forward(self, sample, timestep, return_dict=True):
         bound, shape = self.bound, (-1, 1)
         alphas_cumprod = bound.alphas_cumprod[timestep].reshape(shape)
-        of_x_t = alphas_cumprod * VARIANCE + 1 - alphas_cumprod  # its variance
+        of_x_t = alphas_cumprod * VARIANCE + 1 - alphas_cumprod  # variance of x_t
         x_0 = alphas_cumprod.sqrt() * VARIANCE / of_x_t * sample
         eps = (sample - alphas_cumprod.sqrt() * x_0) / (1 - alphas_cumprod).sqrt()
         v = alphas_cumprod.sqrt() * eps - (1 - alphas_cumprod).sqrt() * x_0
@@ -53,7 +53,7 @@ class BestNetwork(MLPModel):
             smallest = bound.posterior_log_variance[timestep].reshape(shape)
             largest = bound.log_betas[timestep].reshape(shape)
             added = bound.share_of_x_0[timestep].reshape(shape) ** 2 * variance_of_x_0
-            # At t = 0, p(x_0 | x_1) itself is what is best; elsewhere, the posterior's variance adds.
+            # At t = 0, the variance of x_0 given x_1 is best; elsewhere, the posterior's variance is added.
             best = torch.where(timestep.reshape(shape) == 0, added, smallest.exp() + added)
             prediction = torch.cat([prediction, 2 * (best.log() - smallest) / (largest - smallest) - 1], dim=1)
         return type("Output", (), {"sample": prediction})
@@ -64,8 +64,8 @@ def pipeline_of(scheduler):
 
 
 def closed_form(scheduler):
-    """The bound of the best network with fixed or best variances, in bits: all is Gaussian, so that each term's
-    expectation is one of x_0's variance given x_t."""
+    """Return the bound of the best network, in bits. All distributions are Gaussian, so that each term's expectation
+    depends only on the variance of x_0 given x_t."""
     betas = scheduler.betas.double().numpy()
     alphas_cumprod = np.cumprod(1 - betas)
     previous = np.concatenate([[1], alphas_cumprod[:-1]])
@@ -100,19 +100,19 @@ def test_gaussian_data_have_their_closed_form(variance_type, prediction_type):
         clip_sample=False,
     )
     x_0 = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)) * VARIANCE.sqrt()
-    x_0 = (x_0 - x_0.mean(dim=0)) / x_0.std(dim=0) * VARIANCE.sqrt()  # of these data, the variances are as said
+    x_0 = (x_0 - x_0.mean(dim=0)) / x_0.std(dim=0) * VARIANCE.sqrt()  # sets the empirical variances to VARIANCE
     estimate = variational_bound(pipeline_of(scheduler), TensorBatches(x_0), batch_size=20_000)
     expected = closed_form(scheduler)
     assert estimate.total == pytest.approx(expected, rel=0.01)
     assert abs(estimate.total - expected) < 4 * estimate.standard_error
     entropy = sum(stats.norm(scale=math.sqrt(variance)).entropy() for variance in VARIANCE.tolist()) / math.log(2)
     assert estimate.total > entropy
-    if variance_type != "fixed_small":  # which is the best for data of a single point
+    if variance_type != "fixed_small":  # fixed_small is best for data of a single point
         assert estimate.total < entropy + 1
 
 
 def test_the_last_term_is_its_closed_form():
-    """The divergence of two Gaussians, integrated."""
+    """The divergence of two Gaussians, by numerical integration."""
     bound = VariationalBound(DDPMScheduler(10), discretized=False)
     x_0 = torch.tensor([[-0.3, 1.7]])
     alpha_cumprod = float(bound.alphas_cumprod[-1])
@@ -127,7 +127,7 @@ def test_the_last_term_is_its_closed_form():
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_mean_and_variance_are_those_of_the_stock_step(variance_type, prediction_type):
-    # A β that float32 can tell from 1 − α
+    # β is large enough for float32 to keep its digits in 1 − α.
     options = {"beta_start": 0.01, "variance_type": variance_type, "prediction_type": prediction_type}
     scheduler = DDPMScheduler(100, **options, clip_sample_range=0.8)
     scheduler.set_timesteps(100)
@@ -160,7 +160,7 @@ def test_the_discretised_decoder_is_a_distribution_over_the_levels():
 
 
 class Images(nn.Module):
-    """Random images of 8 bits, and a small untrained network for them."""
+    """A small untrained network, and random 8-bit images for it."""
 
     def __new__(cls):
         torch.manual_seed(0)
@@ -180,7 +180,7 @@ def test_an_untrained_network_is_worse_than_a_gaussian(variance_type):
     assert estimate.gain < 0
     assert estimate.terms.sum() == pytest.approx(estimate.total, rel=1e-12)
     assert estimate.terms.shape == (21,)
-    assert (estimate.terms >= 0).all()  # divergences, and a decoder that is no density
+    assert (estimate.terms >= 0).all()  # divergences, and a discrete decoder
     assert estimate.bits_per_dim == estimate.total / 64
 
 
@@ -214,7 +214,7 @@ def test_an_interrupted_estimate_goes_on(tmp_path):
 
     class Rest(ImageBatches):
         def __getitems__(self, indices):
-            assert indices[0] >= 8 or len(indices) == 2  # by which the data are recognised
+            assert indices[0] >= 8 or len(indices) == 2  # the two samples that identify the data
             return super().__getitems__(indices)
 
     resumed = variational_bound(pipeline, Rest(images), batch_size=4, state_path=state)
@@ -222,7 +222,7 @@ def test_an_interrupted_estimate_goes_on(tmp_path):
     np.testing.assert_allclose(resumed.terms, whole.terms, rtol=1e-12)
     with pytest.raises(ConfigurationError, match="another estimate"):
         variational_bound(pipeline, ImageBatches(images), batch_size=4, seed=1, state_path=state)
-    with pytest.raises(ConfigurationError, match="another estimate"):  # of other data
+    with pytest.raises(ConfigurationError, match="another estimate"):  # other data
         variational_bound(pipeline, ImageBatches(images.flip(0)), batch_size=4, state_path=state)
     array = io.BytesIO()
     np.save(array, np.zeros(3))
@@ -263,7 +263,7 @@ def test_what_has_no_bound_is_refused():
         variational_bound(DDPMMLPPipeline(network, DDPMScheduler(10)), TensorBatches(torch.zeros(5, 2)))
 
 
-def test_trained_on_the_bound_it_beats_a_gaussian_by_as_much_as_the_papers_does(run, tmp_path):
+def test_trained_on_the_bound_it_beats_a_gaussian_by_as_much_as_in_the_paper(run, tmp_path):
     """Sohl-Dickstein et al. 2015, table 1: K is 2.35 bits for their swiss roll, K − L_null 6.45."""
     argv = ("--dataset", "swiss_roll", "--dataset_noise", 0.001, "--num_samples", 4000, "--batch_size", 4000)
     outputs = ("--output", tmp_path / "bound.json", "--figure", tmp_path / "bound.png")
@@ -278,7 +278,7 @@ def test_trained_on_the_bound_it_beats_a_gaussian_by_as_much_as_the_papers_does(
 
 
 def perfect_gain(noise):
-    """Of a model that is the swiss roll's density itself, an integral along the spiral, over a standard Gaussian."""
+    """Return the gain, in bits, of the swiss roll's true density, an integral along the spiral."""
     points, many = (to_array(load_points("swiss_roll", number, noise, seed=1)) for number in (1000, 100_000))
     theta = 1.5 * np.pi * (1 + 2 * (np.arange(40_000) + 0.5) / 40_000)
     curve = (theta / (4.5 * np.pi))[:, None] * np.stack([np.cos(theta), np.sin(theta)], axis=1)
@@ -311,7 +311,7 @@ def test_a_learned_variance_is_sampled_by_ddpm_and_left_out_by_others(tmp_path):
 
 
 def test_images_are_trained_on_the_bound_with_their_variance(tmp_path):
-    """After a few steps, the bound is lower already."""
+    """A few steps lower the bound."""
     torch.manual_seed(0)
     args = TrainingArguments(
         output_dir=str(tmp_path),

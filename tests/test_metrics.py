@@ -27,7 +27,7 @@ def rng():
 
 
 def test_the_sliced_wasserstein_distance_of_a_shift_is_its_closed_form(rng):
-    """Moved by v, every projection moves by v · u, and the mean of (v · u)² over directions is |v|² / d."""
+    """A shift by v moves each projection by v · u, and the mean of (v · u)² over directions is |v|² / d."""
     x = rng.standard_normal((500, 2))
     distance = sliced_wasserstein_distance(x, x + np.array([3, 4]), num_projections=5000)
     assert distance == pytest.approx(5 / 2**0.5, rel=0.03)
@@ -50,7 +50,7 @@ def test_the_energy_distance_in_one_dimension_is_scipys(rng, monkeypatch):
 
 
 def test_the_energy_distance_of_shifted_gaussians_is_its_closed_form(rng):
-    """In the plane, |X − X′| of two standard normals is √2 times a Rayleigh variable, and of shifted ones a Rice's."""
+    """In the plane, |X − X′| / √2 of two standard normals has a Rayleigh distribution, or a Rice one if shifted."""
     shift = np.array([0.6, -0.8])
     x, y = rng.standard_normal((4000, 2)), rng.standard_normal((4000, 2)) + shift
     across = 2**0.5 * stats.rice(np.linalg.norm(shift) / 2**0.5).mean()
@@ -77,7 +77,7 @@ def test_too_few_images_for_a_covariance_are_refused():
 
 
 def test_the_kernel_distance_of_small_sets_is_the_unbiased_mmd(rng):
-    """Each subset is a whole set then, and they differ by nothing."""
+    """Each subset is then the whole set, so that the deviation is 0."""
     x, y = rng.standard_normal((300, 5)), rng.standard_normal((300, 5)) + 0.3
     k_xx, k_xy, k_yy = ((a @ b.T / 5 + 1) ** 3 for a, b in ((x, x), (x, y), (y, y)))
     within = sum((k.sum() - np.trace(k)) / (300 * 299) for k in (k_xx, k_yy))
@@ -95,7 +95,7 @@ def test_the_kernel_distances_subsets_are_those_of_a_seed(monkeypatch):
 
 
 def test_the_share_in_a_manifold_of_few_points():
-    """With 0, 1 and 3, the nearest neighbours are 1, 1 and 2 away: the manifold goes from -1 to 5."""
+    """The nearest neighbours of 0, 1 and 3 are 1, 1 and 2 away: the manifold is [-1, 5]."""
     y = torch.tensor([[0.0], [1.0], [3.0]]).double()
     x = torch.tensor([[-1.1], [-0.9], [1.5], [4.9], [5.1]]).double()
     assert share_in_manifold(x, y, k=1) == 3 / 5
@@ -116,7 +116,7 @@ def test_images_of_other_channels_are_refused():
 
 
 def test_features_are_chosen_by_channels_and_numbers():
-    """The shipped network has 64 features, on grey images."""
+    """The shipped network has 64 features, and takes grey images."""
     for channels, numbers, expected in [
         (1, (65, 65), FEATURES),
         (1, (64, 1000), "pixels"),
@@ -128,7 +128,7 @@ def test_features_are_chosen_by_channels_and_numbers():
 
 
 def test_pixels_differ_by_the_root_mean_square_of_their_levels(rng):
-    """Also where there are more than 32 in a row, and blocks of them are averaged."""
+    """This holds also for rows of more than 32 pixels, of which blocks are averaged."""
     small = rng.integers(256, size=(2, 3, 20, 32), dtype=np.uint8)
     expected = np.sqrt(np.mean((small[0] / 1.0 - small[1]) ** 2))
     for images in (small, small.repeat(3, axis=3)):
@@ -141,7 +141,7 @@ def test_the_unbiased_energy_distance_is_scipys_without_the_pairs_of_one(rng, mo
     x, y = rng.standard_normal((40, 1)), 2 * rng.standard_normal((30, 1)) + 1
     own = [spatial.distance.pdist(side).mean() for side in (x, y)]
     biased = stats.energy_distance(x[:, 0], y[:, 0]) ** 2
-    expected = biased - own[0] / 40 - own[1] / 30  # a mean over all pairs has a share of 1 / n of zeros
+    expected = biased - own[0] / 40 - own[1] / 30  # 1 / n of all pairs are a point with itself
     assert squared_energy_distance(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-9)
 
 

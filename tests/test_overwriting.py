@@ -1,4 +1,4 @@
-"""No command deletes or replaces what it did not write, or, unless it is told to, what it did."""
+"""Commands never delete or replace files of others, and replace their own only if told to."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from ddpm_mlp_pipeline.training.loop import check_output_dir
 
 
 def contents(folder):
-    """All that a folder holds."""
+    """Return the content of a folder, by path."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -35,10 +35,10 @@ def contents(folder):
 
 @pytest.fixture
 def taken(tmp_path):
-    """A folder in which somebody's files have the names of every kind of output."""
+    """A folder of somebody's files with the names of every kind of output."""
     folder = tmp_path / "taken"
     files = ("a.png", "a.npy", "a.csv", "a.json", "keep/notes.txt", "keep/1.png", "pictures/0.png", "page/index.html")
-    # Of the right names, but not what they should be:
+    # The right names with other content:
     files += ("bundle/bundle.json", "bundle/unet.onnx/thesis.tex", "web/page.js", "web/bundle/thesis.tex")
     files += ("golden/ddim_10.json", "run/README.md", "figures/loss.png", "unet/unet/mine.py", "net/config.json")
     files += ("runs/benchmark.json", "variant/1/scheduler/mine.json")
@@ -53,7 +53,7 @@ NOT_EMPTY, RUN_EXISTS = "exists and isn't empty: pass --overwrite", "exists: pas
 DATA, IMAGES = ("--dataset", "nowhere"), ("--dataset_name", "nowhere", "--output_dir")
 
 
-# Nothing that the commands would work on exists: that would be their error if they began to work.
+# The commands' inputs don't exist: a command that starts its work would end in that error.
 
 
 def test_what_is_in_the_way_is_refused_before_any_work(run, taken):
@@ -97,7 +97,7 @@ def test_what_is_in_the_way_is_refused_before_any_work(run, taken):
     ],
 )
 def test_what_is_in_the_way_of_commands_with_torch_is_refused(taken, monkeypatch, capsys, main, argv, fragments):
-    """In this process: to start one takes seconds."""
+    """The commands run in this process, since starting another takes seconds."""
     monkeypatch.chdir(taken)
     before = contents(taken)
     with pytest.raises(SystemExit) as end:
@@ -145,8 +145,8 @@ def test_files_are_replaced_where_that_is_asked_for(run, ddim_bundle, tmp_path):
 
 
 def test_errors_of_reading_do_not_blame_the_output(run, tmp_path):
-    (tmp_path / "samples.csv").mkdir()  # which can't be read as a file, not even by root
-    (tmp_path / "samples.npy").symlink_to(tmp_path / "samples.npy")  # nor can this
+    (tmp_path / "samples.csv").mkdir()  # not even root can read it as a file
+    (tmp_path / "samples.npy").symlink_to(tmp_path / "samples.npy")  # nor this
     for name in ("samples.npy", "samples.csv"):
         argv = (tmp_path / name, "--dataset", "heart", "--output", tmp_path / "out.json")
         result = run("ddpm-evaluate", *argv)
@@ -195,7 +195,7 @@ def test_a_state_that_appears_during_a_measurement_stays(tmp_path):
 
     class Appearing(TensorBatches):
         def __getitems__(self, indices):
-            if len(indices) == 4:  # the first batch's: by now it is known that there is no state
+            if len(indices) == 4:  # the first batch: the check for a state is over
                 state.write_text("somebody's")
             return super().__getitems__(indices)
 
@@ -210,7 +210,7 @@ def test_a_run_replaces_another_only_where_that_is_asked_for(tmp_path):
     for name in ("notes.txt", "unet/notes.txt", "scheduler/notes.txt"):
         (tmp_path / name).write_text("somebody's")
     before = contents(tmp_path)
-    for resume in (None, "latest"):  # of which there is none
+    for resume in (None, "latest"):  # there are no states
         with pytest.raises(OutputExistsError, match=r"model_index\.json exists: pass --overwrite_output_dir"):
             train_small(tmp_path, seed=1, resume_from_checkpoint=resume)
     assert contents(tmp_path) == before
@@ -230,12 +230,12 @@ def test_a_run_that_goes_on_writes_its_result_and_leaves_notes(tmp_path):
     assert (tmp_path / "run" / "unet" / "notes.txt").read_text() == "somebody's"
     train_small(tmp_path / "other", seed=1)
     other = contents(tmp_path / "other")
-    with pytest.raises(OutputExistsError):  # a state of another run's
+    with pytest.raises(OutputExistsError):  # a state of another run
         train_small(tmp_path / "other", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
     assert contents(tmp_path / "other") == other
 
 
-def test_samples_that_a_killed_run_has_left_do_not_keep_it_from_beginning_again(tmp_path):
+def test_samples_of_a_killed_run_do_not_prevent_a_new_start(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "epoch-0001.png").touch()
     check_output_dir(training_options(tmp_path))
@@ -244,7 +244,7 @@ def test_samples_that_a_killed_run_has_left_do_not_keep_it_from_beginning_again(
     check_output_dir(training_options(tmp_path, save_samples_epochs=1, resume_from_checkpoint="latest"))
 
 
-def test_of_old_states_only_those_that_a_run_saved_go(tmp_path):
+def test_only_states_that_the_run_saved_are_deleted(tmp_path):
     train_small(tmp_path, checkpointing_steps=2)
     (tmp_path / "checkpoint-1").mkdir()
     for name in ("checkpoint-1/model.txt", "checkpoint-4/notes.txt"):

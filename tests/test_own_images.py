@@ -1,4 +1,4 @@
-"""Pictures as a user has them: of several sizes, in subfolders, one corrupt, one grey, one of 16 bits; all the way."""
+"""A user's pictures from training to sampling: several sizes, in subfolders, one corrupt, one grey, one of 16 bits."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def pictures(tmp_path):
 
 @pytest.mark.slow
 def test_own_pictures_go_the_whole_way(pictures, run, capsys, tmp_path):
-    """Each command says what it needs, and takes from checkpoint and bundle what they know."""
+    """Commands name missing options, and take the rest from checkpoint and bundle."""
     train = (sys.executable, ROOT / "train_scripts" / "train_images.py", "--dataset_name", pictures)
     train += ("--output_dir", tmp_path / "run", "--block_out_channels", "16,32", "--train_batch_size", 16)
     train += ("--max_train_steps", 5, "--lr_warmup_steps", 2, "--ddpm_num_steps", 20)
@@ -53,7 +53,7 @@ def test_own_pictures_go_the_whole_way(pictures, run, capsys, tmp_path):
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.mode == "RGB"
 
-    def printed(main, *argv):  # in this process: to start one takes seconds
+    def printed(main, *argv):  # in this process, since starting another takes seconds
         main([str(word) for word in argv])
         return capsys.readouterr().out
 

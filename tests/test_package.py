@@ -1,4 +1,4 @@
-"""The package's face: lazy names, shipped checkpoints, and what it asks to be installed."""
+"""The package's public names, shipped checkpoints, and requirements."""
 
 import ast
 import configparser
@@ -45,7 +45,7 @@ def test_type_checkers_see_every_public_name_from_outside(tmp_path):
     ]
     script.write_text("\n".join(lines))
     command = [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", script]
-    environment = os.environ | {"MYPYPATH": str(ROOT)}  # a checkout's own install is a hook that mypy does not run
+    environment = os.environ | {"MYPYPATH": str(ROOT)}  # mypy does not run the import hook of an editable install
     checked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     (error,) = [line for line in checked.stdout.splitlines() if ": error: " in line]
     assert error.startswith(f"{script}:{len(lines)}: ")
@@ -53,7 +53,7 @@ def test_type_checkers_see_every_public_name_from_outside(tmp_path):
     assert (ROOT / "ddpm_mlp_pipeline" / "py.typed").is_file()
 
 
-def test_other_names_are_not():
+def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = ddpm_mlp_pipeline.nonsense
 
@@ -69,7 +69,7 @@ def test_shipped_checkpoints_are_small():
         pretrained("hart")
 
 
-MODULES = {  # by name: the file, and whether the name is a package's
+MODULES = {  # each module's file, by name
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "ddpm_mlp_pipeline").rglob("*.py")
 }
@@ -77,7 +77,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "ot": "pot", "yaml": "pyyaml", "torch_fidelity
 
 
 def requirements(extra=None):
-    """The distributions that setup.cfg asks for, in lower case."""
+    """Return the distributions that setup.cfg requires, in lower case."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     section = config["options.extras_require"] if extra else config["options"]
@@ -86,7 +86,7 @@ def requirements(extra=None):
 
 
 def imports(module, everywhere):
-    """The modules that a module imports, within functions as well or only where it is itself imported."""
+    """Yield the modules that a module imports: everywhere, or only when it is imported itself."""
 
     def walk(node):
         for child in ast.iter_child_nodes(node):
@@ -106,7 +106,7 @@ def imports(module, everywhere):
 
 
 def distributions(*modules, everywhere):
-    """What modules need that are neither Python's nor the package's, with what they import in their turn."""
+    """Return the third-party distributions that modules import, directly or through other modules of the package."""
     found, seen, waiting = set(), set(), [*modules]
     while waiting:
         name = waiting.pop()

@@ -1,4 +1,4 @@
-"""`DDPMMLPPipeline` against the stock pipeline, and the two ways that its checkpoints load."""
+"""`DDPMMLPPipeline` against the stock pipeline, and the two ways to load its checkpoints."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def test_a_stock_unet_gives_the_stock_pipelines_images(unet, scheduler, output_t
     ours, stock = (
         cls(unet, scheduler)(2, generators([1])[0], 6, output_type).images for cls in (DDPMMLPPipeline, DDPMPipeline)
     )
-    if output_type == "pt" and not torch.is_tensor(stock):  # before 0.41, diffusers' "pt" was its "np"
+    if output_type == "pt" and not torch.is_tensor(stock):  # before diffusers 0.41, "pt" returned the same as "np"
         stock = np.moveaxis(stock, 3, 1)
     for a, b in zip(ours, stock, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -173,7 +173,7 @@ def test_a_checkpoint_loads_both_ways_each_in_a_process(heart, run, tmp_path):
     assert points == expected
     assert modules == "diffusers_modules.local.pipeline diffusers_modules.local.mlp"
 
-    # With the plugin, nothing that the folder carries runs: here, it would fail.
+    # With the plugin, no code in the folder runs: this code would fail.
     for file in ("pipeline.py", "unet/mlp.py"):
         (folder / file).write_text("raise SystemExit('code from the folder ran')")
     load = "DDPMMLPPipeline.from_pretrained(sys.argv[1])"
@@ -212,7 +212,7 @@ def test_model_index_can_not_name_a_module_to_import(heart, tmp_path):
 
 def test_a_stock_pipelines_checkpoint_of_ours_loads(tmp_path):
     unet = MLPModel(1, 6, hidden_dim=8)
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)  # which names the module by its full name
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)  # writes the module's full name
     again = DDPMMLPPipeline.from_pretrained(tmp_path).unet
     assert type(again) is MLPModel
     torch.testing.assert_close(again.state_dict(), unet.state_dict())

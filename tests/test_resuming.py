@@ -1,4 +1,4 @@
-"""Nothing is lost: killed, stopped, out of disk or on several processes, a training ends where it would have ended."""
+"""Training that is killed, stopped, out of disk or on several processes ends as if it had not been interrupted."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from ddpm_mlp_pipeline.errors import CheckpointError
 from ddpm_mlp_pipeline.training.state import _checksums
 
 POINTS = ROOT / "train_scripts" / "train_points.py"
-# (`--cpu --num_processes 2` starts one process, unless there is MPI.)
+# Without MPI, `--cpu --num_processes 2` starts one process.
 TWO_PROCESSES = (SCRIPTS / "accelerate", "launch", "--quiet", "--multi_gpu", "--num_processes", 2)
 NO_MOUNTS = not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -39,7 +39,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_it_would_have_ended(tmp_path, accu
 
     changes = {"gradient_accumulation_steps": accumulation, "augment": mirror, "checkpointing_steps": 1}
     weights, losses = train_small(tmp_path / "whole", **changes)
-    for step in (3, 6, 9):  # in the middle of an epoch and, with four batches in each, at other places of it
+    for step in (3, 6, 9):  # at different places within epochs of four batches
         folder = tmp_path / f"resumed-{step}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         assert train_small(folder, resume_from_checkpoint="latest", **changes) == (weights, losses)
@@ -56,7 +56,7 @@ def test_a_killed_run_ends_byte_for_byte_where_it_would_have_ended(tmp_path):
 def test_a_run_that_was_killed_after_its_last_step_only_writes_its_result(tmp_path):
     result = train_small(tmp_path, checkpointing_steps=11)
     shutil.rmtree(tmp_path / "unet")
-    (tmp_path / ".partial-abc").mkdir()  # as a killed process leaves it
+    (tmp_path / ".partial-abc").mkdir()  # a killed process leaves it
     (tmp_path / ".partial-checkpoint-12").mkdir()
     assert train_small(tmp_path, checkpointing_steps=11, resume_from_checkpoint="latest") == result
     assert not list(tmp_path.glob(".*"))
@@ -112,7 +112,7 @@ def test_what_can_not_be_resumed_is_refused(tmp_path):
 def test_a_states_bare_name_is_of_the_output_folder_first(tmp_path, monkeypatch):
     result = train_small(tmp_path / "run", checkpointing_steps=10)
     shutil.copytree(tmp_path / "run" / "checkpoint-10", tmp_path / "checkpoint-10")
-    (tmp_path / "checkpoint-10" / "manifest.json").unlink()  # which would be found out
+    (tmp_path / "checkpoint-10" / "manifest.json").unlink()  # a state without a manifest is refused
     monkeypatch.chdir(tmp_path)
     assert train_small(tmp_path / "run", resume_from_checkpoint="checkpoint-10") == result
     (tmp_path / "run" / "checkpoint-10").rename(tmp_path / "checkpoint-10.whole")
@@ -136,13 +136,13 @@ def test_a_strangers_state_runs_no_code(tmp_path, name):
     folder = tmp_path / "run" / "checkpoint-11"
     torch.save({"losses": Malicious(tmp_path / "ran")}, folder / name)
     (folder / "manifest.json").write_text(json.dumps(_checksums(folder)))
-    # Accelerate passes over random states that it can't load.
+    # Accelerate skips random states that it can't load.
     is_fatal = name != "random_states_0.pkl"
     with pytest.raises(CheckpointError, match="can't resume from") if is_fatal else contextlib.nullcontext():
         train_small(tmp_path / "run", resume_from_checkpoint="latest")
     assert not (tmp_path / "ran").exists()
     torch.load(folder / name, weights_only=False)
-    assert (tmp_path / "ran").exists()  # what it would have done
+    assert (tmp_path / "ran").exists()  # the test's code would have run
 
 
 @pytest.mark.skipif(NO_MOUNTS, reason="needs the right to mount a file system: `unshare -rm true` must succeed")
@@ -187,7 +187,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
 
 
 def start_and_signal(command, folder, signum):
-    """Start an endless training, and send it a signal after some steps."""
+    """Start a long training, and send it a signal after some steps."""
     argv = (*("--max_train_steps", 100_000), *kill_training.points(folder)[:4], "--output_dir", folder / "run")
     words = [str(word) for word in (*command, *argv)]
     with subprocess.Popen(

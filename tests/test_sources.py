@@ -1,4 +1,4 @@
-"""Samples to evaluate, from files and folders."""
+"""Sources of samples to evaluate: files and folders."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ WITH_NAN = np.where(np.arange(4)[:, None, None, None] == 2, np.nan, IMAGES)
         (np.array([[None]]), "can't read .* Python objects"),
     ],
 )
-def test_files_of_something_else(tmp_path, array, message):
+def test_files_that_are_not_samples_are_refused(tmp_path, array, message):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(DatasetError, match=message):
         open_source(tmp_path / "a.npy").draw(4, 0)

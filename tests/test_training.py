@@ -1,4 +1,4 @@
-"""The training loop: against a closed form, and as users launch it."""
+"""The training loop, against a closed form, and as users launch it."""
 
 import contextlib
 import shutil
@@ -79,7 +79,7 @@ def test_epochs_are_passes_over_the_data(tmp_path):
 
 
 class Recorded(TensorBatches):
-    """Notes which samples each batch is of."""
+    """Record the samples of each batch."""
 
     def __init__(self, number):
         super().__init__(torch.randn(number, 2))
@@ -92,7 +92,7 @@ class Recorded(TensorBatches):
 
 def test_every_epoch_has_its_own_order_and_no_sample_is_left_out_for_good(tmp_path):
     def batches(folder, **changes):
-        dataset = Recorded(150)  # four batches of 32 an epoch, and 22 samples that are not in it
+        dataset = Recorded(150)  # an epoch has four batches of 32, and leaves out 22 samples
         train(small_pipeline(), dataset, training_options(folder, max_train_steps=40, **changes))
         return dataset.batches
 
@@ -102,7 +102,7 @@ def test_every_epoch_has_its_own_order_and_no_sample_is_left_out_for_good(tmp_pa
     assert [len(set(epoch)) for epoch in epochs] == [128] * 10
     assert set().union(*epochs) == set(range(150))
 
-    for state in ("checkpoint-36", "checkpoint-30", "checkpoint-6"):  # at the end of an epoch, and within two
+    for state in ("checkpoint-36", "checkpoint-30", "checkpoint-6"):  # at the end and in the middle of an epoch
         shutil.copytree(tmp_path / state, tmp_path / f"from-{state}" / state)
         resumed = batches(tmp_path / f"from-{state}", resume_from_checkpoint=state)
         assert resumed == found[int(state.partition("-")[2]) :]
@@ -157,7 +157,7 @@ def test_a_loss_that_is_no_number_stops_the_training_before_its_step(tmp_path):
 
 
 def test_a_gradient_that_is_no_number_stops_the_training_before_its_step(tmp_path):
-    """Its loss is finite, and that of the next step would come after the state is saved."""
+    """Its loss is finite, and the state would be saved before the next loss."""
     pipeline = small_pipeline()
     gradients = iter(range(11))
     parameter = next(pipeline.unet.parameters())
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_no_number_stops_the_training_before_its_step(tmp_pat
 
 
 class Overflowing(MLPModel):
-    """3.4e38 is a number in float32, but above the largest in bfloat16."""
+    """3.4e38 is finite in float32, and overflows in bfloat16."""
 
     def forward(self, sample, timestep, return_dict=True):
         large = F.linear(torch.ones(1, 1), torch.full((1, 1), 3.4e38)).float()
@@ -177,7 +177,7 @@ class Overflowing(MLPModel):
 
 @pytest.fixture
 def other_precision():
-    """Accelerate wants one precision for all of a process."""
+    """Reset Accelerate, which allows one precision per process."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
@@ -195,7 +195,7 @@ def test_an_overflow_of_16_bits_is_told_from_a_divergence(tmp_path):
 
 
 def test_the_steps_that_fp16_skips_are_no_divergence_until_its_scale_is_used_up():
-    """2^16, the scale that torch begins with, can be halved sixteen times before it is below 1."""
+    """torch's initial scale, 2^16, can be halved sixteen times before it is below 1."""
     weight = torch.nn.Parameter(torch.ones(()))
     optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu")
     skipped = 0
@@ -221,8 +221,8 @@ def test_min_snr_weighting_leaves_the_reported_loss_as_it_is(tmp_path, snr_gamma
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_targets_and_their_weights_agree_with_the_stock_scheduler(prediction_type):
-    """Whatever the network predicts, the scheduler turns the target into x_0, and a wrong prediction costs
-    min(SNR, γ) times the squared error of the x_0 that follows from it."""
+    """The scheduler turns each target into x_0. A wrong prediction costs min(SNR, γ) times the squared error of the
+    x_0 that follows from it."""
     args = TrainingArguments(output_dir="", num_epochs=1, prediction_type=prediction_type)
     scheduler = DDPMScheduler.from_config(args.make_scheduler(1.0).config, clip_sample=False)
     torch.manual_seed(0)
@@ -256,7 +256,7 @@ def test_launched_it_leaves_checkpoint_figures_and_logs(launch, tmp_path):
     with Image.open(tmp_path / "run" / "process.gif") as animation:
         assert animation.n_frames > 50
     modes = {path.stat().st_mode for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
-    assert len(modes) == 1  # the weights can be read by whom the rest can
+    assert len(modes) == 1  # the weights have the permissions of the other files
     pipeline = DDPMMLPPipeline.from_pretrained(tmp_path / "run")
     assert pipeline(10, num_inference_steps=5).points.shape == (10, 2)
 
@@ -307,7 +307,7 @@ def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):
     assert_one_line_error(result, "'A' in row 1, column 'name'", "row 1, column 'eyes'", "--exclude name eyes")
     result = launch(*argv, "--exclude", "name", "eyes")
     assert result.returncode == 0, result.stderr
-    # What judges the checkpoint takes the columns that it knows.
+    # Evaluation uses the columns that the checkpoint names.
     data = ("--dataset", tmp_path / "people.csv")
     for main, *argv in [
         (bound.main, tmp_path / "run", *data, "--num_samples", 10),
@@ -324,7 +324,7 @@ def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):
     )
     assert (tmp_path / "new.csv").read_text().startswith('"height, cm",weight,age\n')
     argv = (tmp_path / "new.csv", *data, "--num_samples", 300, "--repeats", 1)
-    evaluate.main([str(word) for word in argv])  # by the names that the samples have kept
+    evaluate.main([str(word) for word in argv])  # by the names in the samples' file
     (tmp_path / "lacking.csv").write_text("height,weight,age\n" + "1,2,3\n" * 20)
     with pytest.raises(SystemExit):
         bound.main([str(tmp_path / "run"), "--dataset", str(tmp_path / "lacking.csv")])

@@ -1,1 +1,1 @@
-"""Judging: how far samples are from data, how likely data are, and what may have gone wrong."""
+"""Distances between samples and data, likelihood of data, and checks for common faults."""

@@ -1,4 +1,4 @@
-"""The features on which images are compared: a small classifier's, Inception's, or pixels."""
+"""Features to compare images on: a small classifier's, Inception's, or pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..data.images import to_network_units
 from ..errors import explain_missing_extra
 from ..loading import check_weights, empty_network, explain_loading
 
-PIXELS, PIXEL_SIZE = "pixels", 32  # the name of these features; their greatest height and width
+PIXELS, PIXEL_SIZE = "pixels", 32  # name; maximum height and width
 
 
 class Features(Protocol):
@@ -25,11 +25,11 @@ class Features(Protocol):
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """The numbers of channels that it takes."""
+        """The accepted numbers of channels."""
 
     @property
     def num_features(self) -> int | None:
-        """`None` if it depends on the images' size."""
+        """The width of the output; `None` if it depends on the images' size."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
@@ -38,11 +38,11 @@ class Features(Protocol):
 
 class FeatureNetwork(ModelMixin, ConfigMixin):
     r"""
-    A convolutional classifier. Called, it gives an image's features rather than its class.
+    A convolutional classifier whose `forward` returns the features of its last hidden layer.
 
     Parameters:
         sample_size (`int`, defaults to 28):
-            Height and width that images are brought to.
+            Height and width that images are resized to.
         in_channels (`int`, defaults to 1):
             Number of the images' channels.
         num_classes (`int`, defaults to 10):
@@ -50,7 +50,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         num_features (`int`, defaults to 64):
             Width of the last hidden layer.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128)`):
-            Width at each resolution, from the highest; each has half the height and width of the one before.
+            Width at each resolution, from the highest. Each has half the height and width of the previous one.
     """
 
     @register_to_config
@@ -63,7 +63,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (32, 64, 128),
     ):
         super().__init__()
-        self.channels = (in_channels,)  # that it takes
+        self.channels = (in_channels,)
         self.num_features = num_features
         blocks: list[nn.Module] = []
         for width, previous in zip(block_out_channels, (in_channels, *block_out_channels), strict=False):
@@ -75,7 +75,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         r"""
-        The features of images.
+        Compute the features of images.
 
         Args:
             images (`torch.Tensor`): uint8, `[batch, in_channels, height, width]`, of any height and width.
@@ -90,23 +90,23 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         return F.relu(self.hidden(self.blocks(x)))
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """The classes' logits, `[batch, num_classes]`, of images as `forward` takes them."""
+        """Compute the classes' logits, `[batch, num_classes]`, of images as in `forward`."""
         return self.classifier(self.forward(images))
 
 
 class PixelFeatures(nn.Module):
     r"""
-    An image's own pixels, averaged where there are more than 32 in a row or column. Called as [`FeatureNetwork`] is.
+    The pixels of images as features. Larger images are averaged down to 32 rows and columns.
 
-    They are scaled so that the Euclidean distance of two images is the root mean square difference of their levels,
-    of 0 to 255, whatever the images' size.
+    The scale makes the Euclidean distance of two images the root mean square difference of their levels, 0 to 255,
+    whatever their size.
     """
 
-    channels = (1, 3, 4)  # that it takes
+    channels = (1, 3, 4)
     num_features = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        r"""The features, `[batch, numbers]`, of images, uint8 `[batch, channels, height, width]`."""
+        r"""Compute the features, `[batch, num_features]`, of images, uint8 `[batch, channels, height, width]`."""
         height, width = (min(length, PIXEL_SIZE) for length in images.shape[-2:])
         pixels = F.adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
         return pixels / pixels.shape[1] ** 0.5
@@ -118,13 +118,10 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     Args:
         path: the folder of a [`FeatureNetwork`], torch-fidelity's file of Inception's weights, or `"pixels"`.
 
-    Returns:
-        The network, which says in `channels` how many an image may have.
-
     Raises:
         CheckpointError: if a file is missing, can't be read, holds anything but the network's weights, or doesn't fit
-            the others.
-        MissingExtraError: if Inception is asked for, and torch-fidelity is not installed.
+            the other files.
+        MissingExtraError: if the path is a file, but torch-fidelity is not installed.
     """
     if str(path) == PIXELS:
         return PixelFeatures()
@@ -139,12 +136,12 @@ def load_features(path: str | os.PathLike[str]) -> Features:
 
 def _load_inception(weights: str | os.PathLike[str]) -> Features:
     try:
-        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run a pickle's code
+        torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run code in a pickle
     except (pickle.UnpicklingError, EOFError):
         raise ValueError("it is no PyTorch file of tensors alone") from None
     with explain_missing_extra("Inception"):
         from .inception import InceptionNetwork
     try:
         return InceptionNetwork(weights)
-    except RuntimeError:  # whose message lists hundreds of names
+    except RuntimeError:  # its message lists hundreds of tensors
         raise ValueError("its tensors are not those of torch-fidelity's Inception") from None

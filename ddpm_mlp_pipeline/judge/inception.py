@@ -1,4 +1,4 @@
-"""`InceptionNetwork`, on whose features papers take Fréchet and kernel distances, from weights that the user has."""
+"""Inception v3 from the user's weights, for Fréchet and kernel distances as in papers (FID and KID)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 class InceptionNetwork(FeatureExtractorInceptionV3):
     r"""
-    torch-fidelity's Inception v3, called as [`FeatureNetwork`] is. Images of any size are brought to 299 × 299.
+    torch-fidelity's Inception v3, with the interface of [`FeatureNetwork`]. It resizes images to 299 × 299.
 
     Parameters:
         weights (`str` or `os.PathLike[str]`):
-            torch-fidelity's file of weights, of which [`load_features`] has seen that it is safe to load.
+            torch-fidelity's file of weights. Loading it can run code: [`load_features`] checks it first.
     """
 
-    channels = (1, 3)  # that it takes
+    channels = (1, 3)
     num_features = 2048
 
     def __init__(self, weights: str | os.PathLike[str]):
         super().__init__("inception-v3-compat", ["2048"], os.fspath(weights))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        r"""The features, `[batch, 2048]`, of images, uint8 `[batch, 1 or 3, height, width]`."""
+        r"""Compute the features, `[batch, 2048]`, of images, uint8 `[batch, 1 or 3, height, width]`."""
         return super().forward(images.expand(-1, 3, -1, -1))[0]

@@ -34,24 +34,23 @@ def variational_bound(
 ) -> BoundEstimate:
     """Estimate the variational bound of a pipeline on a data set.
 
-    Each term of each sample is estimated with one draw of x_t. With a `timestep_stride` of n, samples share the work
-    in groups of n, one after the other: the i-th of a group gets the timesteps i, i + n, i + 2n and so on, so that
-    the group has every timestep once, in T / n calls of the network for each sample instead of T.
+    Each term of each sample is estimated with one draw of x_t. A `timestep_stride` of n splits the timesteps among
+    groups of n consecutive samples: the i-th sample of a group gets the timesteps i, i + n, i + 2n and so on. A group
+    covers every timestep once, with T / n network evaluations for each sample instead of T.
 
     Args:
-        pipeline: with a stock `DDPMScheduler`.
-        dataset: as `train` takes it: the data as the network is to see them. Images must be of 8 bits, and are
-            measured as such (in bits for their levels); points have a density (in bits for the network's unit, the
-            data's standard deviation).
-        batch_size: how many go through the network at once.
+        pipeline: a pipeline with a stock `DDPMScheduler`.
+        dataset: the data as the network sees them, as in `train`. Images must have 8 bits, and the bound is that of
+            their levels. For points, it is that of a density in the network's unit, the data's standard deviation.
+        batch_size: number of samples that go through the network at once.
         timestep_stride: a divisor of T and of the number of samples.
-        seed: of the noise.
-        state_path: a file for what has been done so far, and what it was done with. If it holds that of an earlier
-            call with the same arguments, this one goes on from there.
+        seed: seed of the noise.
+        state_path: a file for the progress of the estimate. If it holds the progress of an earlier call with the same
+            arguments, the estimate continues from there.
 
     Raises:
-        ConfigurationError: if the scheduler has no variance, or a number doesn't fit.
-        DatasetError: if the data have another shape, aren't finite, or aren't levels of 8 bits.
+        ConfigurationError: if the scheduler has no variance, a number doesn't fit, or the state file is unusable.
+        DatasetError: if the data have the wrong shape, aren't finite, or aren't 8-bit levels.
         DivergenceError: if the network's output isn't finite.
     """
     bound = VariationalBound(pipeline.scheduler, discretized=not pipeline.is_points)
@@ -63,14 +62,16 @@ def variational_bound(
     if batch_size < timestep_stride:
         raise ConfigurationError(f"batch_size must be at least timestep_stride, {timestep_stride}; got {batch_size}")
     batch_size -= batch_size % timestep_stride
-    identity = _identity(pipeline, dataset, number, batch_size, timestep_stride, seed)
+    ends = dataset.__getitems__([0, number - 1]).x_0  # stand for all data: comparing all would take too long
+    options = (batch_size, timestep_stride, seed)
+    identity = json.dumps([*fingerprint(pipeline, data=ends), number, options], default=list)
     is_begun = state_path is not None and state_path.exists()
     state = _State.load(state_path, identity) if state_path is not None and is_begun else _State()
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
     with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
         for start in range(done, number, batch_size):
             x_0 = dataset.__getitems__(list(range(start, min(start + batch_size, number)))).x_0
-            _check_data(x_0, pipeline.sample_shape, start, discretized=not pipeline.is_points)
+            _check_data(pipeline, x_0, start)
             noise_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0]
             state.add(*_groups(bound, pipeline, x_0, timestep_stride, torch.Generator().manual_seed(int(noise_seed))))
             progress.update(len(x_0))
@@ -84,13 +85,13 @@ def variational_bound(
 
 
 class _State:
-    """What has been estimated so far, which another call can go on from."""
+    """The progress of an estimate, from which another call can continue."""
 
     def __init__(self, term_sums: np.ndarray | float = 0.0, totals: Iterable[float] = (), nulls: Iterable[float] = ()):
         self.term_sums, self.totals, self.nulls = np.asarray(term_sums), list(totals), list(nulls)
 
     def add(self, terms: np.ndarray, nulls: np.ndarray) -> None:
-        """Add groups: their terms, `[number, T + 1]`, and their −L_null, `[number]`."""
+        """Add groups, with their terms, `[number, T + 1]`, and −L_null, `[number]`."""
         self.term_sums = self.term_sums + terms.sum(axis=0)
         self.totals += terms.sum(axis=1).tolist()
         self.nulls += nulls.tolist()
@@ -108,7 +109,7 @@ class _State:
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ConfigurationError(f"{path} is not the state of an estimate: {error}") from None
         if found != identity:
-            raise ConfigurationError(f"{path} is of another estimate: remove it, or name another file")
+            raise ConfigurationError(f"{path} is the state of another estimate: remove it, or name another file")
         return state
 
 
@@ -116,7 +117,7 @@ class _State:
 def _groups(
     bound: VariationalBound, pipeline: DDPMMLPPipeline, x_0: torch.Tensor, stride: int, generator: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The terms L_0, …, L_T of each group of a batch, `[number of groups, T + 1]`, and its −L_null."""
+    """Return the terms L_0, …, L_T of each group of a batch, `[number of groups, T + 1]`, and its −L_null."""
     x_0 = x_0.to(pipeline.device)
     place = torch.arange(len(x_0), device=x_0.device) % stride
     terms = []
@@ -132,21 +133,14 @@ def _groups(
     return torch.cat([*terms, prior[:, None]], dim=1).cpu().numpy(), nulls.cpu().numpy()
 
 
-def _check_data(x_0: torch.Tensor, sample_shape: tuple[int, ...], start: int, discretized: bool) -> None:
-    if x_0.shape[1:] != sample_shape:
-        raise DatasetError(f"the data are of the shape {tuple(x_0.shape[1:])}, but the network takes {sample_shape}")
+def _check_data(pipeline: DDPMMLPPipeline, x_0: torch.Tensor, start: int) -> None:
+    shape, expected = tuple(x_0.shape[1:]), pipeline.sample_shape
+    if shape != expected:
+        raise DatasetError(f"the data have the shape {shape}, but the network takes {expected}")
     finite = x_0.flatten(1).isfinite().all(dim=1)
     if not finite.all():
         raise DatasetError(f"sample {start + int(finite.int().argmin())} of the data is not finite")
-    if discretized:
+    if not pipeline.is_points:
         levels = (x_0.double() + 1) * 127.5
         if levels.min() < -0.01 or levels.max() > 255.01 or (levels - levels.round()).abs().max() > 0.01:
-            raise DatasetError(
-                "images must be of 8 bits, scaled to [-1, 1]: the bound counts the bits of their levels"
-            )
-
-
-def _identity(pipeline: DDPMMLPPipeline, dataset: BatchDataset, number: int, *options: int) -> str:
-    """What makes two estimates the same. (Of the data, the first and the last sample stand for all.)"""
-    ends = dataset.__getitems__([0, number - 1]).x_0
-    return json.dumps([*fingerprint(pipeline, data=ends), number, options], default=list)
+            raise DatasetError("images must have 8 bits, scaled to [-1, 1]: the bound counts the bits of their levels")

@@ -1,4 +1,4 @@
-"""Samples to evaluate, from wherever they are: a checkpoint, a bundle, a file, or a folder of images."""
+"""Sources of samples to evaluate: a checkpoint, a bundle, a file, or a folder of images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..data.arrays import read_array
 from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..runtime.pictures import to_pixels
 
-IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512  # of samples that are drawn together
+IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where samples come from.
+    """A source of samples.
 
     Attributes:
-        shape: of one of them: `(dimension,)` of points, `(channels, height, width)` of images.
-        draw: `draw(number, seed)` draws so many, or chooses them from a file, `[number, *shape]`: points are floats in
-            the data's units, images uint8.
-        info: what else is to be known to draw them again.
+        shape: shape of a sample: `(dimension,)` for points, `(channels, height, width)` for images.
+        draw: `draw(number, seed)` returns samples `[number, *shape]`, drawn by a sampler or chosen from a file. Points
+            are floats in the data's units, images are uint8.
+        info: the sampler's settings, for the report.
         columns: names of the points' coordinates, if they are known.
-        number: how many there are; `None` if any number can be drawn.
+        number: number of samples in a file or folder; `None` if any number can be drawn.
     """
 
     shape: tuple[int, ...]
@@ -41,37 +41,42 @@ class Source:
 
 
 def open_source(path: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> Source:
-    """What there is at a path: a checkpoint, a bundle, a file of points or images, or a folder of images.
+    """Open a checkpoint, a bundle, a file of points or images, or a folder of images.
 
     Args:
         path: the folder or the file.
-        scheduler, num_inference_steps: of a checkpoint, in place of its own.
+        scheduler, num_inference_steps: replace a checkpoint's own.
 
     Raises:
-        ConfigurationError: if it is something else, or a scheduler is asked of what has none.
-        DatasetError: if a file holds something else than points or images.
-        DDPMPipelineError: what the loaders of each kind raise.
+        ConfigurationError: if the path is none of these, or a scheduler is given and it is not a checkpoint.
+        DatasetError: if a file does not hold points or images.
+        DDPMPipelineError: if a loader fails.
     """
     if (path / "model_index.json").is_file() or (path / "bundle.json").is_file():
         return _open_sampler(path, scheduler, num_inference_steps)
     if scheduler is not None or num_inference_steps is not None:
-        raise ConfigurationError(f"a scheduler and its steps are for a checkpoint, but {path} is none")
+        raise ConfigurationError(f"a scheduler and its steps are for a checkpoint, but {path} is not a checkpoint")
     if path.is_dir():
         with explain_missing_extra("reading images", "train"):
             from ..data.images import load_images
         return _choose_from(load_images(path).numpy(), path)
     if not path.is_file():
-        raise ConfigurationError(f"there is no {path}")
+        raise ConfigurationError(f"there is no {path}: give a checkpoint, a bundle, a file or a folder of images")
     if path.suffix == ".npy":
-        array = _open_npy(path)
+        array = read_array(path)
         if array.ndim == 4:
             return _images_of(array, path)
+        if array.ndim != 2:
+            raise DatasetError(
+                f"{path} holds an array of the shape {array.shape}: samples are of the shape [points, dimension] or "
+                "[images, height, width, channels]"
+            )
     elif path.suffix not in (".csv", ".parquet"):
         raise ConfigurationError(f"{path} is no file of samples: give a .npy, .csv or .parquet")
     with explain_missing_extra("reading points", "evaluate"):
         from ..data.points import load_points, to_array
     points = load_points(path)
-    return dataclasses.replace(_choose_from(to_array(points), path), columns=points.column_names)
+    return _choose_from(to_array(points), path, points.column_names)
 
 
 def _open_sampler(path: Path, scheduler: str | None, num_inference_steps: int | None) -> Source:
@@ -89,18 +94,8 @@ def _open_sampler(path: Path, scheduler: str | None, num_inference_steps: int | 
     return Source(sampler.sample_shape, draw, info, sampler.data_columns if sampler.is_points else None)
 
 
-def _open_npy(path: Path) -> np.ndarray:
-    array = read_array(path)
-    if array.ndim not in (2, 4):
-        raise DatasetError(
-            f"{path} holds an array of the shape {array.shape}: samples are of the shape [points, dimension] or "
-            "[images, height, width, channels]"
-        )
-    return array
-
-
 def _images_of(array: np.ndarray, path: Path) -> Source:
-    """Of `[number, height, width, channels]`, uint8 or in [0, 1]; what isn't drawn isn't read."""
+    """Choose from `[number, height, width, channels]`, uint8 or in [0, 1]. Read and check only the chosen images."""
 
     def draw(number: int, seed: int) -> np.ndarray:
         rows = _choose(len(array), number, seed, path)
@@ -121,11 +116,11 @@ def _images_of(array: np.ndarray, path: Path) -> Source:
     return Source((channels, height, width), draw, number=len(array))
 
 
-def _choose_from(samples: np.ndarray, path: Path) -> Source:
+def _choose_from(samples: np.ndarray, path: Path, columns: list[str] | None = None) -> Source:
     def draw(number: int, seed: int) -> np.ndarray:
         return samples[_choose(len(samples), number, seed, path)]
 
-    return Source(samples.shape[1:], draw, number=len(samples))
+    return Source(samples.shape[1:], draw, columns=columns, number=len(samples))
 
 
 def _choose(total: int, number: int, seed: int, path: Path) -> np.ndarray:

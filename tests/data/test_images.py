@@ -1,4 +1,4 @@
-"""Images of every kind are brought to one form, or refused by row."""
+"""Images of every kind are converted to one form, or refused with their row."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def picture(mode, width, height, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of images, all grey and 12 × 10."""
+    """A folder of grey 12 × 10 images."""
     for i in range(4):
         picture("L", 12, 10, seed=i).save(tmp_path / f"{i}.png")
     return tmp_path
@@ -145,7 +145,7 @@ def test_height_and_width_may_differ(folder):
 
 
 def test_several_processes_of_a_machine_share_its_memory(monkeypatch):
-    shape = (psutil.virtual_memory().available // 3,)  # below a half, above a quarter; none of it is touched
+    shape = (psutil.virtual_memory().available // 3,)  # between a quarter and a half; no page is touched
     assert not isinstance(_allocate(shape, None), np.memmap)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert isinstance(_allocate(shape, None), np.memmap)
@@ -198,7 +198,7 @@ def test_resizing_keeps_a_constant_image_constant(tmp_path):
     assert (load_images(tmp_path, resolution=8) == 77).all()
 
 
-def test_batches_are_as_the_network_sees_them():
+def test_batches_are_floats_in_the_networks_range():
     images = torch.tensor([[[[0, 255]]], [[[255, 0]]]], dtype=torch.uint8)
     batches = ImageBatches(images)
     torch.testing.assert_close(batches.__getitems__([1, 0]).x_0.flatten(), torch.tensor([1.0, -1, -1, 1]))
@@ -225,7 +225,7 @@ def test_a_corrupt_image_is_refused_by_row(folder):
     (folder / "3.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(DatasetError, match=r"row 3 .*/3\.png\) can't be decoded.*--skip_corrupt"):
         load_images(folder)
-    with pytest.raises(DatasetError, match=r"row 3 .*/3\.png"):  # its row in the set, in whatever order
+    with pytest.raises(DatasetError, match=r"row 3 .*/3\.png"):  # the row in the data set, not in the sample
         load_images(folder, number=4, seed=1)
 
 
@@ -269,7 +269,7 @@ def test_the_real_mnist():
     assert pixels.std().item() == pytest.approx(0.3105, abs=1e-3)
 
 
-def test_the_split_that_there_is(folder):
+def test_the_default_split_is_one_that_exists(folder):
     assert choose_split(folder, HELD_OUT_SPLITS) == "train"
     (folder / "test").mkdir()
     for i in (2, 3):
@@ -281,6 +281,6 @@ def test_the_split_that_there_is(folder):
     assert choose_split(folder, ["validation"]) == "train"
 
 
-def test_data_take_the_form_of_a_network_that_is_not_square(folder):
+def test_data_are_resized_for_a_network_that_is_not_square(folder):
     pipeline = DDPMMLPPipeline(SmallUNet2DModel(sample_size=(8, 16), in_channels=3, out_channels=3), DDPMScheduler())
     assert load_normalized(pipeline, folder).__getitems__([0, 1]).x_0.shape == (2, 3, 8, 16)

@@ -1,4 +1,4 @@
-"""The point sets lie where their formulas say; files are read, or refused with row and column."""
+"""The point sets satisfy their formulas. Files are read, or refused with row and column."""
 
 import tempfile
 from pathlib import Path
@@ -207,7 +207,7 @@ def test_the_names_in_a_csv_come_back(names):
 
 
 @pytest.mark.parametrize("number", [100, 5000, 50_000])
-def test_tails_are_heavy_beyond_those_of_an_exponential(tmp_path, number):
+def test_tails_heavier_than_an_exponentials_are_reported(tmp_path, number):
     rng = np.random.default_rng(0)
     fine = [rng.normal(size=number), rng.uniform(size=number), rng.exponential(size=number)]
     heavy = [rng.lognormal(0, 3, number), rng.standard_cauchy(number)] if number > 100 else []

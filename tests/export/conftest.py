@@ -1,6 +1,7 @@
-"""What the tests of page and ports share: golden vectors as bundles, Node, and ONNX Runtime's npm packages.
+"""Fixtures for the tests of the page and the ports: golden vectors as bundles, Node, and ONNX Runtime's npm packages.
 
-What a machine lacks is a reason to skip, with a line that says how to get it. Packages are kept in pytest's cache.
+A test is skipped if the machine lacks a program, and the reason says how to install it. Packages are kept in pytest's
+cache.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ GOLDEN = dict(golden.read())
 
 @pytest.fixture(params=GOLDEN)
 def golden_run(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Each of the golden runs, as `export.golden.record` made it."""
+    """Each golden run, as recorded by `export.golden.record`."""
     return GOLDEN[request.param]
 
 
@@ -57,7 +58,7 @@ def node_folder(node: str, pytestconfig: pytest.Config) -> Path:
             result = subprocess.run(argv, capture_output=True, text=True, timeout=300)
             if result.returncode != 0:
                 pytest.skip(f"npm can't install {package}: {' '.join(result.stderr.split())[-300:]}")
-            with contextlib.suppress(OSError):  # another process of the tests was faster
+            with contextlib.suppress(OSError):  # another test process has moved it there first
                 prefix.rename(folder)
     return folder
 

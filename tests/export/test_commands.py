@@ -1,4 +1,4 @@
-"""The commands of export and runtime, as a user runs them."""
+"""The commands for export and sampling, as a user runs them."""
 
 import configparser
 import json
@@ -50,7 +50,7 @@ def test_sampling_needs_only_the_base_install(run, ddim_bundle, tmp_path, suffix
         picture = np.asarray(Image.open(output)).astype(int)
         ink = (picture != 255).any(axis=2)
         assert 0.02 < ink.mean() < 0.3
-        assert not ink[330:470, 330:470].any()  # the heart is a curve, empty inside
+        assert not ink[330:470, 330:470].any()  # the heart is a curve: its inside is empty
 
 
 def test_names_of_missing_extras_say_what_to_install(run):
@@ -117,7 +117,7 @@ def test_modules_import_or_raise_an_import_error(run, module):
     result = run(sys.executable, "-c", BASE_INSTALL + code)
     assert (result.returncode, result.stderr) == (0, "")
     assert "pip install 'ddpm-mlp-pipeline[train]'" in result.stdout
-    # As a program, it ends with one line.
+    # Run as a program, it ends with one line.
     code = BASE_INSTALL + f"import runpy; runpy.run_module('ddpm_mlp_pipeline.commands.{module}', run_name='__main__')"
     assert_one_line_error(run(sys.executable, "-c", code), "pip install 'ddpm-mlp-pipeline[train]'")
 
@@ -163,8 +163,8 @@ def test_the_benchmark_prints_a_table(run, ddim_bundle):
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_a_network_that_predicts_a_variance_beside(run, tmp_path):
-    """It was trained with 40 timesteps, which are fewer than the benchmark's defaults."""
+def test_the_benchmark_of_a_network_with_a_learned_variance(run, tmp_path):
+    """The network was trained with 40 timesteps, fewer than the benchmark's default steps."""
     checkpoint = pretrained("swiss_roll_2015")
     export_bundle(checkpoint, tmp_path / "bundle")
     result = run("ddpm-benchmark", checkpoint, tmp_path / "bundle", "--repeats", 1, "--batch_sizes", 2)
@@ -222,7 +222,7 @@ def test_a_checkpoint_is_sampled_with_torch(run, tmp_path):
 
 
 def limit_file_size(size):
-    """As on a full disk, a write fails halfway (and for this, nobody has to be root)."""
+    """Make a write fail halfway, as on a full disk. (This does not need root.)"""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_no_half_written_bundle(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
 
 
-# Some of whose steps round to the same timestep, with a cosine schedule
+# With a cosine schedule, some steps round to the same timestep.
 KARRAS = ("--scheduler", "unipc", "--num_inference_steps", 20, "--scheduler_options", "use_karras_sigmas=true")
 
 
@@ -266,7 +266,7 @@ def test_wrong_exports_end_in_one_line(run, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    """10,000 images of 12 KiB stream to the disk: they would take 117 MiB."""
+    """10,000 images of 12 KiB are streamed to the disk. In memory, they would take 117 MiB."""
     DDPMMLPPipeline(MLPModel(3, 32, hidden_dim=8), DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 1)
     peaks = []

@@ -1,4 +1,4 @@
-"""`ddpm-compare` on a network that has learned nothing: its cache, and its end where nothing can be compared."""
+"""`ddpm-compare` on an untrained network: its cache, and its error if no sampler can be compared."""
 
 import json
 
@@ -15,7 +15,7 @@ from ddpm_mlp_pipeline.commands.compare import main
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    """Save a network of a seed into the same folder, compare it, and return the exit status and both outputs."""
+    """Save a network with a seed into the same folder, compare it, and return the exit status and both outputs."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(256, size=(12, 4, 8, 3), dtype=np.uint8)):
@@ -44,8 +44,8 @@ def compare(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_network_that_takes_anothers_place_is_measured_anew(compare):
-    """On few colour pictures, which are not square and have no test split."""
+def test_a_replaced_network_is_measured_again(compare):
+    """Few colour pictures, not square, without a test split."""
     status, output, _, rows = compare(0, "--schedulers", "ddpm")
     assert status == 0
     assert "squared energy distance to 12 images" in output
@@ -59,7 +59,7 @@ def test_a_network_that_takes_anothers_place_is_measured_anew(compare):
 
 
 def test_where_every_sampler_diverges_it_ends_in_a_line(compare):
-    status, output, errors, rows = compare(0, "--schedulers", "euler", eps=3e38)  # which only a clipped x_0 survives
+    status, output, errors, rows = compare(0, "--schedulers", "euler", eps=3e38)  # finite only with a clipped x_0
     assert status == 1
     assert "euler, 2 steps: the samples are not finite after step" in output
     assert errors.splitlines()[-1].startswith("error: no scheduler gives finite samples of")

@@ -96,11 +96,11 @@ def test_dpm_solver_pp_2m_is_algorithm_2_of_lu_et_al():
     h, h_before = lam[k + 1] - lam[k], lam[k] - lam[k - 1]
     of_d = -alpha[k + 1] * np.expm1(-h)
     of_x_0, of_x_0_before = of_d * (1 + h / h_before / 2), -of_d * h / h_before / 2
-    x_0 = np.array([1 / alpha, -sigma / alpha])  # of x and ε
+    x_0 = np.array([1 / alpha, -sigma / alpha])  # coefficients of x and ε
     expected = np.zeros((2, 4))
     expected[0, :2] = of_x_0 * x_0[:, k] + [sigma[k + 1] / sigma[k], 0]
     expected[1, :2] = of_x_0_before * x_0[:, k - 1]
-    # That x_k came of x_k−1 and ε_k−1 (and, from the call before, of more) leaves one representation of the two.
+    # x_k is a sum of x_k−1, ε_k−1 and earlier values, so that only one representation is left.
     np.testing.assert_allclose(table.to_next[k], expected, rtol=1e-3, atol=1e-5)
     assert table.history == 2
 
@@ -154,7 +154,7 @@ NO_X_0_PREDICTION = {"pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral"}
 
 
 class KnownNetwork(ModelMixin, ConfigMixin):
-    """What the best network predicts for normal data, so that all samplers work. (The bend makes it nonlinear.)"""
+    """The best prediction for normal data, so that all samplers stay finite, with a bend that makes it nonlinear."""
 
     @register_to_config
     def __init__(self, prediction_type: str, in_channels: int = 2, sample_size: int | None = None, std: float = 0.5):
@@ -163,7 +163,7 @@ class KnownNetwork(ModelMixin, ConfigMixin):
 
     def forward(self, sample, timestep, return_dict=True):
         t = torch.as_tensor(timestep, dtype=torch.float32)
-        alpha_cumprod = torch.exp(-(1e-4 * t + 1e-5 * t**2))  # near that of the linear schedule
+        alpha_cumprod = torch.exp(-(1e-4 * t + 1e-5 * t**2))  # close to the linear schedule's
         alpha, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod + 1e-4).sqrt()
         variance = alpha**2 * self.config.std**2 + sigma**2
         bend = self.bend * torch.tanh(2 * sample)
@@ -177,7 +177,7 @@ class KnownNetwork(ModelMixin, ConfigMixin):
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    """For each prediction type, a pipeline and its bundle, to which the tests give their schedulers."""
+    """A pipeline and its bundle for each prediction type. The tests set the schedulers."""
     networks = {}
     for kind in ("epsilon", "v_prediction", "sample"):
         bundle = tmp_path_factory.mktemp(kind) / "bundle"
@@ -191,7 +191,7 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report():
-    """What became of each case: `SCHEDULERS_TABLE=docs/schedulers.txt pytest tests/export/test_compile.py`"""
+    """The outcome of each case: `SCHEDULERS_TABLE=docs/schedulers.txt pytest tests/export/test_compile.py`"""
     rows = []
     yield rows
     if path := os.environ.get("SCHEDULERS_TABLE"):
@@ -210,7 +210,7 @@ def report():
     ],
 )
 def test_a_table_gives_the_samples_of_the_stock_pipeline(name, options, prediction_type, report, networks):
-    """The whole way: a float32 network through the stock scheduler, and through ONNX Runtime with the table."""
+    """Compare whole runs in float32: torch with the stock scheduler, and ONNX Runtime with the table."""
     if name != "ipndm":
         options = {"prediction_type": prediction_type} | options
     pipeline, bundle = networks[options.get("prediction_type", "epsilon")]
@@ -264,7 +264,7 @@ def test_a_long_table_looks_back_as_little_as_a_short_one():
             10,
             "FlowMatchEulerDiscreteScheduler can't be compiled: it is for",
         ),
-        # two of so many evenly spaced steps are rounded to the same timestep
+        # with this many evenly spaced steps, two are rounded to the same timestep
         (DPMSolverMultistepScheduler(), 1000, "its step at t = 500 divides by zero"),
     ],
 )
@@ -276,7 +276,7 @@ def test_what_can_not_be_compiled_is_refused_by_name(scheduler, steps, reason):
 @pytest.mark.parametrize(
     ("name", "steps", "options"),
     [
-        ("lcm", 100, {}),  # which has 50 at most
+        ("lcm", 100, {}),  # it has at most 50
         ("ddim", 10, {"timestep_spacing": "magic"}),
         ("ddim", 10, {"prediction_type": "magic"}),
         ("ddim", 10, {"clip_sample_range": "wide"}),
@@ -297,8 +297,8 @@ def test_compiling_leaves_torchs_random_numbers_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_scheduler_that_forgets_everything():
-    """IPNDM's only step of one ends at 0."""
+def test_a_scheduler_that_ignores_the_sample():
+    """With a single step, IPNDM ends at 0."""
     assert not compile_scheduler(make_scheduler("ipndm", DDPMScheduler()), 1).to_next.any()
 
 

@@ -1,4 +1,4 @@
-"""Exported networks agree with torch; what would not is not exported."""
+"""Exported networks agree with torch. A network that does not agree is not exported."""
 
 import dataclasses
 import json
@@ -80,8 +80,8 @@ def test_a_bundle_that_differs_is_not_left_behind(tmp_path):
 
 @pytest.mark.slow
 def test_a_sample_between_two_outcomes_is_no_reason_to_refuse_a_bundle(tmp_path):
-    """One of MNIST's makes a hundred times as much of rounding as its neighbours, in torch as well; another network
-    is told apart all the same."""
+    """One MNIST sample magnifies rounding a hundred times as much as its neighbours, also in torch. A different
+    network is still detected."""
     assert export_bundle(pretrained("mnist"), tmp_path / "bundle", "ddim", 50).parity.ok
     pipeline = DDPMMLPPipeline.from_pretrained(pretrained("mnist"))
     pipeline.set_progress_bar_config(disable=True)
@@ -98,7 +98,7 @@ def test_points_are_clipped_by_default(tmp_path):
 
 
 def test_options_of_the_steps(tmp_path):
-    """DDIM with η = 1 draws noise, as torch's does in the comparison."""
+    """DDIM with η = 1 draws noise, in torch and in the runtime."""
     report = export_bundle(pretrained("heart"), tmp_path / "bundle", "ddim", 10, scheduler_options={"eta": 1.0})
     assert report.parity.ok
     assert OnnxSampler(tmp_path / "bundle").table.is_stochastic.sum() == 9
@@ -122,7 +122,7 @@ def test_nan_is_no_parity(tmp_path, heart):
     ],
 )
 def test_a_sampler_that_blows_up_is_refused(tmp_path, scheduler, options):
-    """With a cosine schedule, x_T has next to nothing of x_0 in it; to begin there, a solver divides by that."""
+    """With a cosine schedule, ᾱ_T is nearly 0, and a solver that starts there divides by it."""
     with pytest.raises(DivergenceError, match="blows up"):
         export_bundle(pretrained("heart"), tmp_path / "bundle", scheduler, 20, scheduler_options=options)
     assert not list(tmp_path.iterdir())
@@ -139,7 +139,7 @@ def test_nan_is_a_blow_up(tmp_path, heart):
 
 @pytest.fixture
 def hardly_trained(tmp_path):
-    """Images from a network that has learned nothing."""
+    """A checkpoint of an untrained network for images."""
     torch.manual_seed(0)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     DDPMMLPPipeline(MLPModel(1, 8, hidden_dim=32), scheduler).save_pretrained(tmp_path / "checkpoint")
@@ -161,7 +161,7 @@ def test_where_the_default_blows_up_ddpm_takes_its_place(run, hardly_trained, tm
     assert len(OnnxSampler(tmp_path / "bundle")) == 7
 
 
-def test_what_was_asked_for_is_not_replaced(hardly_trained, tmp_path):
+def test_a_requested_scheduler_is_not_replaced(hardly_trained, tmp_path):
     for arguments in (
         {"scheduler": "dpmsolver_multistep"},
         {"scheduler_options": {"solver_order": 3}},
@@ -179,7 +179,7 @@ def test_where_ddpm_blows_up_as_well_there_is_no_bundle(hardly_trained, tmp_path
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_variance_that_points_networks_predict_beside_is_no_obstacle(tmp_path):
+def test_a_points_network_with_a_learned_variance_exports(tmp_path):
     torch.manual_seed(0)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=False)
     DDPMMLPPipeline(MLPModel(2, hidden_dim=8, out_channels=4), scheduler).save_pretrained(tmp_path / "checkpoint")
@@ -276,7 +276,7 @@ def stock_unet(channels, size):
     ids=["SmallUNet2DModel", "MLPModel", "UNet2DModel"],
 )
 def test_image_networks_agree_with_torch(tmp_path, make, channels, size):
-    """Stock DDPMPipeline folders, too."""
+    """Stock DDPMPipeline folders are included."""
     torch.manual_seed(0)
     network = make(channels, size).eval()
     pipeline = DDPMPipeline if isinstance(network, UNet2DModel) else DDPMMLPPipeline
@@ -322,7 +322,7 @@ def test_damaged_checkpoints_are_refused(heart, tmp_path, name, keep):
 
 
 def test_float32_is_enough_for_the_first_steps():
-    """√ᾱ_t is 5e-5 at the cosine schedule's end: the clip range, not luck, keeps the prediction of x_0 in bounds."""
+    """√ᾱ_t is 5e-5 at the cosine schedule's end: only the clip range keeps the prediction of x_0 in bounds."""
     pipeline = DDPMMLPPipeline.from_pretrained(pretrained("heart"))
     pipeline.set_progress_bar_config(disable=True)
     limit = pipeline.scheduler.config.clip_sample_range * np.array(pipeline.config.data_std)

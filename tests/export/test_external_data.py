@@ -1,4 +1,4 @@
-"""The walk through a network's bytes that finds weights in other files, against onnx's own reading of them."""
+"""The search of a network's bytes for weights in other files, against onnx's own parser."""
 
 import shutil
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def tensor(location: str | None = None, name: str = "location") -> TensorProto:
 
 
 def model_with(tensor: TensorProto, place: str) -> onnx.ModelProto:
-    """A model that has the tensor in one of the places that ONNX has for tensors."""
+    """Return a model with the tensor in one of the places where ONNX allows tensors."""
     node = helper.make_node("Constant", [], ["y"], name="location")
     graph = helper.make_graph([node], "location", [], [])
     model = helper.make_model(graph)
@@ -94,7 +94,7 @@ def test_weights_elsewhere_are_found_wherever_a_tensor_may_be(place):
 
 
 def test_damaged_bytes_hide_nothing():
-    """Whatever is changed: where onnx reads a tensor elsewhere, it is found, or the bytes are refused."""
+    """After any change, a tensor that onnx reads from another file is found, or the bytes are refused."""
     rng = np.random.default_rng(0)
     originals = [model_with(tensor("weights.bin"), place).SerializeToString() for place in PLACES]
     found = 0
@@ -113,13 +113,13 @@ def test_damaged_bytes_hide_nothing():
             result = True
         assert result or not expected, bytes(content)
         found += expected
-    assert found > 500  # many are still models with weights elsewhere
+    assert found > 500  # many of them are still models with weights in other files
 
 
 def test_a_tag_that_overflows_hides_nothing():
-    """Parsers in C++ read a tag's lower 32 bits."""
+    """C++ parsers read only the lower 32 bits of a tag."""
     inner = tensor("weights.bin").SerializeToString()
-    graph = b"\x2a" + bytes([len(inner)]) + inner  # field 5
+    graph = b"\x2a" + bytes([len(inner)]) + inner  # field 5: initializer
     tag = 7 << 3 | 2 | 1 << 32
     overflowing = bytes([*(tag >> shift & 127 | 128 for shift in range(0, 28, 7)), tag >> 28])
     assert has_external_data(overflowing + bytes([len(graph)]) + graph)
@@ -146,7 +146,7 @@ def test_a_parameter_named_location_is_no_reason_to_refuse_a_network(ddim_bundle
 
 
 def test_a_model_of_onnx_runtimes_own_format_is_refused(ddim_bundle, tmp_path):
-    """In which weights elsewhere would not be found."""
+    """In that format, weights in other files would not be found."""
     import onnxruntime
 
     folder = shutil.copytree(ddim_bundle, tmp_path / "bundle")
@@ -161,7 +161,7 @@ def test_a_model_of_onnx_runtimes_own_format_is_refused(ddim_bundle, tmp_path):
 
 
 def test_each_file_is_read_once(ddpm_bundle, monkeypatch):
-    """So that what is used is what was checked."""
+    """Otherwise the bytes that are used could differ from those that were checked."""
     names = []
 
     def read_file(folder, name, info):

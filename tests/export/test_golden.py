@@ -1,4 +1,4 @@
-"""The golden vectors, and FORMAT.md: what others write samplers from agrees with the runtime and with diffusers."""
+"""The golden vectors and FORMAT.md agree with the runtime and with diffusers."""
 
 import json
 import re
@@ -19,7 +19,7 @@ SCHEDULERS = {f"{scheduler}_{steps}": (scheduler, steps) for scheduler, steps, _
 
 
 def assert_agree(found, expected, tolerance=1e-4, place="the run"):
-    """The same names, strings and lengths, and numbers that differ by no more than the tolerance."""
+    """Assert equal names, strings and lengths, and numbers that differ by at most the tolerance."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), place
         for name, value in expected.items():
@@ -48,7 +48,7 @@ def test_the_golden_tables_are_of_every_kind():
     assert max(int(run["seed"]) for run in runs.values()) == 2**63 - 1
     heun = runs["heun_6"]
     largest = max(np.abs(call["x_0"]).max() for call in heun["calls"])
-    assert largest == pytest.approx(heun["step_table"]["clip_range"])  # or a port that never clips would pass
+    assert largest == pytest.approx(heun["step_table"]["clip_range"])  # otherwise a port that never clips would pass
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -60,7 +60,7 @@ def test_the_golden_tables_are_what_schedulers_compile_to(name, heart, tmp_path)
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_stock_scheduler_takes_the_same_steps(name, heart, monkeypatch):
-    """On the file's network outputs and noise, diffusers' own scheduler comes to the file's x, call by call."""
+    """With the file's network outputs and noise, diffusers' scheduler gives the file's x at each call."""
     run = dict(read())[name]
     scheduler = make_scheduler(SCHEDULERS[name][0], heart.scheduler)
     scheduler.set_timesteps(SCHEDULERS[name][1])

@@ -18,7 +18,7 @@ def test_philox_gives_the_published_answers(counter, key, expected):
 
 
 def scalar_normal(seed: int, sample: int, element: int) -> float:
-    """The number at one place of a sample's stream, as the module's docstring describes it, in float64."""
+    """Return one number of a sample's stream in float64, computed as in the module's docstring."""
     counter = tuple(np.array([word], dtype=np.uint64) for word in (element // 4, sample, 0, 0))
     words = [int(word[0]) for word in philox(counter, (seed % 2**32, seed // 2**32))]
     a, b = words[:2] if element % 4 < 2 else words[2:]

@@ -1,6 +1,6 @@
-"""The page, in a headless Chromium, against the Python runtime; and what `write_page` writes and refuses.
+"""The page in a headless Chromium, against the Python runtime; the files and errors of `write_page`.
 
-`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k picture` makes the picture of the README.
+`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k picture` makes the README's picture.
 """
 
 import base64
@@ -43,7 +43,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Serve a folder, as `python -m http.server` does; gives its address."""
+    """Serve a folder, like `python -m http.server`, and return its address."""
     servers = []
 
     def serve(folder):
@@ -73,11 +73,11 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, serve):
-    """Open a page's folder in the browser, and wait until it is ready or says why not."""
+    """Open a page's folder in the browser, and wait until it is ready or shows an error."""
     contexts = []
 
     def visit(folder, viewport=WIDE, as_file=False, **options):
-        options = {"viewport": viewport, "reduced_motion": "reduce", **options}  # no step is slowed down to be seen
+        options = {"viewport": viewport, "reduced_motion": "reduce", **options}  # no delay between steps
         contexts.append(context := chromium.new_context(**options))
         tab = context.new_page()
         tab.set_default_timeout(120_000)
@@ -94,7 +94,7 @@ def visit(chromium, serve):
 
 
 def draw(tab, seed, count):
-    """Fill in the form, click, and wait for the end. Gives what the page says has gone wrong."""
+    """Fill in the form, click, and wait for the end. Return the error that the page shows."""
     tab.fill("#seed", str(seed))
     tab.fill("#count", str(count))
     tab.click("#draw")
@@ -103,14 +103,14 @@ def draw(tab, seed, count):
 
 
 def pixels_of(tab):
-    """The canvas, `[height, width, 4]`."""
+    """Return the canvas, `[height, width, 4]`."""
     address = tab.eval_on_selector("#canvas", "(canvas) => canvas.toDataURL('image/png')")
     png = base64.b64decode(address.partition(",")[2])
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
 def saved(tab):
-    """What the button that saves gives, as bytes, and its name."""
+    """Click the save button, and return the file's bytes and name."""
     with tab.expect_download() as download:
         tab.click("#save")
     with open(download.value.path(), "rb") as file:
@@ -119,7 +119,7 @@ def saved(tab):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, onnxruntime_web):
-    """Make a bundle's page, once for each bundle."""
+    """Make a bundle's page, once per bundle."""
     made = {}
 
     def pages(bundle):
@@ -133,7 +133,7 @@ def pages(tmp_path_factory, onnxruntime_web):
 
 @pytest.fixture(scope="module", params=[1, 3])
 def image_bundle(request, tmp_path_factory):
-    """A bundle of images, grey or in colour, neither square nor trained."""
+    """A bundle of an untrained network for images that are not square, grey or in colour."""
     folder = tmp_path_factory.mktemp("images")
     scheduler = DDPMMLPPipeline.from_pretrained(pretrained("heart")).scheduler
     pipeline = DDPMMLPPipeline(MLPModel(request.param, (6, 9), hidden_dim=32), scheduler)
@@ -156,7 +156,7 @@ def test_the_points_are_pythons(visit, pages, request, bundle, seed):
 
 
 def test_the_whole_sampler_runs_in_a_browser(visit, pages, ddpm_bundle, tmp_path):
-    """sampler.onnx by itself, with onnxruntime-web and nothing of ours."""
+    """sampler.onnx with onnxruntime-web alone, without the page's code."""
     folder = tmp_path / "page"
     shutil.copytree(pages(ddpm_bundle), folder)
     onnx.save(build_sampler(ddpm_bundle), folder / "sampler.onnx")
@@ -175,7 +175,7 @@ def test_the_whole_sampler_runs_in_a_browser(visit, pages, ddpm_bundle, tmp_path
 
 
 def ink_of(tab):
-    """bool `[height, width]`: where the canvas has the colour of points; and what gives a point's place on it."""
+    """Return where the canvas has the points' colour, bool `[height, width]`, and a function from point to pixel."""
     pixels = pixels_of(tab).astype(int)
     canvas = tab.locator("#canvas")
     axes, (left, top, size) = (json.loads(canvas.get_attribute(f"data-{name}")) for name in ("axes", "plot"))
@@ -197,7 +197,7 @@ def test_the_canvas_shows_each_point_at_its_place(visit, pages, ddim_bundle, vie
     assert all(ink[round(y), round(x)] for x, y in expected)
     rows, columns = np.nonzero(ink)
     distances = np.linalg.norm(np.stack([columns, rows], axis=1)[:, None] + 0.5 - expected, axis=2)
-    assert distances.min(axis=1).max() < 5  # no ink but theirs
+    assert distances.min(axis=1).max() < 5  # no pixel elsewhere has their colour
     assert "40 points" in tab.locator("#canvas").get_attribute("aria-label")
 
 
@@ -217,7 +217,7 @@ def test_the_denoising_is_shown_step_by_step(visit, pages, ddpm_bundle):
     sampler = OnnxSampler(ddpm_bundle)
     steps = list(sampler.steps(40, seed=3))
     tab = visit(pages(ddpm_bundle), reduced_motion="no-preference")
-    # While it is drawn: each label that the page shows, and how many pictures the canvas has had.
+    # While sampling: record each label of the page, and count the pictures on the canvas.
     tab.evaluate("""
         window.labels = new Set(); window.pictures = new Set();
         new MutationObserver(() => {
@@ -233,7 +233,7 @@ def test_the_denoising_is_shown_step_by_step(visit, pages, ddpm_bundle):
     assert tab.evaluate("document.getElementById('progress').value / document.getElementById('progress').max") == 1
     assert tab.inner_text("#status").startswith("40 points in ")
 
-    # Afterwards: any of them, the initial noise among them.
+    # Afterwards: any step can be shown, including the initial noise.
     slider = tab.locator("#step")
     assert (slider.get_attribute("max"), slider.input_value()) == ("100", "100")
     for k in (50, 99):
@@ -241,7 +241,7 @@ def test_the_denoising_is_shown_step_by_step(visit, pages, ddpm_bundle):
         assert tab.inner_text("#status") == f"step {k + 1} of 100, t = {steps[k].timestep:g}"
         ink, place = ink_of(tab)
         points = sampler.to_data_units(steps[k].sample)
-        shown = place(points[np.abs(points).max(axis=1) < 1.4])  # what is noise still may lie outside the axes
+        shown = place(points[np.abs(points).max(axis=1) < 1.4])  # noise can lie outside the axes
         assert len(shown) > 25
         assert all(ink[round(y), round(x)] for x, y in shown)
     slider.fill("0")
@@ -270,7 +270,7 @@ def test_the_page_says_what_the_model_is(visit, pages, ddim_bundle):
     assert "Exported on 20" in tab.inner_text("footer")
 
 
-def test_the_page_asks_nobody_else(visit, pages, ddim_bundle):
+def test_the_page_makes_no_request_to_other_servers(visit, pages, ddim_bundle):
     tab = visit(pages(ddim_bundle))
     assert draw(tab, 0, 10) == ""
     assert len(tab.requests) > 8
@@ -286,7 +286,7 @@ def test_the_page_fits_a_phone(visit, pages, ddim_bundle, image_bundle):
             box = tab.locator(f"#{name}").bounding_box()
             assert box["x"] >= 0, name
             assert box["x"] + box["width"] <= PHONE["width"], name
-            assert box["height"] >= (28 if name == "step" else 44), name  # for a finger
+            assert box["height"] >= (28 if name == "step" else 44), name  # large enough for a finger
 
 
 def test_every_control_has_a_name(visit, pages, ddim_bundle):
@@ -318,7 +318,7 @@ def test_wrong_numbers_are_refused_in_one_line(visit, pages, ddim_bundle):
         assert_one_line(draw(tab, 0, count), "The number of samples must be a whole number from 1 to 10000")
         assert tab.locator("#count").get_attribute("aria-invalid") == "true"
     assert not ink_of(tab)[0].any()
-    assert draw(tab, 0, 10) == ""  # and once they are right, all is well
+    assert draw(tab, 0, 10) == ""  # the error goes once the values are valid
     assert tab.locator("[aria-invalid]").count() == 0
 
 
@@ -330,7 +330,7 @@ def cut(name, sealed=False):
     def damage(folder):
         (folder / name).write_bytes((folder / name).read_bytes()[:300])
         if sealed:
-            seal(folder / "bundle")  # or the checksum would tell
+            seal(folder / "bundle")  # otherwise the checksum would fail first
 
     return damage
 
@@ -450,7 +450,7 @@ def test_the_readmes_picture(visit, onnxruntime_web, tmp_path):
     height, width = ink.shape
     assert not ink[
         int(0.42 * height) : int(0.5 * height), int(0.48 * width) : int(0.58 * width)
-    ].any()  # it is empty inside
+    ].any()  # the heart's inside is empty
 
 
 # `write_page`, without a browser
@@ -458,7 +458,7 @@ def test_the_readmes_picture(visit, onnxruntime_web, tmp_path):
 
 @pytest.fixture
 def package(tmp_path):
-    """An unpacked onnxruntime-web, in name."""
+    """A stand-in for an unpacked onnxruntime-web."""
     folder = tmp_path / "package"
     (folder / "dist").mkdir(parents=True)
     (folder / "package.json").write_text(json.dumps({"name": "onnxruntime-web", "version": VERSION}))
@@ -481,7 +481,7 @@ def test_a_page_is_written_whole_and_replaced(ddim_bundle, package, tmp_path):
     }
     for path in folder.rglob("*"):
         if path.suffix in (".html", ".js") and path.parent == folder:
-            assert "https://" not in path.read_text(encoding="utf-8"), path  # nothing from elsewhere
+            assert "https://" not in path.read_text(encoding="utf-8"), path  # no file from elsewhere
 
 
 def test_other_folders_are_left_alone(ddim_bundle, package, tmp_path):
@@ -522,7 +522,7 @@ def test_another_package_is_refused(ddim_bundle, package, tmp_path, damage, mess
 
 @pytest.fixture
 def registry(package, serve, tmp_path, monkeypatch):
-    """A registry of our own, an empty cache, and the package's integrity: its archive is the last of the three."""
+    """Serve the package from a local registry, to an empty cache, and return its archive."""
     archive = tmp_path / "registry" / "onnxruntime-web" / "-" / f"onnxruntime-web-{VERSION}.tgz"
     archive.parent.mkdir(parents=True)
     with tarfile.open(archive, "w:gz") as tar:
@@ -542,7 +542,7 @@ def test_the_package_is_downloaded_once(ddim_bundle, registry, package, tmp_path
     cached = tmp_path / "cache" / "ddpm-mlp-pipeline" / f"onnxruntime-web-{VERSION}"
     files = {path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()}
     assert files == {"package.json", SCRIPT, WASM}
-    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:1")  # nobody is there, and nobody is asked
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:1")  # the server is gone, and no request is made
     write_page(ddim_bundle, tmp_path / "again")
 
 
@@ -573,7 +573,7 @@ def test_a_wrong_download_leaves_nothing(ddim_bundle, registry, tmp_path, damage
         "nonsense",
     ],
 )
-def test_no_registry_is_one_error_that_keeps_secrets(ddim_bundle, registry, tmp_path, monkeypatch, address):
+def test_an_unusable_registry_is_one_error_without_secrets(ddim_bundle, registry, tmp_path, monkeypatch, address):
     monkeypatch.setenv("npm_config_registry", address)
     with pytest.raises(ConfigurationError, match="can't download onnxruntime-web") as error:
         write_page(ddim_bundle, tmp_path / "page")

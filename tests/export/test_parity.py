@@ -1,4 +1,4 @@
-"""Whether a bundle samples as its pipeline does: rounding, however magnified, is told from errors."""
+"""Parity of a bundle with its pipeline: rounding, however magnified, is told from errors."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from ddpm_mlp_pipeline.runtime.bundle import seal
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A stock pipeline whose random weights make 1e-4 of rounding in ten steps, and its bundle."""
+    """A stock pipeline whose random weights magnify rounding to 1e-4 in ten steps, and its bundle."""
     folder = tmp_path_factory.mktemp("untrained")
     torch.manual_seed(1)
     network = UNet2DModel(
@@ -50,7 +50,7 @@ def test_rounding_that_an_untrained_network_magnifies_is_no_reason_to_refuse(unt
     assert report.ok
     assert report.single_steps.shape == (10,)
     assert report.single_steps.max() < 3e-6
-    if max(difference[-1] for difference in report.differences.values()) > 1e-4:  # other machines round otherwise
+    if max(difference[-1] for difference in report.differences.values()) > 1e-4:  # rounding differs between machines
         assert (
             str(report)
             .splitlines()[-1]
@@ -66,7 +66,7 @@ def test_other_weights_are_told_from_rounding(untrained, tensor):
     folder, _ = untrained
     report = compare_again(folder, lambda network: network.get_parameter(tensor).add_(1e-3))
     assert not report.ok
-    assert (report.single_steps[:-1] > 1e-5).all()  # in every step but the last, which clips much of it
+    assert (report.single_steps[:-1] > 1e-5).all()  # in every step but the last, which clips most values
     assert "more than the 1e-05 that rounding explains" in report.explanation
 
 
@@ -99,7 +99,7 @@ def test_another_coefficient_is_told_from_rounding_and_its_step_named(untrained,
     ],
 )
 def test_a_scheduler_that_loses_digits_is_exported_and_the_report_says_so(tmp_path, scheduler, options):
-    """At σ = 20,000, torch's own float32 steps are off by more than the tolerance; in float64 they are not."""
+    """At σ = 20,000, torch's float32 steps are off by more than the tolerance, and its float64 steps are not."""
     report = export_bundle(pretrained("mnist"), tmp_path / "bundle", scheduler, 10, scheduler_options=options).parity
     assert max(difference[-1] for difference in report.differences.values()) > 1e-4
     assert report.in_float64.single_steps.max() < 3e-6 < 1e-5 < report.single_steps.max()
@@ -107,7 +107,7 @@ def test_a_scheduler_that_loses_digits_is_exported_and_the_report_says_so(tmp_pa
 
 
 def test_comparing_leaves_the_pipeline_as_it_was(heart, ddim_bundle):
-    """Also where the scheduler's steps have options, and where the second look in float64 fails."""
+    """This holds also if the scheduler's steps have options, and if the second comparison, in float64, fails."""
     heart.scheduler = make_scheduler("ddpm", heart.scheduler)
     assert not compare(heart, ddim_bundle, 20, 1e-4).ok
     assert "step" not in vars(heart.scheduler)
@@ -117,7 +117,7 @@ def test_comparing_leaves_the_pipeline_as_it_was(heart, ddim_bundle):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
-    """300 steps of 8 and 16 images, of 12 KiB each, are not kept: they would take 140 MiB."""
+    """300 steps of 8 and 16 images of 12 KiB are not kept in memory, where they would take 140 MiB."""
     DDPMMLPPipeline(MLPModel(3, 32, hidden_dim=8), DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
     code = "import sys; from ddpm_mlp_pipeline import export_bundle; export_bundle(*sys.argv[1:4], int(sys.argv[4]))"
     peaks = []

@@ -18,7 +18,7 @@ SAMPLE, SAMPLER = (ROOT / "export" / "ports" / name for name in ("sample.mjs", "
 
 @pytest.fixture
 def javascript(run, node):
-    """Run a script that has all of ddpm.js at hand, as `d`, and the content of a file, as `input`; read its JSON."""
+    """Run a script with ddpm.js as `d` and the content of a file as `input`, and return its JSON output."""
 
     def javascript(script, given=None):
         head = f"""
@@ -45,7 +45,7 @@ def test_philox_gives_the_published_answers(javascript):
     assert javascript(script, PHILOX_ANSWERS) == [expected for _, _, expected in PHILOX_ANSWERS]
 
 
-# Seeds of one word and of two, beyond doubles; samples and draws that begin within a block, and far into the stream.
+# Seeds of one and two words, beyond doubles; samples and draws that start within a block, and far into the stream.
 NOISES = [
     (0, 0, 5, 2, 0),
     (7, 3, 4, 3, 5),
@@ -65,7 +65,7 @@ def test_the_noise_is_pythons(javascript, arguments):
     np.testing.assert_allclose(noise, expected.ravel(), atol=1e-6, rtol=1e-6)
 
 
-# Instead of ONNX Runtime, a network that gives what the golden run's gave.
+# A stand-in for ONNX Runtime that returns the golden run's network outputs.
 REPLAY = """
     const text = (value) => new TextEncoder().encode(JSON.stringify(value));
     let k = 0;
@@ -91,7 +91,7 @@ REPLAY = """
 
 
 def test_the_steps_are_those_of_the_golden_run(javascript, golden_run):
-    # A typed array's JSON has its places as names.
+    # The JSON of a typed array is an object with indices as keys.
     def array(entries):
         return np.array(list(entries.values()))
 
@@ -200,7 +200,7 @@ def test_files_are_read_once_and_compared_with_their_checksums(javascript, ddim_
     shutil.copy(ddpm_bundle / "step_table.json", folder)
     assert "another bundle's" in javascript(OPEN, str(folder))[1]
     info = json.loads((folder / "bundle.json").read_text())
-    del info["sha256"]  # which is optional
+    del info["sha256"]  # the file is optional
     (folder / "bundle.json").write_text(json.dumps(info))
     assert javascript(OPEN, str(folder))[1] == "nothing wrong"
 

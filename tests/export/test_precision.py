@@ -1,4 +1,4 @@
-"""Networks in fewer bits: smaller files, and what that costs."""
+"""Networks in fewer bits: file sizes and errors."""
 
 import shutil
 

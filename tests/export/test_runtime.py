@@ -1,4 +1,4 @@
-"""`OnnxSampler`: the same samples for the same seed, however they are drawn; bundles that don't fit are refused."""
+"""`OnnxSampler`: a seed gives the same samples however they are drawn, and bundles that don't fit are refused."""
 
 import dataclasses
 import json
@@ -49,10 +49,10 @@ def test_the_steps_lead_to_the_samples(sampler):
     assert [step.index for step in steps] == list(range(len(sampler.table)))
     np.testing.assert_array_equal([step.timestep for step in steps], sampler.table.timesteps)
     np.testing.assert_allclose(sampler.to_data_units(steps[-1].sample), sampler.sample(6, seed=4), atol=1e-5)
-    assert not np.allclose(steps[0].sample, steps[-1].sample)  # each is the caller's to keep
+    assert not np.allclose(steps[0].sample, steps[-1].sample)  # each is a copy that the caller can keep
 
 
-def test_a_sample_that_is_sent_takes_the_place_of_a_steps_own(ddim_bundle):
+def test_a_sample_that_is_sent_replaces_the_steps_own(ddim_bundle):
     sampler = OnnxSampler(ddim_bundle)
     x = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
     steps = sampler.steps(3)
@@ -67,7 +67,7 @@ def test_a_sample_that_is_sent_takes_the_place_of_a_steps_own(ddim_bundle):
 
 
 def test_it_is_the_stock_sampler_on_the_runtimes_noise(heart, ddpm_bundle):
-    """Ancestral sampling by the stock scheduler, with its noise from the runtime's generator."""
+    """Compare with ancestral sampling by the stock scheduler, with noise from the runtime's generator."""
     scheduler = DDPMScheduler.from_config(heart.scheduler.config)
     scheduler.set_timesteps(100)
     noise = torch.from_numpy(normal(9, range(4), 2, range(101)).copy())
@@ -75,7 +75,7 @@ def test_it_is_the_stock_sampler_on_the_runtimes_noise(heart, ddpm_bundle):
     with torch.no_grad():
         for k, t in enumerate(scheduler.timesteps):
             eps = heart.unet(x, t).sample
-            # The scheduler draws its own noise; only its mean and variance are wanted here.
+            # The scheduler would draw its own noise: take only its mean and variance.
             mean_and_noise = scheduler.step(eps, t, x, generator=torch.Generator().manual_seed(k)).prev_sample
             z = torch.randn(x.shape, generator=torch.Generator().manual_seed(k))
             sigma = scheduler._get_variance(t) ** 0.5 if t > 0 else 0
@@ -91,12 +91,12 @@ def test_batches_come_in_order_and_one_at_a_time(sampler):
     np.testing.assert_allclose(np.concatenate([first, *batches]), sampler.sample(100), atol=1e-5)
 
 
-def test_batches_that_nobody_wants_stop_at_once(sampler):
+def test_closing_the_batches_stops_at_once(sampler):
     sampler.num_threads = 2
     moved = []
     batches = sampler.batches(5000, batch_size=10, on_step=moved.append)
     next(batches)
-    batches.close()  # as Ctrl-C does
+    batches.close()  # as if by Ctrl-C
     so_far = sum(moved)
     assert so_far <= 8 * 10 * len(sampler.table)
     assert sum(moved) == so_far
@@ -140,7 +140,7 @@ def cut(name):
     def edit(folder):
         (folder / name).write_bytes((folder / name).read_bytes()[:300])
         if name != "bundle.json":
-            seal(folder)  # or the checksum would tell
+            seal(folder)  # otherwise the checksum would fail first
 
     return edit
 
@@ -184,4 +184,4 @@ def test_a_grid_of_images_has_each_at_its_place(channels):
         row, column = divmod(i, 3)
         place = grid[6 * row : 6 * row + 5, 7 * column : 7 * column + 6]
         np.testing.assert_array_equal(place.reshape(image.shape), image)
-    assert (grid == 255).sum() == grid.size - images.size  # all else is background
+    assert (grid == 255).sum() == grid.size - images.size  # all other pixels are background

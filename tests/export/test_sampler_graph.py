@@ -1,4 +1,4 @@
-"""`sampler.onnx`: a whole sampler in one graph, against the numpy runtime, and by itself."""
+"""`sampler.onnx`, a whole sampler in one graph: against the numpy runtime, and by itself."""
 
 import subprocess
 import sys
@@ -28,11 +28,11 @@ def draw(bundle, num_samples, seed):
         ("ddim", {}),
         ("ddpm", {}),
         ("ddpm", {"clip_sample": False}),
-        ("pndm", {}),  # looks back further than any other
+        ("pndm", {}),  # has the longest history of all
         ("heun", {}),
         ("euler_ancestral", {}),
         ("dpmsolver_multistep", {"algorithm_type": "sde-dpmsolver++"}),
-        ("sasolver", {}),  # uses the noise of steps before
+        ("sasolver", {}),  # uses the noise of earlier steps
     ],
 )
 def test_it_draws_the_runtimes_samples(tmp_path, scheduler, options):
@@ -45,7 +45,7 @@ def test_it_draws_the_runtimes_samples(tmp_path, scheduler, options):
         assert samples.dtype == np.float32
         assert samples.shape == expected.shape
         differences = np.abs(samples - expected) / runtime.info["data_std"]
-        assert np.quantile(differences, 1.0 if num_samples < 10 else 0.99) < 1e-4  # some stand between two outcomes
+        assert np.quantile(differences, 1.0 if num_samples < 10 else 0.99) < 1e-4  # some samples magnify rounding
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_graph_is_standard_onnx(ddpm_bundle):
 
 
 def test_it_does_not_embed_the_timestep_again(ddim_bundle):
-    """What the network makes of the timestep alone is in the file; the layers that made it aren't."""
+    """The file holds the timestep's embedding, and leaves out the layers that computed it."""
     weights = {initializer.name for initializer in onnx.load(ddim_bundle / "unet.onnx").graph.initializer}
     (loop,) = [node for node in build_sampler(ddim_bundle).graph.node if node.op_type == "Loop"]
     kept = {initializer.name for initializer in loop.attribute[0].g.initializer}

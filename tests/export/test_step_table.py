@@ -1,4 +1,4 @@
-"""The step table's file format, and what it refuses."""
+"""The step table's file format, and the files that it refuses."""
 
 import json
 

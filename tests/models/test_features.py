@@ -41,7 +41,7 @@ def test_a_folder_that_holds_no_network_is_refused(tmp_path):
 
 
 class Intruder:
-    """Unpickled, it leaves a file where it says."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -67,12 +67,12 @@ def test_inception_without_its_extra_says_what_to_install(tmp_path, monkeypatch)
 
 
 def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
-    """With random weights, for want of the real ones; grey images are seen as colour images without colour."""
+    """The weights are random, since the real ones are not available. Grey images are repeated in three channels."""
     module = pytest.importorskip(
         "torch_fidelity.feature_extractor_inceptionv3", reason="needs torch-fidelity: pip install -e '.[inception]'"
     )
     theirs = module.FeatureExtractorInceptionV3
-    with monkeypatch.context() as patch:  # it would get its weights from the network
+    with monkeypatch.context() as patch:  # it would download its weights
         patch.setattr(module, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(theirs, "load_state_dict", lambda *args: None)
         expected = theirs("inception-v3-compat", ["2048"])
@@ -87,7 +87,7 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
 
 
 def test_training_one(run, tmp_path):
-    """On images whose class can be seen: bright above or bright below."""
+    """The classes are easy to tell: bright above, or bright below."""
     rng = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["above", "below"])})
     for split, number in (("train", 200), ("test", 60)):

@@ -1,4 +1,4 @@
-"""`MLPModel`: its contract with diffusers, and its embedding against the paper's formula."""
+"""`MLPModel`: its interface with diffusers, and its embedding against the paper's formula."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_every_form_of_timestep_gives_the_same_prediction(config, shape):
         assert not torch.allclose(mixed[1], expected[1])
 
 
-def test_coordinates_are_embedded_as_tancik_et_al_have_it():
+def test_coordinates_are_embedded_as_in_tancik_et_al():
     v = np.array([[0.3, -1.2], [2.0, 0.0]])
     frequencies = 0.16 * 100 ** (np.arange(4) / 3)  # geometric, from 0.16 to 16
     angles = v[:, :, None] * frequencies

@@ -1,4 +1,4 @@
-"""`SmallUNet2DModel`: any size, any channels, and its contract with diffusers."""
+"""`SmallUNet2DModel`: any size, any channels, and its interface with diffusers."""
 
 import numpy as np
 import pytest
@@ -45,15 +45,15 @@ def test_every_option_trains(config):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_untrained_it_predicts_nothing():
-    """The loss of ε-prediction then begins at 1, the variance of ε."""
+def test_untrained_it_predicts_zero():
+    """The loss of noise prediction then starts at 1, the variance of ε."""
     assert not SmallUNet2DModel(**SMALL)(torch.randn(2, 1, 28, 28), 5).sample.any()
 
 
-def test_the_timestep_enters_where_it_is_told_to():
+def test_the_timestep_enters_where_the_option_says():
     every, once = (SmallUNet2DModel(**SMALL, time_conditioning=where) for where in ("every_block", "once"))
     names = [name for name, _ in every.named_parameters() if "time_emb_proj" in name]
-    assert len(names) == 2 * 2 * 2  # weight and bias, in the block down and the block up, at two resolutions
+    assert len(names) == 2 * 2 * 2  # weight and bias, in the down block and the up block, at two resolutions
     assert not [name for name, _ in once.named_parameters() if "time_emb_proj" in name]
 
 
