@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from .errors import DivergenceError
+from .errors import ConfigurationError, DivergenceError
 from .export.compile import check_num_inference_steps, make_scheduler
 from .loading import load_checkpoint
 from .pipeline import DDPMMLPPipeline
+from .runtime.request import Asked
 from .runtime.sampler import Sampler
 from .training.processes import this_process
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CheckpointSampler(Sampler):
@@ -49,6 +53,14 @@ class CheckpointSampler(Sampler):
         return self.pipeline.data_columns
 
     @property
+    def class_names(self) -> list[str]:
+        return self.pipeline.class_names
+
+    @property
+    def condition_columns(self) -> list[str]:
+        return self.pipeline.condition_columns
+
+    @property
     def scheduler(self) -> str:
         return type(self.pipeline.scheduler).__name__
 
@@ -57,7 +69,12 @@ class CheckpointSampler(Sampler):
         return len(self.pipeline.scheduler.timesteps)
 
     def batches(
-        self, num_samples: int, seed: int = 0, batch_size: int = 512, on_step: Callable[[int], Any] | None = None
+        self,
+        num_samples: int,
+        seed: int = 0,
+        batch_size: int = 512,
+        on_step: Callable[[int], Any] | None = None,
+        **asked: Unpack[Asked],
     ) -> Generator[np.ndarray, None, None]:
         """Like [`OnnxSampler.batches`]; every process yields all batches in the same order."""
         process = this_process()
@@ -76,13 +93,40 @@ class CheckpointSampler(Sampler):
                 return {}
 
             own = together[process.process_index :][:1]
-            yield from gather_object([self._draw(batch, seed, step_done) for batch in own])
+            yield from gather_object(
+                [self._draw(batch, seed, step_done, self._part(asked, batch, num_samples)) for batch in own]
+            )
 
-    def _draw(self, batch: range, seed: int, step_done: Callable[..., dict[str, Any]]) -> np.ndarray:
+    def _part(self, asked: Asked, batch: range, num_samples: int) -> dict[str, Any]:
+        """Return what is asked of the samples of a batch: the rows of what has one for each of `num_samples`."""
+        of_all = {"class_labels": 0, "condition": 1, "known": len(self.sample_shape), "mask": len(self.sample_shape)}
+        if not self.pipeline.is_points:
+            of_all["mask"] = 2  # dimensions of what is asked of all samples together
+        part: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        for name, dimensions in of_all.items():
+            values = part.get(name)
+            if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
+                continue  # by name, or a picture: for all
+            values = np.asarray(values)
+            if values.ndim <= dimensions or len(values) == 1:
+                continue
+            if len(values) != num_samples:
+                raise ConfigurationError(f"{name} must be one, or {num_samples}, got {len(values)}")
+            values = values[batch.start : batch.stop]
+            part[name] = values.tolist() if name == "class_labels" else values
+        return part
+
+    def _draw(
+        self, batch: range, seed: int, step_done: Callable[..., dict[str, Any]], asked: dict[str, Any]
+    ) -> np.ndarray:
         seeds = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64) for i in batch)
         generators = [torch.Generator().manual_seed(int(state[0] >> np.uint64(1))) for state in seeds]
-        return self.pipeline(
-            *(len(batch), generators, self.num_inference_steps, "np"),
-            return_dict=False,
-            callback_on_step_end=step_done,
-        )[0]
+        try:
+            return self.pipeline(
+                *(len(batch), generators, self.num_inference_steps, "np"),
+                return_dict=False,
+                callback_on_step_end=step_done,
+                **asked,
+            )[0]
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None

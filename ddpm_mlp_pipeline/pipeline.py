@@ -262,7 +262,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
                     x_t = m * (signal * y + (noise * draw() if next_t is not None else 0.0)) + (1 - m) * x_t
                 if repetition > 0:  # back to t: q(x_t | x_t′)
                     signal, noise = self._rates(next_t)
-                    vars(scheduler).update(state)
+                    scheduler.__dict__.update(state)
                     of_x_0, sigma = self._rates(t)
                     share = of_x_0 / signal
                     x_t = share * x_t + (sigma**2 - (share * noise) ** 2).clamp(min=0).sqrt() * draw()
@@ -317,9 +317,10 @@ class DDPMMLPPipeline(DiffusionPipeline):
             labels = self.null_label if class_labels is None else class_labels
             if labels is None:
                 raise ValueError("the network needs class_labels: it has no null label")
-            one = isinstance(labels, int | str) or getattr(labels, "ndim", 1) == 0
-            numbers = [self._to_class(label) for label in ([labels] if one else labels)]
-            if not one and len(numbers) != batch_size:
+            is_one = isinstance(labels, int | str) or getattr(labels, "ndim", 1) == 0
+            given: Any = [labels] if is_one else labels
+            numbers = [self._to_class(label) for label in given]
+            if len(numbers) not in (1, batch_size):
                 raise ValueError(f"class_labels must be one, or {batch_size}, got {len(numbers)}")
             arguments["class_labels"] = torch.tensor(numbers, device=device).expand(batch_size)
         columns = self.condition_columns
@@ -368,7 +369,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
             raise ValueError("guidance_scale needs a network that takes labels or conditions, or a guide")
         if "class_labels" in asked and self.null_label is None:
             raise ValueError("guidance_scale needs a null label: name the one that the network was trained with")
-        nulls = {"class_labels": self.null_label, "condition": math.nan}
+        nulls: dict[str, Any] = {"class_labels": self.null_label, "condition": math.nan}
         return {name: torch.full_like(value, nulls[name]) for name, value in asked.items()}
 
     def _to_known(

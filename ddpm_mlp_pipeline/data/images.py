@@ -105,7 +105,7 @@ def load_labelled_images(
     labels, names = _labels_of(name, split, label_column)
 
     images: np.ndarray | None = None
-    kept = []
+    kept: list[int] = []
     for row, index in zip(progress_bar(iterable=rows, desc="decoding", leave=False), indices, strict=True):
         path = row[column]["path"]
         what = f"row {index} of {name}" + (f" ({path})" if path else "")

@@ -49,9 +49,16 @@ def load_normalized(
         images, labels, names = load_labelled_images(name, config.label_column, *form, on_corrupt=on_corrupt)
         return ImageBatches(images, _numbers_of(pipeline, name, labels, names))
     drawn = number if name in POINT_SETS else None
-    known_by = {"label_column": config.label_column, "condition_columns": config.condition_columns or ()}
-    dataset = load_points(name, drawn, noise, seed, columns=config.data_columns, **known_by)
-    points, conditions, labels, names = split_columns(dataset, **known_by)
+    dataset = load_points(
+        name,
+        drawn,
+        noise,
+        seed,
+        columns=config.data_columns,
+        label_column=config.label_column,
+        condition_columns=config.condition_columns or (),
+    )
+    points, conditions, labels, names = split_columns(dataset, config.label_column, config.condition_columns or ())
     if points.shape[1:] != shape:
         raise DatasetError(f"{name} has {points.shape[1]} coordinates, but the network takes {shape[0]}")
     samples = normalize(points, config.data_mean, config.data_std)

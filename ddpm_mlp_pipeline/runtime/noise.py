@@ -74,5 +74,5 @@ def normal(seed: int, samples: range, dimension: int, draws: range, stream: int 
     index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
     words = philox((blocks, index, zero + np.uint64(stream), zero), (seed & 0xFFFFFFFF, seed >> 32))
     normals = np.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], axis=-1)
-    stream = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
-    return stream.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)
+    numbers = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
+    return numbers.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)

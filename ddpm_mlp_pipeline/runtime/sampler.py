@@ -68,6 +68,14 @@ class Sampler(Protocol):
         """Names of the points' coordinates."""
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that the network knows; empty if it takes no labels."""
+
+    @property
+    def condition_columns(self) -> list[str]:
+        """Names of the condition's numbers; empty if the network takes no condition."""
+
+    @property
     def scheduler(self) -> str:
         """Name of the scheduler's class."""
 
@@ -119,12 +127,10 @@ class OnnxSampler(Sampler):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes that the network knows; empty if it takes no labels."""
         return list(self.info.get("class_names") or ())
 
     @property
     def condition_columns(self) -> list[str]:
-        """Names of the condition's numbers; empty if the network takes no condition."""
         return list(self.info.get("condition_columns") or ())
 
     @property
@@ -329,7 +335,7 @@ class OnnxSampler(Sampler):
         history[0, X].reshape(shape)[...] = latents
         history[0, X] *= np.float32(table.initial_scale)
         terms = history.reshape(-1, size)
-        network = _Network(session, history, shape, request, self._channels, table.is_guided.any())
+        network = _Network(session, history, shape, request, self._channels, bool(table.is_guided.any()))
 
         clip_range, is_stochastic = table.clip_range, table.is_stochastic.tolist()
         w = np.ones(len(table)) if table.guidance_scale is None else table.guidance_scale
@@ -419,8 +425,8 @@ class OnnxSampler(Sampler):
         if self.table.is_guided.any():
             resolve(self.info, self.table, 1)
         try:
-            labels = {} if self.info.get("null_label", 0) is not None else {"class_labels": 0}
-            self.predict(np.zeros((1, *self.sample_shape)), 0, **labels)
+            labels = None if self.info.get("null_label", 0) is not None else 0
+            self.predict(np.zeros((1, *self.sample_shape)), 0, class_labels=labels)
         except Exception as error:  # whatever its declarations promise: other types, or nodes that don't fit
             raise BundleError(f"{self.folder / 'unet.onnx'} can't be run: {error}") from None
 

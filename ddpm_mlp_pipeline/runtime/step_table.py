@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -167,7 +168,7 @@ class StepTable:
         again = to_next[:, :-1]
         again *= share[:, None, None, None]
         again[:, :, 0, Z] = np.sqrt(again[:, :, 0, Z] ** 2 + variance[:, None])  # two independent noises are one
-        rows = {
+        rows: dict[str, Any] = {
             name: np.repeat(value, times, axis=0)
             for name in ("timesteps", "to_x_0", "alphas_cumprod", "guidance_scale")
             if (value := getattr(self, name)) is not None

@@ -22,14 +22,20 @@ from .options import ImageTrainingArguments, PointTrainingArguments
 def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, TensorBatches]:
     """Make the untrained pipeline, and the points, normalised, that it is to learn."""
     size = 100_000 if args.dataset_size is None and args.dataset in POINT_SETS else args.dataset_size
-    known_by = {"label_column": args.label_column, "condition_columns": args.condition_columns or ()}
-    dataset = load_points(args.dataset, size, args.dataset_noise, args.seed, exclude=args.exclude or (), **known_by)
-    points, conditions, labels, class_names = split_columns(dataset, **known_by)
-    columns = [
-        name for name in dataset.column_names if name not in (args.label_column, *known_by["condition_columns"])
-    ]
+    label_column, condition_columns = args.label_column, list(args.condition_columns or ())
+    dataset = load_points(
+        args.dataset,
+        size,
+        args.dataset_noise,
+        args.seed,
+        exclude=args.exclude or (),
+        label_column=label_column,
+        condition_columns=condition_columns,
+    )
+    points, conditions, labels, class_names = split_columns(dataset, label_column, condition_columns)
+    columns = [name for name in dataset.column_names if name not in (label_column, *condition_columns)]
     (mean, std), (condition_mean, condition_std) = ((x.mean(axis=0), x.std(axis=0)) for x in (points, conditions))
-    spreads = zip([*columns, *known_by["condition_columns"]], [*std, *condition_std], strict=True)
+    spreads = zip([*columns, *condition_columns], [*std, *condition_std], strict=True)
     if constant := [column for column, spread in spreads if spread == 0]:
         names = ", ".join(map(repr, constant))
         raise DatasetError(f"constant in {args.dataset}: {names}; leave out with --exclude {shlex.join(constant)}")
@@ -55,8 +61,8 @@ def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, 
         std.tolist(),
         columns,
         class_names or None,
-        label_column=args.label_column,
-        condition_columns=list(known_by["condition_columns"]) or None,
+        label_column=label_column,
+        condition_columns=condition_columns or None,
         condition_mean=condition_mean.tolist() or None,
         condition_std=condition_std.tolist() or None,
     )
