@@ -10,6 +10,7 @@ from ..export.page import PAGE_ENTRIES, write_page
 from ..export.schedulers import SCHEDULERS, scheduler_option
 from ..files import check_folder
 from ..runtime.step_table import StepTable
+from .asking import add_guidance_options
 from .parser import CommandParser, add_overwrite, command
 
 
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="DIR",
         help="the unpacked npm package for --web (default: downloaded once from the npm registry)",
     )
+    parser.add_argument("--sampler_takes_known", action="store_true", help="let sampler.onnx take known values, too")
+    add_guidance_options(parser)
+    parser.add_argument(
+        "--null_label", type=int, metavar="N", help='the class by which a stock UNet2DModel knows "none"'
+    )
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.onnxruntime_web is not None and args.web is None:
@@ -70,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampler=args.sampler,
         precision=args.precision,
         scheduler_options=dict(args.scheduler_options),
+        guidance_scale=args.guidance_scale,
+        guidance_interval=args.guidance_interval,
+        null_label=args.null_label,
+        sampler_takes_known=args.sampler_takes_known,
         overwrite=args.overwrite,
     )
     print(report)

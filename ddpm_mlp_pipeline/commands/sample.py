@@ -17,6 +17,7 @@ from ..files import check_file, check_folder, whole_file, whole_folder
 from ..progress import progress_bar
 from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
+from .asking import add_asking_options, read_asked
 from .parser import CommandParser, add_overwrite, command, noise_seed
 
 MAX_POINTS, MAX_GRID = 10**6, 2**28  # points, and bytes of a grid of images, in one picture
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="a .png, .npy or (for points) .csv file, or a folder for images"
     )
+    add_asking_options(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
     parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
     add_overwrite(parser)
@@ -50,19 +52,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = functools.partial(whole_folder, own=is_picture)
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
-    write = _find_writer(sampler.sample_shape, args.output.suffix, args.num_samples)
+    asked, number = read_asked(args, sampler)
+    write = _find_writer(sampler.sample_shape, args.output.suffix, number)
     if not _is_first(sampler):  # this process only draws its share
-        for _ in sampler.batches(args.num_samples, args.seed, args.batch_size):
+        for _ in sampler.batches(number, args.seed, args.batch_size, **asked):
             pass
         return
 
     with (
         whole(args.output, overwrite=args.overwrite) as path,
-        progress_bar(total=args.num_samples * len(sampler), desc="sampling", bar_format=PROGRESS_BAR) as progress,
-        closing(sampler.batches(args.num_samples, args.seed, args.batch_size, progress.update)) as batches,
+        progress_bar(
+            total=number * len(sampler) * args.resample, desc="sampling", bar_format=PROGRESS_BAR
+        ) as progress,
+        closing(sampler.batches(number, args.seed, args.batch_size, progress.update, **asked)) as batches,
     ):
-        write(path, batches, args.num_samples, sampler)
-    print(f"{args.output}: {args.num_samples} {'points' if sampler.is_points else 'images'}")
+        write(path, batches, number, sampler)
+    print(f"{args.output}: {number} {'points' if sampler.is_points else 'images'}")
 
 
 def _is_first(sampler: Sampler) -> bool:

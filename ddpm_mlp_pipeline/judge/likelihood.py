@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..bound import BoundEstimate, VariationalBound
-from ..data.batches import BatchDataset
+from ..data.batches import Batch, BatchDataset
 from ..errors import ConfigurationError, DatasetError, DivergenceError
 from ..files import whole_file
 from ..loading import fingerprint
@@ -32,7 +32,7 @@ def variational_bound(
     seed: int = 0,
     state_path: Path | None = None,
 ) -> BoundEstimate:
-    """Estimate the variational bound of a pipeline on a data set.
+    """Estimate the variational bound of a pipeline on a data set: of −log p(x_0), or of −log p(x_0 | c).
 
     Each term of each sample is estimated with one draw of x_t. A `timestep_stride` of n splits the timesteps among
     groups of n consecutive samples: the i-th sample of a group gets the timesteps i, i + n, i + 2n and so on. A group
@@ -70,12 +70,13 @@ def variational_bound(
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
     with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
         for start in range(done, number, batch_size):
-            x_0 = dataset.__getitems__(list(range(start, min(start + batch_size, number)))).x_0
-            _check_data(pipeline, x_0, start)
+            batch = dataset.__getitems__(list(range(start, min(start + batch_size, number))))
+            _check_data(pipeline, batch.x_0, start)
             noise_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0]
-            state.add(*_groups(bound, pipeline, x_0, timestep_stride, torch.Generator().manual_seed(int(noise_seed))))
-            progress.update(len(x_0))
-            is_last = start + len(x_0) == number
+            generator = torch.Generator().manual_seed(int(noise_seed))
+            state.add(*_groups(bound, pipeline, batch, timestep_stride, generator))
+            progress.update(len(batch.x_0))
+            is_last = start + len(batch.x_0) == number
             if state_path is not None and (is_last or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES):
                 state.save(state_path, identity, overwrite=is_begun)
                 is_begun = True
@@ -115,17 +116,17 @@ class _State:
 
 @torch.no_grad()
 def _groups(
-    bound: VariationalBound, pipeline: DDPMMLPPipeline, x_0: torch.Tensor, stride: int, generator: torch.Generator
+    bound: VariationalBound, pipeline: DDPMMLPPipeline, batch: Batch, stride: int, generator: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the terms L_0, …, L_T of each group of a batch, `[number of groups, T + 1]`, and its −L_null."""
-    x_0 = x_0.to(pipeline.device)
+    x_0, known = batch.x_0.to(pipeline.device), {name: all_.to(pipeline.device) for name, all_ in batch.known.items()}
     place = torch.arange(len(x_0), device=x_0.device) % stride
     terms = []
     for first in range(0, bound.num_timesteps, stride):
         t = first + place
         eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
         x_t = pipeline.scheduler.add_noise(x_0, eps, t)
-        model_output = pipeline.unet(x_t, t).sample
+        model_output = pipeline.unet(x_t, t, **known).sample
         if not model_output.isfinite().all():
             raise DivergenceError(f"the network's output is not finite, at timestep {first} or soon after")
         terms.append(bound.term(model_output, x_0, x_t, t).reshape(-1, stride))

@@ -1,0 +1,155 @@
+"""The options by which one asks `ddpm-sample` for samples: labels, conditions, known values."""
+
+from __future__ import annotations
+
+import csv
+import math
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigurationError
+from ..runtime.request import Asked
+from ..runtime.sampler import Sampler
+from .parser import CommandParser
+
+
+def add_asking_options(parser: CommandParser) -> None:
+    """Add the options that `read_asked` reads."""
+    parser.add_argument(
+        "--class_labels", nargs="+", metavar="CLASS", help="classes, by name or number: num_samples of each"
+    )
+    parser.add_argument("--condition", nargs="+", type=_value, metavar="NAME=VALUE", help="the condition's numbers")
+    parser.add_argument("--conditions", type=Path, metavar="CSV", help="a condition in each row: num_samples of each")
+    add_guidance_options(parser)
+    parser.add_argument(
+        "--known",
+        nargs="+",
+        metavar="NAME=VALUE|FILE",
+        help="what part of the samples is to be: numbers of a point by name; a .csv file of points whose empty cells "
+        "are filled, num_samples of each row; or a picture, with --mask",
+    )
+    parser.add_argument("--mask", type=Path, metavar="PICTURE", help="white where the picture of --known is known")
+    parser.add_count("--resample", "times that each step is taken, so that known and drawn parts fit", default=1)
+
+
+def add_guidance_options(parser: CommandParser) -> None:
+    """Add `--guidance_scale` and `--guidance_interval`."""
+    parser.add_argument(
+        "--guidance_scale", type=float, metavar="W", help="classifier-free guidance; 1 is none (default: as exported)"
+    )
+    parser.add_argument(
+        "--guidance_interval",
+        nargs=2,
+        type=float,
+        metavar=("T_HIGH", "T_LOW"),
+        help="guide only at timesteps between these (default: all)",
+    )
+
+
+def read_asked(args: Namespace, sampler: Sampler) -> tuple[Asked, int]:
+    """Return what is asked for, with one row for each sample where there are several, and the number of samples.
+
+    Every class, condition and row of known values gets `args.num_samples` samples, one after the other.
+
+    Raises:
+        ConfigurationError: if a file can't be read or names a column that the sampler doesn't know, or if the numbers
+            of rows differ.
+    """
+    several: dict[str, Any] = {}  # with one row for each of the things that are asked for
+    asked = Asked()
+    if args.class_labels is not None:
+        several["class_labels"] = [_class(label, sampler.class_names) for label in args.class_labels]
+    if args.conditions is not None and args.condition is not None:
+        raise ConfigurationError("give --condition or --conditions, not both")
+    if args.condition is not None:
+        asked["condition"] = dict(args.condition)
+    if args.conditions is not None:
+        several["condition"] = _read_rows(args.conditions, sampler.condition_columns, may_be_empty=False)
+    if args.known is not None:
+        path = Path(args.known[0])
+        if len(args.known) == 1 and path.suffix == ".csv" and sampler.is_points:
+            several["known"] = _read_rows(path, sampler.data_columns, may_be_empty=True)
+        elif sampler.is_points:
+            try:
+                asked["known"] = dict(map(_value, args.known))
+            except ArgumentTypeError as error:
+                raise ConfigurationError(f"--known takes NAME=VALUE, or a .csv file: {error}") from None
+        elif len(args.known) == 1 and args.mask is not None:
+            asked["known"], asked["mask"] = _open_picture(path), np.asarray(_open_picture(args.mask).convert("L"))
+        else:
+            raise ConfigurationError("known images are a picture and a --mask")
+    if args.guidance_scale is not None:
+        asked["guidance_scale"] = args.guidance_scale
+    if args.guidance_interval is not None:
+        asked["guidance_interval"] = tuple(args.guidance_interval)
+    asked["resample"] = args.resample
+
+    numbers = {name: len(rows) for name, rows in several.items() if len(rows) > 1}
+    if len(set(numbers.values())) > 1:
+        raise ConfigurationError(f"there must be as many of each: {', '.join(f'{n} {k}' for k, n in numbers.items())}")
+    for name, rows in several.items():
+        each = [row for row in rows for _ in range(args.num_samples if len(rows) > 1 else 1)]
+        asked[name] = each if name == "class_labels" else np.array(each)  # type: ignore[literal-required]
+    return asked, args.num_samples * max([1, *numbers.values()])
+
+
+def _class(label: str, class_names: list[str]) -> str | int:
+    return int(label) if label not in class_names and label.isascii() and label.isdigit() else label
+
+
+def _value(text: str) -> tuple[str, float]:
+    """Parse NAME=VALUE, as an argparse type."""
+    name, _, value = text.rpartition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not name or not math.isfinite(number):
+        raise ArgumentTypeError(f"{text!r} is not NAME=VALUE with a finite number")
+    return name, number
+
+
+def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray:
+    """Read a CSV file's rows, `[rows, columns]`; NaN for empty cells and, if these may be, for columns it lacks."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, skipinitialspace=True, strict=True)
+            names = next(lines, [])
+            rows = [(lines.line_num, line) for line in lines if line]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigurationError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if unknown := [name for name in names if name not in columns]:
+        raise ConfigurationError(f"{path} has the column {unknown[0]!r}; the columns are {', '.join(columns)}")
+    if not may_be_empty and (missing := [name for name in columns if name not in names]):
+        raise ConfigurationError(f"{path} has no column {missing[0]!r}")
+    if not rows:
+        raise ConfigurationError(f"{path} has no rows")
+    table = np.full((len(rows), len(columns)), np.nan)
+    for i, (line_number, line) in enumerate(rows):
+        if len(line) != len(names):
+            raise ConfigurationError(f"line {line_number} of {path} has {len(line)} cells, but {len(names)} names")
+        for name, cell in zip(names, line, strict=True):
+            if not cell and may_be_empty:
+                continue
+            try:
+                number = float(cell)
+            except ValueError:
+                number = math.nan
+            if not math.isfinite(number):
+                raise ConfigurationError(f"line {line_number} of {path}: {cell!r} in column {name!r} is not a number")
+            table[i, columns.index(name)] = number
+    return table
+
+
+def _open_picture(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(f"{path} is not a picture that can be read: {error}") from None
+    return picture
