@@ -235,6 +235,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
         )
         t_high, t_low = guidance_interval or (math.inf, -math.inf)
         y, m = self._to_known(known, mask, shape)
+        if (y is not None or resample > 1) and not hasattr(self.scheduler, "alphas_cumprod"):
+            raise ValueError(f"{type(self.scheduler).__name__} takes no known values: it has no alphas_cumprod")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
@@ -317,7 +319,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
             labels = self.null_label if class_labels is None else class_labels
             if labels is None:
                 raise ValueError("the network needs class_labels: it has no null label")
-            is_one = isinstance(labels, int | str) or getattr(labels, "ndim", 1) == 0
+            is_one = isinstance(labels, str) or np.ndim(labels) == 0
             given: Any = [labels] if is_one else labels
             numbers = [self._to_class(label) for label in given]
             if len(numbers) not in (1, batch_size):

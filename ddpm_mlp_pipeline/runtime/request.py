@@ -117,7 +117,7 @@ def _inputs(info: dict[str, Any], num_samples: int, class_labels: Any, condition
         labels = info["null_label"] if class_labels is None else class_labels
         if labels is None:
             raise ConfigurationError(f"this network needs class_labels: {', '.join(info['class_names'])}")
-        is_one = isinstance(labels, int | str) or np.ndim(labels) == 0
+        is_one = isinstance(labels, str) or np.ndim(labels) == 0
         numbers = [_class(info, label) for label in ([labels] if is_one else labels)]
         if len(numbers) not in (1, num_samples):
             raise ConfigurationError(f"class_labels must be one, or {num_samples}, got {len(numbers)}")

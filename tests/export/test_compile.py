@@ -257,7 +257,7 @@ def test_a_long_table_looks_back_as_little_as_a_short_one():
     ("scheduler", "steps", "reason"),
     [
         (DDPMScheduler(thresholding=True), 10, "DDPMScheduler with thresholding"),
-        (DDPMScheduler(variance_type="learned_range"), 10, "DDPMScheduler with a learned variance"),
+        (DDPMScheduler(variance_type="learned"), 10, "DDPMScheduler with a learned variance"),
         (EDMEulerScheduler(), 10, "EDMEulerScheduler can't be compiled: it is for networks of another kind"),
         (
             FlowMatchEulerDiscreteScheduler(),

@@ -1,0 +1,346 @@
+"""Labels, conditions, guidance and known values, against closed forms and from one backend to the next."""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from helpers import assert_one_line_error, random_weights
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module
+from ddpm_mlp_pipeline.data.batches import TensorBatches
+from ddpm_mlp_pipeline.errors import ConfigurationError
+from ddpm_mlp_pipeline.export import exporter
+from ddpm_mlp_pipeline.export.compile import compile_scheduler
+from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+from ddpm_mlp_pipeline.judge.likelihood import variational_bound
+from ddpm_mlp_pipeline.models.mlp import MLPModel
+from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
+from ddpm_mlp_pipeline.runtime.bundle import seal
+from ddpm_mlp_pipeline.runtime.noise import normal
+from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+
+COVARIANCE = np.array([[1.0, 0.9, 0.3], [0.9, 1.0, 0.5], [0.3, 0.5, 1.0]])
+A = np.array([0.5, -1.0, 2.0])  # the mean is A c
+SHIFTS = np.array([[0.0, 0.0, 0.0], [1.0, -1.0, 0.5]])  # of the classes
+SCHEDULERS = {
+    "ddpm": (DDPMScheduler, 12, {}),
+    "ddim": (DDIMScheduler, 10, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, 10, {}),
+    "sde-dpmsolver++": (DPMSolverMultistepScheduler, 10, {"algorithm_type": "sde-dpmsolver++"}),
+}
+
+
+class GaussianNetwork(ModelMixin, ConfigMixin):
+    """The exact ε of x_0 ~ N(A c + shift of the class, COVARIANCE); without a class or a condition, of their zeros."""
+
+    @register_to_config
+    def __init__(self, num_class_embeds: int = 2, condition_dim: int = 1, in_channels: int = 3, sample_size=None):
+        super().__init__()
+        variances, axes = np.linalg.eigh(COVARIANCE)
+        alphas_cumprod = DDPMScheduler().alphas_cumprod
+        for name, values in {"variances": variances, "axes": axes, "A": A}.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        self.register_buffer("alphas_cumprod", alphas_cumprod)
+        self.class_embedding = torch.nn.Embedding(3, 3)
+        self.class_embedding.weight.data = torch.tensor(np.append(SHIFTS, np.zeros((1, 3)), axis=0)).float()
+
+    def forward(self, sample, timestep, class_labels=None, condition=None, return_dict=True):
+        alpha_cumprod = self.alphas_cumprod[torch.as_tensor(timestep).long().reshape(-1)][:, None]
+        mean = torch.zeros_like(sample) if class_labels is None else self.class_embedding(class_labels)
+        if condition is not None:
+            mean = mean + torch.where(condition.isnan(), 0.0, condition) * self.A
+        centred = (sample - alpha_cumprod.sqrt() * mean) @ self.axes
+        variance = alpha_cumprod * self.variances + 1 - alpha_cumprod
+        eps = (1 - alpha_cumprod).sqrt() * (centred / variance) @ self.axes.T
+        return UNet2DOutput(sample=eps) if return_dict else (eps,)
+
+
+def make_pipeline(scheduler="ddpm", **options):
+    cls, _, own = SCHEDULERS[scheduler]
+    stock = DDPMScheduler(clip_sample=False, **options)
+    # Without units of its own, so that the network's are the data's
+    pipeline = DDPMMLPPipeline(
+        GaussianNetwork(), cls.from_config(stock.config, **own), class_names=["a", "b"], condition_columns=["c"]
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_bundle(pipeline, folder, num_inference_steps):
+    folder.mkdir()
+    exporter.export_network(pipeline, folder / "unet.onnx")
+    table = compile_scheduler(pipeline.scheduler, num_inference_steps)
+    exporter._write_table(folder, table, exporter._describe(pipeline, folder, num_inference_steps, "fp32"))
+    seal(folder)
+    return OnnxSampler(folder, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory):
+    """Many small steps, whose variance is exact for data of variance 1."""
+    return make_bundle(make_pipeline(variance_type="fixed_large"), tmp_path_factory.mktemp("fine") / "bundle", 250)
+
+
+@pytest.mark.parametrize(("label", "c"), [("a", 0.0), ("b", 0.5), ("a", -1.5), ("b", 2.0)])
+def test_samples_follow_label_and_condition(fine, label, c):
+    number = 4000
+    samples = fine.sample(number, seed=1, class_labels=label, condition={"c": c})
+    expected = A * c + SHIFTS["ab".index(label)]
+    np.testing.assert_allclose(samples.mean(axis=0), expected, atol=3.5 / number**0.5 + 0.01)
+    np.testing.assert_allclose(np.cov(samples.T), COVARIANCE, atol=0.08)
+
+
+def test_known_columns_leave_the_conditional_distribution(fine):
+    known = {"x0": 1.5}
+    gain = COVARIANCE[1:, 0] / COVARIANCE[0, 0]
+    covariance = COVARIANCE[1:, 1:] - np.outer(gain, COVARIANCE[0, 1:])
+    samples = fine.sample(4000, seed=2, known=known, resample=20)
+    assert (samples[:, 0] == 1.5).all()
+    np.testing.assert_allclose(samples[:, 1:].mean(axis=0), gain * 1.5, atol=0.06)
+    np.testing.assert_allclose(np.cov(samples[:, 1:].T), covariance, atol=0.08)
+    # Without resampling, the drawn part hardly heeds the known one: that is RePaint's reason to resample.
+    once = fine.sample(4000, seed=2, known=known)
+    assert once[:, 1].mean() < gain[0] * 1.5 - 0.2
+
+
+def test_the_bound_given_the_condition_is_the_conditional_entropy():
+    rng = np.random.default_rng(0)
+    labels, c = rng.integers(2, size=2000), rng.standard_normal((2000, 1))
+    x_0 = c * A + SHIFTS[labels] + rng.multivariate_normal(np.zeros(3), COVARIANCE, 2000)
+    data = TensorBatches(*(torch.tensor(values) for values in (x_0.astype("f4"), labels, c.astype("f4"))))
+    estimate = variational_bound(make_pipeline(variance_type="fixed_large"), data, timestep_stride=10)
+    entropy = 0.5 * np.linalg.slogdet(2 * math.pi * math.e * COVARIANCE)[1]
+    assert abs(estimate.total * math.log(2) - entropy) / 3 < 0.05 + 3 * estimate.standard_error / 3
+    without = variational_bound(
+        make_pipeline(variance_type="fixed_large"), TensorBatches(data.samples), timestep_stride=10
+    )
+    assert without.total > estimate.total + 1
+
+
+def draw_with_torch(pipeline, monkeypatch, number, steps, seed, **asked):
+    """Draw with the pipeline on the runtime's noise: one draw a step for the scheduler, another for known values."""
+    k, shape = 0, (number, *pipeline.sample_shape)
+
+    def runtimes_noise(draw, stream):
+        z = normal(seed, range(number), math.prod(shape[1:]), range(draw, draw + 1), stream)
+        return torch.from_numpy(z.reshape(shape).copy())
+
+    def next_step(*_):
+        nonlocal k
+        k += 1
+        return {}
+
+    for module in ("scheduling_ddpm", "scheduling_dpmsolver_multistep"):
+        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: runtimes_noise(k + 1, 0))
+    monkeypatch.setattr(pipeline_module, "randn_tensor", lambda *_, **__: runtimes_noise(k, 1))
+    return pipeline(
+        number,
+        None,
+        steps,
+        "np",
+        return_dict=False,
+        latents=runtimes_noise(0, 0),
+        callback_on_step_end=next_step,
+        **asked,
+    )[0]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_torch_runtime_and_graph_draw_the_same(scheduler, tmp_path, monkeypatch):
+    number, seed, steps = 6, 2**40 + 3, SCHEDULERS[scheduler][1]
+    pipeline = make_pipeline(scheduler)
+    runtime = make_bundle(pipeline, tmp_path / "bundle", steps)
+    graph = onnxruntime.InferenceSession(
+        build_sampler(tmp_path / "bundle", takes_known=True).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    y, nothing = np.array([0.3, np.nan, np.nan]), np.zeros((number, 3), dtype=np.float32)
+    cases = itertools.product([None, "b", [0, 1, 0, 1, 0, 1]], [None, [0.7]], [1.0, 2.5], [None, y])
+    for labels, condition, scale, known in cases:
+        asked = {"class_labels": labels, "condition": condition, "guidance_scale": scale, "known": known}
+        expected = draw_with_torch(pipeline, monkeypatch, number, steps, seed, **asked)
+        np.testing.assert_allclose(runtime.sample(number, seed, **asked), expected, atol=2e-5)
+        feeds = {
+            "seed": np.array(seed),
+            "num_samples": np.array(number),
+            "class_labels": np.full(number, {None: 2, "b": 1}[labels])
+            if not isinstance(labels, list)
+            else np.array(labels),
+            "condition": np.full((number, 1), np.nan if condition is None else condition[0], dtype=np.float32),
+            "guidance_scale": np.array(scale, dtype=np.float32),
+            "known": nothing if known is None else np.tile(known.astype(np.float32), (number, 1)),
+            "mask": nothing if known is None else np.tile([1, 0, 0], (number, 1)).astype(np.float32),
+        }
+        np.testing.assert_allclose(graph.run(None, feeds)[0], expected, atol=2e-5)
+
+
+def test_guidance_holds_in_its_interval_alone(fine):
+    first = fine.table.guided(3.0, (800, 200))
+    is_inside = (fine.table.timesteps <= 800) & (fine.table.timesteps >= 200)
+    np.testing.assert_array_equal(first.is_guided, is_inside)
+    plain, guided, interval = (
+        fine.sample(50, class_labels="b", guidance_scale=scale, guidance_interval=between)
+        for scale, between in ((1.0, None), (3.0, None), (3.0, (800, 200)))
+    )
+    assert plain[:, 0].mean() < interval[:, 0].mean() < guided[:, 0].mean()
+
+
+def test_a_sample_has_the_same_noise_whatever_is_asked(fine):
+    # Of these Gaussians the class shifts the samples, and no more.
+    a, b = (fine.sample(20, seed=3, class_labels=label) for label in "ab")
+    np.testing.assert_allclose(b - a, np.broadcast_to(SHIFTS[1], a.shape), atol=1e-2)
+    parts = [fine.sample(20, seed=3, batch_size=size, class_labels=[0, 1] * 10, condition=[1.0]) for size in (3, 20)]
+    np.testing.assert_allclose(*parts, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"class_labels": "z"}, "no class 'z'"),
+        ({"class_labels": 3}, "from 0 to 1"),
+        ({"class_labels": 0.5}, "from 0 to 1"),
+        ({"class_labels": [0, 1, 0]}, "must be one, or 5"),
+        ({"condition": {"d": 1.0}}, "no column 'd'|no 'd'"),
+        ({"condition": {}}, "lacks 'c'"),
+        ({"condition": [1.0, 2.0]}, "condition must hold finite numbers"),
+        ({"condition": [math.nan]}, "condition must hold finite numbers"),
+        ({"guidance_scale": math.inf}, "finite"),
+        ({"known": [1.0, 2.0]}, "known must have the shape"),
+        ({"known": {"x9": 1.0}}, "'x9'"),
+        ({"known": [math.inf, 0.0, 0.0]}, "known values must be finite"),
+        ({"known": [1.0, 2.0, 3.0], "mask": [1, 0]}, "mask"),
+        ({"mask": [1, 0, 0]}, "a mask needs known values"),
+        ({"resample": 0}, "resample"),
+    ],
+)
+def test_what_can_not_be_asked_for(fine, asked, message):
+    with pytest.raises(ConfigurationError, match=message):
+        fine.sample(5, **asked)
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(5, **asked)
+
+
+def test_networks_without_labels_say_so(tmp_path):
+    pipeline = DDPMMLPPipeline(MLPModel(), DDPMScheduler())
+    sampler = make_bundle(pipeline, tmp_path / "bundle", 4)
+    for asked in ({"class_labels": 0}, {"condition": [1.0]}, {"guidance_scale": 2.0}):
+        with pytest.raises(ConfigurationError, match=next(iter(asked))):
+            sampler.sample(2, **asked)
+        with pytest.raises(ValueError, match=next(iter(asked))):
+            pipeline(2, **asked)
+
+
+def test_a_stock_network_needs_a_named_null_label(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        8,
+        1,
+        1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        num_class_embeds=4,
+        add_attention=False,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    nameless = DDPMMLPPipeline(unet, DDIMScheduler())
+    with pytest.raises(ValueError, match="needs class_labels"):
+        nameless(1)
+    with pytest.raises(ValueError, match="null label"):
+        nameless(1, class_labels=1, guidance_scale=2.0)
+    named = DDPMMLPPipeline(unet, DDIMScheduler(), null_label=3)
+    named.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        c, null = (unet(latents, 900, class_labels=torch.tensor([i, i])).sample for i in (1, 3))
+    seen = named._predict(
+        latents,
+        torch.tensor(900),
+        {"class_labels": torch.tensor([1, 1])},
+        {"class_labels": torch.tensor([3, 3])},
+        guidance_scale=2.0,
+    )
+    torch.testing.assert_close(seen, 2 * c - null)
+    sampler = make_bundle(named, tmp_path / "bundle", 5)
+    expected = named(
+        2,
+        None,
+        5,
+        "np",
+        latents=torch.from_numpy(sampler._latents(range(2), 0)),
+        class_labels=[0, 2],
+        guidance_scale=1.5,
+    ).images
+    np.testing.assert_allclose(sampler.sample(2, class_labels=[0, 2], guidance_scale=1.5), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", [MLPModel, SmallUNet2DModel])
+def test_none_is_a_state_of_the_network(network):
+    size = {} if network is MLPModel else {"sample_size": 8, "block_out_channels": (16, 32)}
+    unet = random_weights(network(num_class_embeds=3, condition_dim=2, **size))
+    x = torch.randn(2, 2) if network is MLPModel else torch.randn(2, 1, 8, 8)
+    labels, condition = torch.tensor([3, 3]), torch.full((2, 2), math.nan)
+    nothing = unet(x, 5).sample
+    torch.testing.assert_close(unet(x, 5, labels, condition).sample, nothing)
+    mixed = unet(x, 5, torch.tensor([3, 1]), torch.tensor([[math.nan] * 2, [0.5, 1.0]])).sample
+    torch.testing.assert_close(mixed[0], nothing[0])
+    assert (mixed[1] - nothing[1]).abs().max() > 1e-3
+    mixed.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in unet.parameters())
+    with pytest.raises(ValueError, match="num_class_embeds"):
+        network(**size)(x, 5, labels)
+
+
+def test_known_parts_of_images(tmp_path):
+    torch.manual_seed(0)
+    unet = SmallUNet2DModel(sample_size=8, block_out_channels=(16, 32), attention=False)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    pipeline = DDPMMLPPipeline(unet, DDIMScheduler())
+    sampler = make_bundle(pipeline, tmp_path / "bundle", 5)
+    known, mask = np.random.default_rng(0).uniform(size=(8, 8, 1)), np.zeros((8, 8), dtype=bool)
+    mask[:, :4] = True
+    for images in (
+        sampler.sample(3, known=known, mask=mask, resample=2),
+        pipeline(3, None, 5, "np", known=known, mask=mask, resample=2).images,
+    ):
+        np.testing.assert_allclose(images[:, :, :4], np.broadcast_to(known[:, :4], (3, 8, 4, 1)), atol=1e-6)
+        assert np.ptp(images[:, :, 4:], axis=0).max() > 0.05
+    with pytest.raises(ConfigurationError, match="8×8"):
+        sampler.sample(1, known=known, mask=mask[:5])
+
+
+def test_commands_draw_what_is_asked_for(run, tmp_path):
+    checkpoint, bundle = tmp_path / "moons", tmp_path / "bundle"
+    trained = run(
+        *(sys.executable, "-m", "ddpm_mlp_pipeline.commands.train_points", "--dataset", "two_moons"),
+        *("--label_column", "label", "--max_train_steps", 300, "--output_dir", checkpoint),
+        *("--no-figures", "--report_to", "none"),
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert run("ddpm-export", checkpoint, bundle).returncode == 0
+    asked = ("--class_labels", "upper", 0, "--num_samples", 3, "--guidance_scale", 2)
+    assert run("ddpm-sample", bundle, *asked, "--output", tmp_path / "a.npy").returncode == 0
+    expected = OnnxSampler(bundle).sample(6, class_labels=["upper"] * 3 + ["lower"] * 3, guidance_scale=2.0)
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
+
+    (tmp_path / "known.csv").write_text("y,x\n,0.5\n0.25,\n")
+    for source, more in ((bundle, ()), (checkpoint, ("--scheduler", "ddim", "--num_inference_steps", 5))):
+        output = tmp_path / f"{source.name}.npy"
+        asked = ("--known", tmp_path / "known.csv", "--resample", 2, "--num_samples", 2)
+        result = run("ddpm-sample", source, *asked, "--output", output, *more)
+        assert result.returncode == 0, result.stderr
+        points = np.load(output)
+        np.testing.assert_allclose(points[:2, 0], 0.5, atol=1e-6)
+        np.testing.assert_allclose(points[2:, 1], 0.25, atol=1e-6)
+
+    (tmp_path / "bad.csv").write_text("x,y\n1,two\n")
+    for wrong in (["--class_labels", "left"], ["--known", tmp_path / "bad.csv"], ["--condition", "c=1"]):
+        assert_one_line_error(run("ddpm-sample", bundle, *wrong, "--output", tmp_path / "no.npy"))
+    assert not (tmp_path / "no.npy").exists()
