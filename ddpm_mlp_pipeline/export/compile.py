@@ -119,7 +119,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     except WRONG_OPTION as error:
         raise _wrong_options(name, num_inference_steps, error) from None
     # Where rounding hides the sum on replaced samples, it may still be found on the scheduler's own: see `_steps`.
-    for is_replaced, (fit_tolerance, replay_tolerance) in itertools.product((True, False), TOLERANCES):
+    for is_replaced, (fit_tolerance, replay_tolerance) in itertools.product((True, False), TOLERANCES):  # noqa: B007
         try:
             with torch.random.fork_rng(devices=[]):  # some of the steps draw from the global generator
                 probes = _Probes(scheduler, num_inference_steps, clip_range)
