@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 from argparse import ArgumentTypeError, Namespace
@@ -35,7 +36,7 @@ def add_asking_options(parser: CommandParser) -> None:
     parser.add_count("--resample", "times that each step is taken, so that known and drawn parts fit", default=1)
 
 
-def add_guidance_options(parser: CommandParser) -> None:
+def add_guidance_options(parser: argparse._ActionsContainer) -> None:
     """Add `--guidance_scale` and `--guidance_interval`."""
     parser.add_argument(
         "--guidance_scale", type=float, metavar="W", help="classifier-free guidance; 1 is none (default: as exported)"

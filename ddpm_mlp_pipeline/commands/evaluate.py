@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from ..export.schedulers import SCHEDULERS
 from ..files import whole_file
 from ..judge import metrics
 from ..judge.sources import Source, open_source
+from ..runtime.request import Asked
+from .asking import add_guidance_options
 from .parser import (
     FEATURES_HELP,
     CommandParser,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 
 NUM_POINTS, NUM_IMAGES = 10_000, 2_000
+MIN_OF_CLASS = 70  # a Fréchet distance of 64 features needs more samples
 POINT_REPEATS, IMAGE_REPEATS, IMAGE_FLOOR_REPEATS = 5, 1, 5
 DATA_SEED = 1000  # of the first draw of data
 LABELS = {
@@ -69,6 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_count("--repeats", f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)")
     parser.add_argument("--output", type=Path, help="a .json file for the results and their settings")
     add_overwrite(parser)
+    classes = parser.add_argument_group("classes")
+    classes.add_argument(
+        "--class_labels",
+        action="store_true",
+        help="ask for as many samples of each class, and measure each class, too",
+    )
+    classes.add_argument("--label_column", default="label", help="the data's column of labels (default: label)")
+    add_guidance_options(classes)
     images = parser.add_argument_group("images")
     images.add_argument(
         "--train_split",
@@ -78,42 +89,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with whole_file(args.output, args.overwrite) if args.output else contextlib.nullcontext() as output:
         source = open_source(args.samples, args.scheduler, args.num_inference_steps)
+        if args.class_labels and not source.class_names:
+            raise ConfigurationError(f"{args.samples} knows no classes: leave --class_labels out")
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")
         with explain_missing_extra("ddpm-evaluate", extra):
             report = {"samples": str(args.samples), **source.info, "dataset": args.dataset, **evaluate(source, args)}
         print(_heading(report, source.is_points))
         print(_table(report["measures"]))
+        if args.class_labels:
+            print(_class_table(report["classes"]))
         if output is not None:
             output.write_text(json.dumps({**report, "versions": _versions()}, indent=2), encoding="utf-8")
 
 
 def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
-    from ..data.points import POINT_SETS, load_points, to_array
+    from ..data.points import POINT_SETS, load_points, split_columns
 
     # Each repeat draws new data for both sides. Two finite sets of data are never at distance 0: that is the floor.
     n, seeds = args.num_samples or NUM_POINTS, range(args.repeats or POINT_REPEATS)
     data_seeds = [DATA_SEED + seed for seed in seeds]
+    label_column = args.label_column if args.class_labels else None
+
+    def load(number: int | None, seed: int) -> np.ndarray:
+        """Return points, and in a further column their labels by the network's numbers."""
+        noise = args.dataset_noise if number is not None else None
+        dataset = load_points(args.dataset, number, noise, seed, columns=source.columns, label_column=label_column)
+        points, _, labels, names = split_columns(dataset, label_column)
+        numbers = np.zeros(len(points)) if labels is None else _numbers_of(source, args.dataset, names)[labels.numpy()]
+        return np.append(points, numbers[:, None], axis=1)
+
     if args.dataset in POINT_SETS:
-        data = [
-            to_array(load_points(args.dataset, 2 * n, args.dataset_noise, seed, columns=source.columns))
-            for seed in data_seeds
-        ]
+        data = [load(2 * n, seed) for seed in data_seeds]
     else:  # a file, of which the two sides share no point
-        points = to_array(load_points(args.dataset, columns=source.columns))
+        points = load(None, 0)
         n = args.num_samples or min(n, len(points) // 2)
         if len(points) < 2 * n:
             raise DatasetError(
                 f"{args.dataset} holds {len(points)} points, too few for two sets of {n}: lower --num_samples"
             )
         data = [np.random.default_rng(seed).permutation(points) for seed in data_seeds]
-    (dimension,) = data[0].shape[1:]
+    dimension = data[0].shape[1] - 1
     if source.shape != (dimension,):
         raise DatasetError(f"the samples have {source.shape[0]} coordinates, but {args.dataset} has {dimension}")
 
     references = [_varied(both[:n], args.dataset) for both in data]
     fresh = [both[n : 2 * n] for both in data]
-    drawn = [_varied(source.draw(n, seed), args.samples) for seed in seeds]
-    samples, floor = ([_measure_points(*pair) for pair in zip(x, references, strict=True)] for x in (drawn, fresh))
+    asked = _asked(source, args, n)
+    numbers = np.array(asked.get("class_labels", np.zeros(n)))
+    drawn = [np.append(_varied(source.draw(n, s, **asked), args.samples), numbers[:, None], axis=1) for s in seeds]
+
+    def measure(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        return _measure_points(x[:, :-1], y[:, :-1])
+
+    samples, floor = ([measure(*pair) for pair in zip(x, references, strict=True)] for x in (drawn, fresh))
+    sides = [[(points, points[:, -1]) for points in side] for side in (drawn, fresh, references)]
     return {
         "dataset_noise": args.dataset_noise,
         "num_samples": n,
@@ -121,14 +150,15 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
         "seeds": list(seeds),
         "data_seeds": data_seeds,
         "measures": _rows(samples, floor),
+        **_classes(source, args, measure, sides),
     }
 
 
 def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     import torch
 
-    from ..data.images import load_images
-    from ..judge.features import PIXELS
+    from ..data.images import load_labelled_images
+    from ..judge.features import PIXELS, FeatureNetwork
 
     # All errors of the options are raised before any image is decoded or drawn.
     split, train_split, n, num_references = _choose_images(source, args)
@@ -142,24 +172,34 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
     def features_of(images: np.ndarray, name: object) -> torch.Tensor:
         return metrics.image_features([torch.from_numpy(_varied(images, name))], network)
 
-    def load(split: str, number: int | None, seed: int) -> torch.Tensor:
-        form = args.dataset, split, (height, width), args.fit, channels, number, seed
-        return features_of(load_images(*form, on_corrupt=on_corrupt).numpy(), args.dataset)
+    def load(split: str, number: int | None, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Return images' features, and their labels by the network's numbers."""
+        label_column = args.label_column if args.class_labels else None
+        form = split, (height, width), args.fit, channels, number, seed
+        images, labels, names = load_labelled_images(args.dataset, label_column, *form, on_corrupt=on_corrupt)
+        numbers = np.zeros(len(images)) if labels is None else _numbers_of(source, args.dataset, names)[labels.numpy()]
+        return features_of(images.numpy(), args.dataset), numbers
 
     with leaving_out(args.skip_corrupt) as on_corrupt:
         if split == train_split:  # each repeat halves it anew
             data = load(split, max_references and 2 * max_references, DATA_SEED)
-            half = len(data) // 2
-            orders = [np.random.default_rng(seed).permutation(len(data)) for seed in data_seeds]
-            references = [data[order[:half]] for order in orders]
-            fresh = [data[order[half : 2 * half]] for order in orders]
+            half = len(data[0]) // 2
+            orders = [np.random.default_rng(seed).permutation(len(data[0])) for seed in data_seeds]
+            references = [(data[0][order[:half]], data[1][order[:half]]) for order in orders]
+            rest = [order[half : 2 * half] for order in orders]
+            fresh = [(data[0][order], data[1][order]) for order in rest]
         else:
             references = [load(split, max_references, DATA_SEED)] * len(data_seeds)
             fresh = [load(train_split, n, seed) for seed in data_seeds]
-    n = min(n, *map(len, fresh))  # corrupt images may be left out
-    floor = [measure(x[:n], y) for x, y in zip(fresh, references, strict=True)]
-    drawn = (features_of(source.draw(n, seed), args.samples) for seed in seeds)
-    samples = [measure(x, y) for x, y in zip(drawn, itertools.cycle(references), strict=False)]
+    n = min(n, *(len(x) for x, _ in fresh))  # corrupt images may be left out
+    fresh = [(x[:n], labels[:n]) for x, labels in fresh]
+    asked = _asked(source, args, n)
+    numbers = np.array(asked.get("class_labels", np.zeros(n)))
+    drawn = [(features_of(source.draw(n, seed, **asked), args.samples), numbers) for seed in seeds]
+    floor = [measure(x, y) for (x, _), (y, _) in zip(fresh, references, strict=True)]
+    samples = [measure(x, y) for (x, _), (y, _) in zip(drawn, itertools.cycle(references), strict=False)]
+    classify = network.classify if isinstance(network, FeatureNetwork) else None
+    by_class = _classes(source, args, measure, [drawn, fresh, references], classify)
     return {
         "split": split,
         "train_split": train_split,
@@ -167,11 +207,82 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
         "shape": list(source.shape),
         "features": str(features),
         "num_samples": n,
-        "num_references": len(references[0]),
+        "num_references": len(references[0][0]),
         "seeds": list(seeds),
         "data_seeds": data_seeds,
         "measures": _rows(samples, floor),
+        **by_class,
     }
+
+
+def _asked(source: Source, args: Namespace, number: int) -> Asked:
+    """Return what to ask for: with `--class_labels`, the classes one after the other."""
+    asked = Asked()
+    if args.class_labels:
+        asked["class_labels"] = [i % len(source.class_names) for i in range(number)]
+    if args.guidance_scale is not None:
+        asked["guidance_scale"] = args.guidance_scale
+    if args.guidance_interval is not None:
+        asked["guidance_interval"] = tuple(args.guidance_interval)
+    return asked
+
+
+def _numbers_of(source: Source, dataset: str, names: list[str]) -> np.ndarray:
+    """Return the network's number of each of the data's classes."""
+    if unknown := [name for name in names if name not in source.class_names]:
+        raise DatasetError(f"{dataset} has the class {unknown[0]!r}, which the network doesn't know")
+    return np.array([source.class_names.index(name) for name in names])
+
+
+def _classes(
+    source: Source,
+    args: Namespace,
+    measure: Callable[..., dict[str, float]],
+    sides: list[list[Any]],
+    classify: Callable[[Any], Any] | None = None,
+) -> dict[str, Any]:
+    """Measure each class by itself: its samples, and fresh data of it, against the references of the class.
+
+    `sides` are draws of samples, of fresh data and of references: pairs of points or features, and of labels.
+    """
+    if not args.class_labels:
+        return {}
+    classes: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(source.class_names):
+        own = [[x[labels == number] for x, labels in side] for side in sides]
+        if min(len(x) for side in own for x in side) < MIN_OF_CLASS:
+            continue
+        samples, floor = (
+            [measure(x, y) for x, y in zip(side, itertools.cycle(own[2]), strict=False)] for side in own[:2]
+        )
+        classes[name] = {"measures": _rows(samples, floor)}
+        if classify is not None:
+            shares = [[float((classify(x) == number).float().mean()) for x in side] for side in own[:2]]
+            classes[name]["as_asked"] = {"samples": shares[0], "floor": shares[1]}
+    if not classes:
+        raise DatasetError(f"no class has {MIN_OF_CLASS} samples and data: raise --num_samples")
+    return {"classes": classes}
+
+
+def _class_table(classes: dict[str, Any]) -> str:
+    """Return each class's distance and, where a classifier tells, the share of samples that are what was asked for."""
+    key = next(iter(next(iter(classes.values()))["measures"]))
+    rows: list[tuple[Any, ...]] = []
+    for name, row in classes.items():
+        found, shares = row["measures"][key], row.get("as_asked")
+        told = (np.mean(shares["samples"]), np.mean(shares["floor"])) if shares else ()
+        rows.append((name, np.mean(found["samples"]), np.mean(found["floor"]), *told))
+    means = np.mean([row[1:] for row in rows], axis=0)
+    headers = ["class", LABELS[key], "floor", "as asked", "data"][: len(means) + 1]
+    cells = [*rows, ("all", *means)]
+    formats = ("", ".4f", ".4f", ".1%", ".1%")
+    return tabulate(
+        [[format(v, f) for v, f in zip(row, formats, strict=False)] for row in cells],
+        headers,
+        "plain",
+        disable_numparse=True,
+        colalign=("left", *["right"] * len(means)),
+    )
 
 
 def _choose_images(source: Source, args: Namespace) -> tuple[str, str, int, int]:

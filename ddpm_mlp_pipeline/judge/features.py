@@ -89,6 +89,10 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         return F.relu(self.hidden(self.blocks(x)))
 
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the most probable class of each image, int64 `[batch]`, from its features."""
+        return self.classifier(features.to(self.classifier.weight)).argmax(dim=1)
+
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Compute the classes' logits, `[batch, num_classes]`, of images as in `forward`."""
         return self.classifier(self.forward(images))

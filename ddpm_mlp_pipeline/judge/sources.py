@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.arrays import read_array
 from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..runtime.pictures import to_pixels
+from ..runtime.request import Asked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512
 
@@ -23,17 +27,19 @@ class Source:
     Attributes:
         shape: shape of a sample: `(dimension,)` for points, `(channels, height, width)` for images.
         draw: `draw(number, seed)` returns samples `[number, *shape]`, drawn by a sampler or chosen from a file. Points
-            are floats in the data's units, images are uint8.
+            are floats in the data's units, images are uint8. A sampler's also takes what one asks for: see `Asked`.
         info: the sampler's settings, for the report.
         columns: names of the points' coordinates, if they are known.
         number: number of samples in a file or folder; `None` if any number can be drawn.
+        class_names: names of the classes that can be asked for.
     """
 
     shape: tuple[int, ...]
-    draw: Callable[[int, int], np.ndarray]
+    draw: Callable[..., np.ndarray]
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     columns: list[str] | None = None
     number: int | None = None
+    class_names: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_points(self) -> bool:
@@ -84,14 +90,15 @@ def _open_sampler(path: Path, scheduler: str | None, num_inference_steps: int | 
 
     sampler = open_sampler(path, scheduler, num_inference_steps)
 
-    def draw(number: int, seed: int) -> np.ndarray:
-        batches = sampler.batches(number, seed, POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE)
+    def draw(number: int, seed: int, **asked: Unpack[Asked]) -> np.ndarray:
+        batches = sampler.batches(number, seed, POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE, **asked)
         if sampler.is_points:
             return np.concatenate([*batches])
         return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])
 
     info = {"scheduler": sampler.scheduler, "sampling_steps": len(sampler)}
-    return Source(sampler.sample_shape, draw, info, sampler.data_columns if sampler.is_points else None)
+    columns = sampler.data_columns if sampler.is_points else None
+    return Source(sampler.sample_shape, draw, info, columns, class_names=sampler.class_names)
 
 
 def _images_of(array: np.ndarray, path: Path) -> Source:
