@@ -371,10 +371,10 @@ DAMAGES = [
     (cut("bundle/step_table.json", sealed=True), "step_table.json is not valid JSON"),
     (edit_step(timestep=float("nan")), "step_table.json is not valid JSON"),
     (edit_step(to_next=[[1, 2, 3]]), "step 1's to_next must hold rows of 4 finite numbers"),
-    (edit_info(version=2), "bundle.json is not of the format ddpm-bundle, version 1"),
+    (edit_info(version=3), "bundle.json is not of the format ddpm-bundle, version 1 or 2"),
     (
         edit_info(sample_shape=[3], data_mean=[0] * 3, data_std=[1] * 3, data_columns=[*"xyz"]),
-        "bundle.json says that a sample has the shape [3], but the network's sample has [2]",
+        "the bundle's network must have the shape [3] for each sample, but has [2]",
     ),
     (
         rename_output,

@@ -137,9 +137,10 @@ def edit_step(k, **changes):
     return lambda content: content["steps"][k].update(changes)
 
 
+LABELLED, CONDITIONED = (["sample", "timestep", name] for name in ("class_labels", "condition"))
 NAN, NINE = float("nan"), [[9, 9, 9, 9]]
 DAMAGES = [
-    ("step_table.json", edit(version=3), "step_table.json is not of the format ddpm-step-table, version 2"),
+    ("step_table.json", edit(version=4), "step_table.json is not of the format ddpm-step-table, version 2 or 3"),
     ("step_table.json", edit(steps=[]), "steps must be a list"),
     ("step_table.json", edit(steps="many"), "steps must be a list"),
     ("step_table.json", edit(initial_scale=0), "initial_scale must be a positive number"),
@@ -152,12 +153,27 @@ DAMAGES = [
     ("step_table.json", edit_step(3, to_next=[[1, 2, 3]]), "step 3's to_next must hold rows of 4"),
     ("step_table.json", edit_step(3, to_next=[[1, 2, 3, None]]), "step 3's to_next must hold rows of 4"),
     ("step_table.json", edit_step(0, to_next=NINE * 2), "step 0 can't use what was before the first"),
-    ("bundle.json", edit(format="zip"), "bundle.json is not of the format ddpm-bundle, version 1"),
+    ("step_table.json", edit_step(3, alpha_cumprod=1.5), "step 3's alpha_cumprod must be a number from 0 to 1"),
+    ("step_table.json", edit_step(3, alpha_cumprod=None), "step 3's alpha_cumprod must be a number from 0 to 1"),
+    ("step_table.json", edit_step(0, guidance_scale=2), "step 1's guidance_scale must be a finite number"),
+    ("step_table.json", edit_step(0, log_variance=[1]), "step 0's log_variance must hold 2 finite numbers"),
+    ("bundle.json", edit(format="zip"), "bundle.json is not of the format ddpm-bundle, version 1 or 2"),
     ("bundle.json", edit(sample_shape=[2, 2]), "sample_shape is no shape"),
     ("bundle.json", edit(sample_shape=[0]), "sample_shape is no shape"),
     ("bundle.json", edit(data_mean=[1]), "data_mean must hold finite numbers, 2 of them"),
     ("bundle.json", edit(data_columns=["x"]), "data_columns must hold names, 2 of them"),
-    ("bundle.json", edit(inputs=["sample", "timestep", "class_labels"]), "the network needs the inputs"),
+    ("bundle.json", edit(sample_shape=[2**14, 2**7, 2**7]), "sample_shape is no shape"),
+    ("bundle.json", edit(data_std=[1, 1e39]), "data_std must hold finite numbers, 2 of them"),
+    ("bundle.json", edit(inputs=["sample", "timestep", "prompt"]), "the network needs the inputs"),
+    ("bundle.json", edit(inputs=LABELLED, version=1), "the network needs the inputs"),
+    ("bundle.json", edit(inputs=[*LABELLED[1:], "sample"]), "the network needs the inputs"),
+    ("bundle.json", edit(inputs=LABELLED), "class_names must be a list of names"),
+    (
+        "bundle.json",
+        edit(inputs=LABELLED, class_names=["a"], null_label=2),
+        "null_label must be a whole number from 0",
+    ),
+    ("bundle.json", edit(inputs=CONDITIONED), "condition_mean must hold finite numbers"),
     ("bundle.json", edit(sha256=None), "sha256 must hold the checksum of each file"),
     ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must hold the checksum of each file"),
 ]
