@@ -32,12 +32,24 @@ def golden_run(request: pytest.FixtureRequest) -> dict[str, Any]:
     return GOLDEN[request.param]
 
 
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    golden.tiny_pipeline().save_pretrained(folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle", "ddim", 6)
+    return folder / "bundle"
+
+
+NETWORKS = {"heart": "ddim_bundle", "swiss_roll_2015": "learned_bundle", None: "tiny_bundle"}
+
+
 @pytest.fixture
-def golden_bundle(golden_run: dict[str, Any], ddim_bundle: Path, tmp_path: Path) -> Path:
-    """The bundle of a golden run: its table and info, and the network of the shipped checkpoint."""
+def golden_bundle(golden_run: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The bundle of a golden run: its table and info, and the checkpoint's network."""
     folder = tmp_path / "golden-bundle"
     folder.mkdir()
-    shutil.copyfile(ddim_bundle / "unet.onnx", folder / "unet.onnx")
+    network = request.getfixturevalue(NETWORKS[golden_run["checkpoint"]]) / "unet.onnx"
+    shutil.copyfile(network, folder / "unet.onnx")
     (folder / "bundle.json").write_text(json.dumps(golden_run["bundle"]))
     (folder / "step_table.json").write_text(json.dumps(golden_run["step_table"]))
     return folder
@@ -46,8 +58,14 @@ def golden_bundle(golden_run: dict[str, Any], ddim_bundle: Path, tmp_path: Path)
 def make_labelled(folder: Path, model: MLPModel, num_inference_steps: int = 6, **options: Any) -> Path:
     """Export an untrained network of three classes, with random weights, by DDPM."""
     torch.manual_seed(0)
-    scheduler = DDPMScheduler(1000, clip_sample=True)
-    pipeline = DDPMMLPPipeline(random_weights(model), scheduler, class_names=["a", "b b", "3"], **options)
+    # The samples are then what the network says last, and few of them are clipped, which would hide differences. Larger
+    # weights at the end would magnify those of rounding, from step to step.
+    scheduler = DDPMScheduler(1000, prediction_type="sample", clip_sample=True, clip_sample_range=3.0)
+    for name, parameter in random_weights(model).named_parameters():
+        for part, std in {"class_embedding": 1.0, "proj_out.weight": 0.07}.items():
+            if part in name:
+                torch.nn.init.normal_(parameter, std=std)
+    pipeline = DDPMMLPPipeline(model, scheduler, class_names=["a", "b b", "3"], **options)
     pipeline.save_pretrained(folder / "checkpoint")
     export_bundle(folder / "checkpoint", folder / "bundle", "ddpm", num_inference_steps)
     return folder / "bundle"
