@@ -58,8 +58,8 @@ def golden_bundle(golden_run: dict[str, Any], request: pytest.FixtureRequest, tm
 def make_labelled(folder: Path, model: MLPModel, num_inference_steps: int = 6, **options: Any) -> Path:
     """Export an untrained network of three classes, with random weights, by DDPM."""
     torch.manual_seed(0)
-    # The samples are then what the network says last, and few of them are clipped, which would hide differences. Larger
-    # weights at the end would magnify those of rounding, from step to step.
+    # The samples are then what the network says last, and few of them are clipped, which would hide differences.
+    # Larger weights at the end would magnify those of rounding, from step to step.
     scheduler = DDPMScheduler(1000, prediction_type="sample", clip_sample=True, clip_sample_range=3.0)
     for name, parameter in random_weights(model).named_parameters():
         for part, std in {"class_embedding": 1.0, "proj_out.weight": 0.07}.items():

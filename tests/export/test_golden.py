@@ -154,9 +154,8 @@ def program() -> str:
     return code
 
 
+@pytest.mark.parametrize("golden_run", [name for name, run in RUNS.items() if not run.asked], indirect=True)
 def test_the_formats_program_draws_the_golden_samples(run, golden_run, golden_bundle):
-    if golden_run.get("asked"):
-        pytest.skip("the program knows no conditions, intervals and known values")
     result = run(sys.executable, "-c", program(), golden_bundle, golden_run["num_samples"], golden_run["seed"])
     assert result.returncode == 0, result.stderr
     np.testing.assert_allclose(json.loads(result.stdout), golden_run["data"], atol=1e-5)

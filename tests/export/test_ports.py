@@ -11,6 +11,7 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bun
 from ddpm_mlp_pipeline.commands.sample import csv_header
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.noise import normal
+from export.golden import RUNS
 
 DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"
 SAMPLE, SAMPLER = (ROOT / "export" / "ports" / name for name in ("sample.mjs", "sampler.mjs"))
@@ -263,9 +264,8 @@ def test_csv_names_are_quoted_as_in_python(javascript):
 # With onnxruntime-node
 
 
+@pytest.mark.parametrize("golden_run", [name for name, run in RUNS.items() if not run.asked], indirect=True)
 def test_sample_mjs_draws_the_golden_samples(run, node, node_folder, golden_run, golden_bundle):
-    if golden_run.get("asked"):
-        pytest.skip("asks for one thing for each sample, which the command can't")
     argv = (golden_bundle, "--num_samples", golden_run["num_samples"], "--seed", golden_run["seed"])
     result = run(node, SAMPLE, *argv, cwd=node_folder)
     assert result.returncode == 0, result.stderr
