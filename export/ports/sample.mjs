@@ -16,7 +16,9 @@ import { readFile, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
-import { BundleError, oneLine, openBundle, parseCount, parseSeed, toCsv } from "../../ddpm_mlp_pipeline/export/web/ddpm.js";
+import {
+  BundleError, oneLine, openBundle, parseCount, parseNumber, parseSeed, toCsv,
+} from "../../ddpm_mlp_pipeline/export/web/ddpm.js";
 
 /** onnxruntime-node from where the command is run, or from NODE_PATH: this file lies in a Python package. */
 function loadRuntime() {
@@ -32,13 +34,6 @@ function nest(values, [size, ...rest]) {
   if (rest.length === 0) return Array.from(values, (value) => Number(value.toPrecision(9)));
   const stride = values.length / size;
   return Array.from({ length: size }, (_, i) => nest(values.subarray(i * stride, (i + 1) * stride), rest));
-}
-
-/** A number that a user types. */
-function parseNumber(text, name) {
-  const number = text.trim() === "" ? NaN : Number(text);
-  if (!Number.isFinite(number)) throw new RangeError(`${name} must be a finite number, not ${JSON.stringify(text)}`);
-  return number;
 }
 
 /** NAME=VALUE, several times, as one object. */

@@ -61,8 +61,10 @@ def make_labelled(folder: Path, model: MLPModel, num_inference_steps: int = 6, *
     # The samples are then what the network says last, and few of them are clipped, which would hide differences.
     # Larger weights at the end would magnify those of rounding, from step to step.
     scheduler = DDPMScheduler(1000, prediction_type="sample", clip_sample=True, clip_sample_range=3.0)
+    is_points = model.config.sample_size is None
+    stds = {"class_embedding": 1.0 if is_points else 0.3, "proj_out.weight": 0.07 if is_points else 0.1}
     for name, parameter in random_weights(model).named_parameters():
-        for part, std in {"class_embedding": 1.0, "proj_out.weight": 0.07}.items():
+        for part, std in stds.items():
             if part in name:
                 torch.nn.init.normal_(parameter, std=std)
     pipeline = DDPMMLPPipeline(model, scheduler, class_names=["a", "b b", "3"], **options)

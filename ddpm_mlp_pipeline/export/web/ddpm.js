@@ -136,6 +136,18 @@ export function parseCount(text, most = Number.MAX_SAFE_INTEGER) {
   return count;
 }
 
+/**
+ * @param {string} text
+ * @param {string} name what the number is
+ * @returns {number}
+ * @throws {RangeError} with one line
+ */
+export function parseNumber(text, name) {
+  const number = text.trim() === "" ? NaN : Number(text);
+  if (!Number.isFinite(number)) throw new RangeError(`${name} must be a finite number, not ${quote(text)}`);
+  return number;
+}
+
 const quote = (text) => JSON.stringify(text.length > 40 ? `${text.slice(0, 40)}…` : text);
 
 // The bundle's files
