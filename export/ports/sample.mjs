@@ -78,8 +78,8 @@ async function main() {
   if (positionals.length !== 1) {
     throw new Error(
       "usage: sample.mjs BUNDLE [--num_samples N] [--seed S] [--batch_size N] [--output FILE [--overwrite]] " +
-        "[--class_labels CLASS …] [--condition NAME=VALUE …] [--guidance_scale W] [--known NAME=VALUE …] [--resample N], " +
-        "where a flag with … is repeated for each value",
+        "[--class_labels CLASS …] [--condition NAME=VALUE …] [--guidance_scale W] [--known NAME=VALUE …] " +
+        "[--resample N], where a flag with … is repeated for each value",
     );
   }
   if (values.output && !values.overwrite && existsSync(values.output)) {

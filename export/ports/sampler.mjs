@@ -4,7 +4,7 @@
 //     npm install onnxruntime-node
 //     node sampler.mjs BUNDLE/sampler.onnx NUM_SAMPLES SEED [LABEL [GUIDANCE_SCALE]]
 //
-// LABEL is a class's number, of all samples; the number after the last class stands for any, where the network knows that.
+// LABEL is a class's number, of all samples; the bundle's null_label stands for any class.
 
 import { createRequire } from "node:module";
 import { join } from "node:path";

@@ -188,6 +188,7 @@ def test_the_formats_worked_example():
         assert f"{number:.6f}" in " ".join(example.split())
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_shipped_files(run, tmp_path):
     result = run(sys.executable, "-m", "export.golden", tmp_path / "golden", cwd=ROOT)
     assert result.returncode == 0, result.stderr

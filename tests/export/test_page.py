@@ -513,7 +513,7 @@ DAMAGES = [
     ),
     (
         rename_output,
-        "must have the inputs sample and timestep and the output out_sample, but has sample, timestep, noise",
+        "must have the inputs sample, timestep and the output out_sample, but has sample, timestep, noise",
     ),
     (delete("onnxruntime/ort.wasm.bundle.min.js"), "onnxruntime/ort.wasm.bundle.min.js can't be loaded"),
     (delete("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be fetched"),

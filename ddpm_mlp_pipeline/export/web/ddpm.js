@@ -208,7 +208,10 @@ export function parseInfo(bytes) {
   if (typeof sha256 !== "object" || sha256 === null || Array.isArray(sha256)) {
     fail("sha256 must hold the checksum of each file");
   }
-  return { ...info, inputs };
+  const [names, columns] = OPTIONAL_INPUTS.map((name, i) => {
+    return inputs.includes(name) ? info[["class_names", "condition_columns"][i]] : [];
+  });
+  return { ...info, inputs, class_names: names, condition_columns: columns };
 }
 
 /**
@@ -334,7 +337,8 @@ const fail = (message) => { throw new RangeError(message); };
 function classOf({ class_names: names, null_label: nullLabel }, label) {
   if (isName(label)) {
     const shown = names.length <= 20 ? names : [...names.slice(0, 20), "…"];
-    return names.includes(label) ? names.indexOf(label) : fail(`there is no class '${label}', only ${shown.join(", ")}`);
+    if (!names.includes(label)) fail(`there is no class '${label}', only ${shown.join(", ")}`);
+    return names.indexOf(label);
   }
   if ((Number.isInteger(label) && label >= 0 && label < names.length) || (label === nullLabel && label !== null)) {
     return label;
@@ -356,7 +360,8 @@ function byName(values, columns, what) {
 function inputsOf(info, numSamples, classLabels, condition) {
   const inputs = {};
   if (info.inputs.includes("class_labels")) {
-    const labels = classLabels ?? info.null_label ?? fail(`this network needs class_labels: ${info.class_names.join(", ")}`);
+    const labels = classLabels ?? info.null_label;
+    if (labels === null) fail(`this network needs class_labels: ${info.class_names.join(", ")}`);
     const numbers = flat(labels).map((label) => classOf(info, label));
     if (numbers.length !== 1 && numbers.length !== numSamples) {
       fail(`class_labels must be one, or ${numSamples}, got ${numbers.length}`);
@@ -426,9 +431,11 @@ function resolve(info, table, numSamples, asked = {}) {
   const inputs = inputsOf(info, numSamples, classLabels, condition);
   if (guidanceScale != null) {
     if (!isNumber(guidanceScale)) fail(`guidance_scale must be a finite number, got ${guidanceScale}`);
-    if (guidanceInterval != null && !areNumbers(guidanceInterval, 2)) fail("guidance_interval must be 2 finite numbers");
-    const [tHigh, tLow] = guidanceInterval ?? [];
-    if (tHigh < tLow) fail(`guidance_interval must be (t_high, t_low), got (${tHigh}, ${tLow})`);
+    if (guidanceInterval != null) {
+      if (!areNumbers(guidanceInterval, 2)) fail("guidance_interval must be 2 finite numbers");
+      const [tHigh, tLow] = guidanceInterval;
+      if (tHigh < tLow) fail(`guidance_interval must be (t_high, t_low), got (${tHigh}, ${tLow})`);
+    }
     table = guided(table, guidanceScale, guidanceInterval ?? undefined);
   } else if (guidanceInterval != null) fail("guidance_interval needs a guidance_scale");
   const nulls = {};
@@ -478,7 +485,7 @@ async function checkSum(name, bytes, expected) {
 
 function checkNetwork(session, { inputs, sample_shape: sampleShape }, learnsVariance) {
   const names = [...session.inputNames, ...session.outputNames];
-  if ([...session.inputNames].sort().join() !== [...inputs].sort().join() || session.outputNames.join() !== "out_sample") {
+  if ([...names].sort().join() !== [...inputs, "out_sample"].sort().join()) {
     throw new BundleError(
       `unet.onnx must have the inputs ${inputs.join(", ")} and the output out_sample, but has ${names.join(", ")}`,
     );
@@ -541,11 +548,11 @@ export class Sampler {
     this.isPoints = this.sampleShape.length === 1;
     this.dimension = sizeOf(this.sampleShape);
     /** @type {string[]} names of the classes that the network knows */
-    this.classNames = info.class_names ?? [];
+    this.classNames = info.class_names;
     /** @type {string[]} names of the condition's numbers */
-    this.conditionColumns = info.condition_columns ?? [];
+    this.conditionColumns = info.condition_columns;
     /** Whether samples can be guided: the network has learned what no label and no condition is. */
-    this.isGuidable = info.inputs.length > INPUTS.length && info.null_label !== null;
+    this.isGuidable = info.inputs.length > INPUTS.length && !(this.classNames.length && info.null_label === null);
     /** Whether the table takes known values. */
     this.takesKnown = table.steps[0].alphaCumprod !== undefined;
   }
