@@ -60,7 +60,10 @@ def make_labelled(folder: Path, model: MLPModel, num_inference_steps: int = 6, *
     torch.manual_seed(0)
     # The samples are then what the network says last, and few of them are clipped, which would hide differences.
     # Larger weights at the end would magnify those of rounding, from step to step.
-    scheduler = DDPMScheduler(1000, prediction_type="sample", clip_sample=True, clip_sample_range=3.0)
+    variance = "learned_range" if model.out_channels > model.config.in_channels else "fixed_small"
+    scheduler = DDPMScheduler(
+        1000, prediction_type="sample", variance_type=variance, clip_sample=True, clip_sample_range=3.0
+    )
     is_points = model.config.sample_size is None
     stds = {"class_embedding": 1.0 if is_points else 0.3, "proj_out.weight": 0.07 if is_points else 0.1}
     for name, parameter in random_weights(model).named_parameters():
@@ -93,6 +96,13 @@ def labelled_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images in colour that are not square, with labels."""
     model = MLPModel(3, (6, 9), hidden_dim=32, num_class_embeds=3)
     return make_labelled(tmp_path_factory.mktemp("labelled-images"), model)
+
+
+@pytest.fixture(scope="session")
+def labelled_learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Points with labels, from a network that predicts the variance, too."""
+    model = MLPModel(2, hidden_dim=32, num_class_embeds=3, out_channels=4)
+    return make_labelled(tmp_path_factory.mktemp("labelled-learned"), model)
 
 
 @pytest.fixture(scope="session")

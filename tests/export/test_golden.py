@@ -162,9 +162,9 @@ def test_the_formats_program_draws_the_golden_samples(run, golden_run, golden_bu
     assert len([line for line in program().splitlines() if line]) <= 40
 
 
-def test_the_formats_program_takes_labels_and_guidance(run, labelled_points, labelled_images):
+def test_the_formats_program_takes_labels_and_guidance(run, labelled_points, labelled_images, labelled_learned):
     labels = [2, 0, 3, 1]
-    for bundle in (labelled_points, labelled_images):
+    for bundle in (labelled_points, labelled_images, labelled_learned):
         result = run(sys.executable, "-c", program(), bundle, 4, 5, labels, 2.5)
         assert result.returncode == 0, result.stderr
         expected = OnnxSampler(bundle).sample(4, 5, class_labels=labels, guidance_scale=2.5)

@@ -110,8 +110,9 @@ def test_known_values(draw_in_node, labelled_points, labelled_images):
     assert_the_same(draw_in_node, labelled_images, asked)
 
 
-def test_a_learned_variance(draw_in_node, learned_bundle):
+def test_a_learned_variance(draw_in_node, learned_bundle, labelled_learned):
     assert_the_same(draw_in_node, learned_bundle, [{}, {"known": ROWS}])
+    assert_the_same(draw_in_node, labelled_learned, [{"classLabels": LABELS}, {"classLabels": 2, "guidanceScale": 3}])
 
 
 def test_what_cannot_be_drawn_is_told_as_in_python(draw_in_node, labelled_points, labelled_images, learned_bundle):

@@ -267,7 +267,7 @@ async function drawAnew() {
     images.forEach((i, j) => all.set(samples.subarray(j * dimension, (j + 1) * dimension), i * dimension));
     return all;
   });
-  finish({ seed, asked, anew }, `a part of ${plural(images.length, model.noun)} drawn anew in ${took}`);
+  finish({ seed, asked, anew }, `${plural(images.length, model.noun)} drawn anew where painted, in ${took}`);
 }
 
 /** Prepare the page for a drawing. */
