@@ -280,7 +280,7 @@ def check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding:
 
 @torch.no_grad()
 def without_label(pipeline: DDPMMLPPipeline, unet: torch.nn.Module) -> Callable[..., UNet2DOutput]:
-    """Return a network of a pipeline as a function of x_t and t: without a label, or with the first if it needs any."""
+    """Return a network of a pipeline as a function of x_t and t: without a label, or with the first where it must."""
     if not pipeline.num_classes:
         return unet
     label = 0 if pipeline.null_label is None else pipeline.null_label
