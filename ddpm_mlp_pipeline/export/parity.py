@@ -1,4 +1,4 @@
-"""A bundle against the torch pipeline that it was exported from, on the same noise, step by step."""
+"""Compare a bundle with the torch pipeline that it was exported from, step by step, on the same noise."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from ..runtime.step_table import Z
 from .compile import noise_drawn
 
 BATCH_SIZES = (1, 3, 8)
-NUDGE = 0.01  # of the tolerance: rounding's size, where the tolerance is 1e-4
-ROUNDING = 0.1  # of the tolerance: the most that rounding may leave of a step, relative to its terms
-CANCELLATION = 100  # from here on, a step whose terms are so many times as large as their sum explains the rest
+# Both relative to the tolerance. A nudge is about as large as float32's rounding if the tolerance is 1e-4.
+NUDGE = 0.01
+ROUNDING = 0.1  # largest difference of a single step, relative to its terms, that counts as rounding
+CANCELLATION = 100  # from this ratio of a step's terms to their sum on, cancellation explains a difference
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -34,26 +35,27 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 class ParityReport:
     """Largest differences between pipeline and bundle, in the network's units.
 
-    A bundle samples as its pipeline does if the final samples agree within the tolerance. Where they don't, the steps
-    are compared one by one, each from the pipeline's own sample: if every single step agrees up to rounding, both are
-    the same sampler, and the difference at the end is rounding that the sampler magnifies. (A network that is hardly
-    trained does so, and so does a first step from almost pure noise, which divides by √ᾱ.) An error of a coefficient
-    or of a weight shows in its own step, whatever later steps make of it. At last, schedulers themselves can lose the
-    digits of float32: then the same is asked of the pipeline with its scheduler in float64.
+    Bundle and pipeline are at parity if one of these holds:
+
+    - The final samples agree within the tolerance.
+    - Every single step, taken from the pipeline's own sample, agrees up to rounding. Then the sampler magnifies
+      rounding, as a hardly trained network does, or a first step from almost pure noise, which divides by √ᾱ. A wrong
+      coefficient or weight shows in its own step, whatever later steps do with it.
+    - One of the two holds for the pipeline with its scheduler in float64. Some schedulers lose digits in float32.
 
     Rounding is relative to the terms that a step sums, which may be far larger than their sum.
 
     Attributes:
-        differences: after each step, float64 `[steps]`, for each batch size.
-        timesteps: of the steps.
-        tolerance: what the last step's may be, unless every single step agrees up to rounding.
-        amplifications: for each batch size, how far the pipeline ends from itself when its initial noise is moved
-            by a hundredth of the tolerance.
-        single_steps: difference of each step, taken from the pipeline's sample, over the size of the step's terms,
-            float64 `[steps]`, the largest of all batches.
-        cancellations: how many times larger than its outcome a step's terms are, float64 `[steps]`, the largest of all
-            batches.
-        in_float64: the same with the scheduler in float64, where this report alone does not show parity.
+        differences: for each batch size, the difference after each step, float64 `[steps]`.
+        timesteps: timestep of each step, float32 `[steps]`.
+        tolerance: largest allowed difference between final samples.
+        amplifications: for each batch size, the change of the pipeline's final samples when normal noise of
+            `NUDGE * tolerance` is added to their initial noise.
+        single_steps: difference of each step taken from the pipeline's sample, divided by the size of the step's
+            terms: float64 `[steps]`, the largest over all batches.
+        cancellations: size of each step's terms, divided by the size of their sum: float64 `[steps]`, the largest
+            over all batches.
+        in_float64: report of the comparison with the scheduler in float64, made only if this one shows no parity.
     """
 
     differences: dict[int, np.ndarray]
@@ -66,11 +68,11 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the bundle samples as the pipeline does: see above."""
+        """Whether bundle and pipeline are at parity."""
         return self._ends_agree or self._steps_agree or (self.in_float64 is not None and self.in_float64.ok)
 
     @property
-    def _ends_agree(self) -> bool:  # differences on the way may be larger, since later steps can undo them
+    def _ends_agree(self) -> bool:  # later steps can undo larger differences
         return all(difference[-1] <= self.tolerance for difference in self.differences.values())
 
     @property
@@ -79,7 +81,7 @@ class ParityReport:
 
     @property
     def explanation(self) -> str:
-        """One line: why the final samples differ by more than the tolerance, or nothing if they don't."""
+        """Explain in one line why final samples differ by more than the tolerance; empty if they agree."""
         if self._ends_agree:
             return ""
         k = int(self.single_steps.argmax())  # the first NaN, if there is one
@@ -88,21 +90,20 @@ class ParityReport:
             return f"{single_step}, more than the {ROUNDING * self.tolerance:.0e} that rounding explains"
         if not self._steps_agree and self.in_float64 is not None:
             final = max(difference[-1] for difference in self.in_float64.differences.values())
-            why = self.in_float64.explanation
+            reason = self.in_float64.explanation
             return (
-                f"the pipeline's scheduler loses digits of float32: {single_step}; with it in float64, pipeline and "
-                f"bundle end {final:.1e} apart" + (f", since {why}" if why else "")
+                f"the pipeline's scheduler loses digits in float32: {single_step}; in float64, the final samples "
+                f"differ by {final:.1e}" + (f": {reason}" if reason else "")
             )
         k = int(self.cancellations.argmax())
         if self.cancellations[k] >= CANCELLATION:
             return (
-                "pipeline and bundle both lose digits of float32: "
+                "pipeline and bundle both lose digits in float32: "
                 f"the terms of step {k + 1} are {self.cancellations[k]:,.0f} times as large as their sum"
             )
-        moved = max(self.amplifications.values())
         return (
-            "the network magnifies rounding: "
-            f"torch's own samples move by {moved:.1e} when the initial noise moves by {NUDGE * self.tolerance:.0e}"
+            f"the network magnifies rounding: the pipeline's own samples change by "
+            f"{max(self.amplifications.values()):.1e} if the initial noise changes by {NUDGE * self.tolerance:.0e}"
         )
 
     def __str__(self) -> str:
@@ -110,26 +111,24 @@ class ParityReport:
         shown = range(steps) if steps <= 50 else sorted({round(i) for i in np.linspace(0, steps - 1, 21)})
         differences = self.differences.values()
         table = [(k + 1, f"{self.timesteps[k]:g}", *(difference[k] for difference in differences)) for k in shown]
-        table.append((None, "worst", *(difference.max() for difference in differences)))
+        table.append((None, "max", *(difference.max() for difference in differences)))
         headers = ("step", "t", *(f"batch {size}" for size in self.differences))
         rows = [
-            f"largest difference between pipeline and bundle (tolerance {self.tolerance:g} at the end)",
+            f"largest difference between pipeline and bundle (tolerance of the last step: {self.tolerance:g})",
             tabulate(table, headers, "plain", floatfmt=".1e", numalign="right", stralign="right"),
+            f"change of the pipeline's samples if the initial noise changes by {NUDGE * self.tolerance:.0e}: "
+            + ", ".join(f"{change:.1e} (batch {size})" for size, change in self.amplifications.items()),
+            f"largest difference of a single step, relative to its terms: {self.single_steps.max():.1e}",
         ]
-        moved = f"torch, noise ± {NUDGE * self.tolerance:.0e}"
-        rows.append(f"{moved}:" + "".join(f" batch {n}: {a:.1e}" for n, a in self.amplifications.items()))
-        rows.append(
-            f"each step from the pipeline's own sample, relative to its terms: {self.single_steps.max():.1e} at most"
-        )
         if self.explanation:
-            rows.append(f"more than the tolerance at the end: {self.explanation}")
+            rows.append(f"final samples differ by more than the tolerance: {self.explanation}")
         return "\n".join(rows)
 
 
 def compare(
     pipeline: DiffusionPipeline, bundle: str | os.PathLike[str], num_inference_steps: int, tolerance: float
 ) -> ParityReport:
-    """Run both on the same noise, at batches of 1, 3 and 8, side by side: no step is kept."""
+    """Run pipeline and bundle side by side on the same noise, in batches of `BATCH_SIZES`, without keeping steps."""
     sampler = OnnxSampler(bundle)
     report = _compare(pipeline, sampler, num_inference_steps, tolerance)
     if not report.ok:
@@ -140,41 +139,35 @@ def compare(
 
 
 def compare_sampler(bundle: str | os.PathLike[str]) -> float:
-    """Largest difference between a bundle's `sampler.onnx` and the runtime, in the network's units."""
+    """Return the largest difference between a bundle's `sampler.onnx` and the runtime, in the network's units."""
     runtime = OnnxSampler(bundle)
     graph = onnxruntime.InferenceSession(Path(bundle) / "sampler.onnx", providers=["CPUExecutionProvider"])
     seed, num_samples = 2**40 + 1, max(BATCH_SIZES)
     (samples,) = graph.run(None, {"seed": np.array(seed), "num_samples": np.array(num_samples)})
     expected = runtime.sample(num_samples, seed)
     if samples.dtype == np.uint8:
-        return 2 / 255 * max(0.0, float(np.abs(samples - 255 * expected).max()) - 0.5)  # but for what was rounded
-    return float(
-        (np.abs(samples - expected) * (1 / np.array(runtime.info["data_std"]) if runtime.is_points else 2)).max()
-    )
+        return 2 / 255 * max(0.0, _largest(samples - 255 * expected) - 0.5)  # half a level is rounding
+    return _largest((samples - expected) * (1 / np.array(runtime.info["data_std"]) if runtime.is_points else 2))
 
 
 def _compare(
     pipeline: DiffusionPipeline, sampler: OnnxSampler, num_inference_steps: int, tolerance: float
 ) -> ParityReport:
     differences, amplifications, single_steps, cancellations = {}, {}, [], []
+    nudged: dict[str, torch.Tensor] = {}
     for size in BATCH_SIZES:
         run = _SideBySide(pipeline, sampler, size)
         final = run(num_inference_steps)
         differences[size], *others = np.transpose(run.rows)
         single_steps.append(others[0])
         cancellations.append(others[1])
-        moved = final
-
-        def keep_last(
-            pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
-        ) -> dict[str, Any]:
-            nonlocal moved
-            moved = tensors["latents"].numpy()
-            return {}
-
         latents, generator = _start(pipeline, size, NUDGE * tolerance)
-        pipeline(size, generator, num_inference_steps, latents=latents, callback_on_step_end=keep_last)
-        amplifications[size] = _largest(moved - final)
+        pipeline(
+            *(size, generator, num_inference_steps),
+            latents=latents,
+            callback_on_step_end=lambda pipe, step, t, tensors: nudged.update(tensors),
+        )
+        amplifications[size] = _largest(nudged["latents"].numpy() - final)
     return ParityReport(
         differences,
         sampler.table.timesteps,
@@ -186,7 +179,7 @@ def _compare(
 
 
 def _start(pipeline: DiffusionPipeline, batch_size: int, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Generator]:
-    """The initial sample, moved by normal noise of that standard deviation, and the generator of all later noise."""
+    """Return initial noise plus normal noise of standard deviation `nudge`, and the generator for the steps."""
     generator = torch.Generator().manual_seed(batch_size)
     latents = torch.randn((batch_size, *pipeline.sample_shape), generator=generator)
     return latents + nudge * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), generator
@@ -194,9 +187,9 @@ def _start(pipeline: DiffusionPipeline, batch_size: int, nudge: float = 0.0) -> 
 
 @contextlib.contextmanager
 def _scheduler_in_float64(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Have the scheduler's steps take and give float64; the network's numbers stay float32."""
+    """Run the scheduler's steps in float64, and the network in float32."""
     scheduler, step = pipeline.scheduler, pipeline.scheduler.step
-    own = vars(scheduler).get("step")  # where it has options
+    own = vars(scheduler).get("step")  # set by the exporter if the step has options
 
     @functools.wraps(step)
     def step_in_float64(eps: torch.Tensor, t: torch.Tensor, sample: torch.Tensor, **options: Any) -> Any:
@@ -214,12 +207,11 @@ def _scheduler_in_float64(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 class _SideBySide:
-    """A run of the pipeline in which the bundle takes each step as soon as the pipeline has taken it, and twice: from
-    its own sample, and from the pipeline's.
+    """Run the pipeline, and after each of its steps take the bundle's: from its own sample and from the pipeline's.
 
     Attributes:
-        rows: for each step, the difference of the first to the pipeline's; that of the second, over the size of the
-            step's terms; and that size over the outcome's.
+        rows: for each step, the difference of the bundle's sample; the difference of the step taken from the
+            pipeline's sample, divided by the size of the step's terms; and that size divided by the sample's.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int):
@@ -227,19 +219,18 @@ class _SideBySide:
         self.latents, self.generator = _start(pipeline, batch_size)
         self.state = self.generator.get_state()
         self.x = self.sample = self.latents.numpy()
-        self.z = np.full(self.latents.shape, np.nan, dtype=np.float32)  # until there is any
+        self.z = np.full(self.latents.shape, np.nan, dtype=np.float32)  # a step without noise must not use it
         self.outcomes: tuple[np.ndarray, np.ndarray] | None = None
-        noises = (self.z for _ in itertools.count())  # always that of the step which is being taken
+        noises = (self.z for _ in itertools.count())  # the current step's
         self.alone, self.beside = (
             sampler.steps(batch_size, latents=self.latents.numpy(), noises=noises) for _ in range(2)
         )
-        self.sizes: deque[list[float]] = deque(
-            maxlen=self.table.history
-        )  # of what the coefficients multiply, the newest call's first
+        # Sizes of what the coefficients multiply, the newest call first
+        self.sizes: deque[list[float]] = deque(maxlen=self.table.history)
         self.rows: list[tuple[float, float, float]] = []
 
     def __call__(self, num_inference_steps: int) -> np.ndarray:
-        """Run both; return the pipeline's final sample."""
+        """Run both, and return the pipeline's final sample."""
         hook = self.pipeline.unet.register_forward_hook(self._network_called)
         try:
             self.pipeline(
@@ -253,17 +244,17 @@ class _SideBySide:
         return self.sample
 
     def _network_called(self, network: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # What the network sees is the outcome of the step before: some schedulers scale it.
+        # The network's input is the outcome of the step before, which some schedulers scale.
         x, eps = args[0].numpy(), output[0].numpy()
         self._compare(x)
         self.x = x
         sizes = _largest(x), _largest(eps[:, : x.shape[1]])
-        # The prediction of x_0 has the rounding of the sum that it is, before it is clipped.
+        # x̂_0 has the rounding of the sum that it is before clipping.
         self.sizes.appendleft([*sizes, np.abs(self.table.to_x_0[len(self.rows)]) @ sizes, 0.0])
 
     def _step_taken(
         self, pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    ) -> None:
         z = noise_drawn(self.generator, self.state, self.latents.shape)
         self.state = self.generator.get_state()
         if z is not None:
@@ -271,11 +262,10 @@ class _SideBySide:
             self.sizes[0][Z] = _largest(self.z)
         self.sample = tensors["latents"].numpy()
         self.outcomes = next(self.alone).sample, self.beside.send(self.x if self.rows else None).sample
-        return {}
 
     def _compare(self, expected: np.ndarray) -> None:
-        if self.outcomes is None:
-            return  # before the first step
+        if self.outcomes is None:  # before the first step
+            return
         alone, beside = (_largest(outcome - expected) for outcome in self.outcomes)
         coefficients = np.abs(self.table.to_next[len(self.rows), : len(self.sizes)])
         size = max((coefficients * self.sizes).sum(), SMALLEST)

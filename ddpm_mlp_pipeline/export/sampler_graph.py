@@ -1,9 +1,8 @@
-"""`build_sampler`: a bundle's network, table and noise as one ONNX graph, to be run with nothing of ours.
+"""`build_sampler`: build one ONNX graph from a bundle's network, table and noise, for any ONNX Runtime.
 
-The graph does what `OnnxSampler` does: it draws the initial sample, and a `Loop` over the table's rows calls the
-network and takes the steps. ONNX's own random operators can't be seeded when a graph is run, so Philox is part of the
-graph: its 32-bit words lie in uint64 tensors, as in noise.py. What the network makes of the timestep alone is known
-beforehand, and is a table, too.
+The graph does the same as `OnnxSampler`: it draws the initial sample, and a `Loop` over the table's rows evaluates the
+network and takes the steps. ONNX's random operators take no seed at run time, so the graph contains Philox, with its
+32-bit words in uint64 tensors, as in noise.py. Values that depend on the timestep alone are precomputed as tables.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ Values = Sequence[ir.Value]
 
 
 def build_sampler(bundle: str | os.PathLike[str], dtype: str = "float32") -> onnx.ModelProto:
-    """The whole sampler of a bundle.
+    """Build the whole sampler of a bundle as one graph.
 
     Args:
         bundle: a folder with `unet.onnx`, `step_table.json` and `bundle.json`.
-        dtype: of the samples: `"float32"`, or `"uint8"` for images.
+        dtype: type of the samples, `"float32"`, or `"uint8"` for images.
 
     Returns:
         A model with the inputs `seed` and `num_samples`, int64 `[]`, and the output `samples`: points in the data's
         units, `[num_samples, dimension]`, or images, `[num_samples, height, width, channels]`, in [0, 1] or 0 to 255.
-        They are the samples that `OnnxSampler` draws for the same seed, up to the rounding of float32.
+        The samples are those of `OnnxSampler` for the same seed, up to the rounding of float32.
 
     Raises:
         BundleError: if the bundle can't be loaded.
-        ConfigurationError: if points are to be uint8.
+        ConfigurationError: if `dtype` is not one of these, or is `"uint8"` for points.
     """
     sampler = OnnxSampler(bundle)
     table, shape = sampler.table, sampler.sample_shape
     if dtype not in ("float32", "uint8") or (dtype == "uint8" and sampler.is_points):
-        raise ConfigurationError(f"samples can be float32, or for images uint8, not {dtype}")
+        raise ConfigurationError(f"samples must be float32, or for images uint8, got {dtype!r}")
     path = sampler.folder / "unet.onnx"
     network = ir.load(path)
     graph = ir.Graph([], [], nodes=[], opset_imports=network.graph.opset_imports, name="sampler")
@@ -57,15 +56,15 @@ def build_sampler(bundle: str | os.PathLike[str], dtype: str = "float32") -> onn
     seed, num_samples = (builder.input(name, ir.DataType.INT64, []) for name in ("seed", "num_samples"))
     noise = _Noise(op, seed, num_samples, math.prod(shape))
     batch_shape = op.Concat(op.Reshape(num_samples, [-1]), [*shape], axis=0)
-    x = op.Mul(op.Reshape(noise(op, 0, 1), batch_shape), table.initial_scale)  # draw 0 is the initial sample
+    x = op.Mul(op.Reshape(noise(op, 0, 1), batch_shape), table.initial_scale)  # draw 0 is the initial noise
     x.shape = ir.Shape(["num_samples", *shape])
     step = _Step(table, network, _after_timestep(path, table.timesteps))
-    state = [x, *step.initial_past(op, x)]
+    state = [x, *(op.Mul(x, 0.0) for _ in step.past)]  # the first row's coefficients of the past are 0
     calls = op.Constant(value_int=len(table))
     if not table.is_stochastic.any():
         x, *_ = _loop(op, calls, state, step)
     else:
-        # Noise is drawn for many steps at once: where samples are small, that costs as little as drawing it for one.
+        # Draw noise for many steps at once: for small samples, that takes no longer than for one.
         chunk = op.Div(NOISE_CHUNK, op.Mul(num_samples, math.prod(shape)))
         chunk = op.Min(op.Max(chunk, 1), calls)
 
@@ -88,14 +87,14 @@ def build_sampler(bundle: str | os.PathLike[str], dtype: str = "float32") -> onn
             samples = op.Cast(op.Round(op.Mul(samples, 255.0)), to=ir.DataType.UINT8)
     builder.add_output(samples, "samples")
     model = ir.Model(graph, ir_version=network.ir_version, producer_name="ddpm-mlp-pipeline")
-    NameFixPass()(model)  # the network's names, and ours
+    NameFixPass()(model)  # names of the network and of the sampler may collide
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     return proto
 
 
 def _loop(op: OpBuilder, trip_count: ir.Value, state: Values, body: Callable[..., Values]) -> Values:
-    """`state = body(op, i, *state)`, so many times."""
+    """Repeat `state = body(op, i, *state)` for i = 0 … trip_count − 1; return the last state."""
     inputs = [ir.val("i", ir.DataType.INT64, []), ir.val("go_on", ir.DataType.BOOL, [])]
     inputs += [ir.val(f"before_{j}", value.dtype, value.shape) for j, value in enumerate(state)]
     outputs = [ir.val("goes_on", ir.DataType.BOOL, [])]
@@ -111,20 +110,20 @@ def _loop(op: OpBuilder, trip_count: ir.Value, state: Values, body: Callable[...
 
 
 class _Noise:
-    """Draws of standard normals, as `noise.normal` makes them."""
+    """Draw standard normals as `noise.normal` does."""
 
     def __init__(self, op: OpBuilder, seed: ir.Value, num_samples: ir.Value, dimension: int):
         self.dimension, self.num_samples = dimension, num_samples
         index = op.Range(0, num_samples, 1)
         self.index = op.Unsqueeze(op.Cast(index, to=ir.DataType.UINT64), [1])
         seed = op.Cast(seed, to=ir.DataType.UINT64)
-        self.keys = [(_low(op, seed), _high(op, seed))]  # of each round
+        self.keys = [(_low(op, seed), _high(op, seed))]  # one for each round
         for _ in range(ROUNDS - 1):
             key = zip(self.keys[-1], KEY_INCREMENTS, strict=True)
             self.keys.append(tuple(_low(op, op.Add(word, int(increment))) for word, increment in key))
 
     def __call__(self, op: OpBuilder, first: ir.Value | int, number: ir.Value | int) -> ir.Value:
-        """Some of the draws, `[number, num_samples, dimension]`."""
+        """Return draws `first` … `first + number − 1`, `[number, num_samples, dimension]`."""
         start = op.Mul(first, op.Constant(value_int=self.dimension))
         stop = op.Add(start, op.Mul(number, self.dimension))
         blocks = op.Range(op.Div(start, 4), op.Div(op.Add(stop, 3), 4), 1)
@@ -138,7 +137,7 @@ class _Noise:
         return op.Transpose(op.Reshape(stream, shape), perm=[1, 0, 2])
 
     def _philox(self, op: OpBuilder, blocks: ir.Value) -> Values:
-        """Philox-4×32-10 of the counters (block, index of the sample, 0, 0): four words, `[num_samples, blocks]`."""
+        """Apply Philox-4×32-10 to the counters (block, sample, 0, 0); return four words, `[num_samples, blocks]`."""
         zero = op.CastLike(0, self.index)
         c0, c1, c2, c3 = blocks, self.index, zero, zero
         for k0, k1 in self.keys:
@@ -157,7 +156,7 @@ def _high(op: OpBuilder, words: ir.Value) -> ir.Value:
 
 
 def _box_muller(op: OpBuilder, a: ir.Value, b: ir.Value) -> Values:
-    """Two 32-bit words to two standard normals, as `noise._box_muller` does it."""
+    """Turn two 32-bit words into two standard normals, as `noise._box_muller` does."""
     a, b = (op.BitShift(word, 8, direction="RIGHT") for word in (a, b))
     u = op.Mul(op.Cast(op.Add(a, 1), to=ir.DataType.FLOAT), 2.0**-24)
     angle = op.Mul(op.Cast(b, to=ir.DataType.FLOAT), 2.0**-24 * 2 * math.pi)
@@ -166,16 +165,12 @@ def _box_muller(op: OpBuilder, a: ir.Value, b: ir.Value) -> Values:
 
 
 class _Step:
-    """A row of the table: the body of the loop. Of what came before, the loop carries what a row looks back to."""
+    """A step of the table, the loop's body. The loop carries the earlier values that a row uses, `past`."""
 
     def __init__(self, table: StepTable, network: ir.Model, after_timestep: dict[str, np.ndarray]):
         self.table, self.network, self.after_timestep = table, network, after_timestep
         lags = {term: max(i for i, other in table.terms if other == term) for _, term in table.terms}
         self.past = [(i, term) for term, lag in lags.items() for i in range(1, lag + 1)]
-
-    def initial_past(self, op: OpBuilder, x: ir.Value) -> Values:
-        """What the first row looks back to: zeros, which its coefficients multiply with zero."""
-        return [op.Mul(x, 0.0) for _ in self.past]
 
     def __call__(self, op: OpBuilder, k: ir.Value, x: ir.Value, *past: ir.Value, z: ir.Value | None = None) -> Values:
         table = self.table
@@ -186,7 +181,7 @@ class _Step:
             values[0, X_0] = op.Clip(x_0, -table.clip_range, table.clip_range)
         coefficients = np.stack([table.to_next[:, i, term] for i, term in table.terms], axis=1)
         x_next = self._sum(op, k, coefficients, [values[place] for place in table.terms])
-        # An output can't be an input as it is.
+        # ONNX allows no input as an output.
         return x_next, *(op.Identity(values[i - 1, term]) for i, term in self.past)
 
     def _sum(self, op: OpBuilder, k: ir.Value, coefficients: np.ndarray, values: Values) -> ir.Value:
@@ -202,8 +197,8 @@ class _Step:
         for name, rows in self.after_timestep.items():
             ir.convenience.replace_all_uses_with(values[name], op.Gather(_table(op, rows), k))
         ir.convenience.replace_all_uses_with(values["sample"], x)
-        RemoveUnusedNodesPass()(self.network)  # those that led from the timestep there
-        # The weights go with it: from outside of a loop's body, ONNX Runtime doesn't arrange them for its kernels.
+        RemoveUnusedNodesPass()(self.network)  # those of the timestep's embedding
+        # ONNX Runtime packs weights for its kernels only if they are inside the loop's body.
         for initializer in list(graph.initializers.values()):
             graph.initializers.pop(initializer.name)
             op.builder.graph.register_initializer(initializer)
@@ -218,10 +213,10 @@ def _table(op: OpBuilder, rows: np.ndarray) -> ir.Value:
 
 
 def _after_timestep(path: Path, timesteps: np.ndarray) -> dict[str, np.ndarray]:
-    """The values that a network makes of the timestep alone and then brings together with the sample.
+    """Precompute the values that depend on the timestep alone and are combined with the sample.
 
     Returns:
-        Each one's name, and what it is at each of the timesteps, `[calls, …]`.
+        For each value's name, its values at the timesteps, `[calls, …]`.
     """
     model = onnx.load(path)
     of_timestep, of_sample, met = {"timestep"}, {"sample"}, set()

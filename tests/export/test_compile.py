@@ -258,12 +258,8 @@ def test_a_long_table_looks_back_as_little_as_a_short_one():
     [
         (DDPMScheduler(thresholding=True), 10, "DDPMScheduler with thresholding"),
         (DDPMScheduler(variance_type="learned_range"), 10, "DDPMScheduler with a learned variance"),
-        (EDMEulerScheduler(), 10, "EDMEulerScheduler can't be compiled: it is for networks of another kind"),
-        (
-            FlowMatchEulerDiscreteScheduler(),
-            10,
-            "FlowMatchEulerDiscreteScheduler can't be compiled: it is for",
-        ),
+        (EDMEulerScheduler(), 10, "EDMEulerScheduler can't be compiled: it is not for DDPM"),
+        (FlowMatchEulerDiscreteScheduler(), 10, "FlowMatchEulerDiscreteScheduler can't be compiled: it is not for"),
         # two of so many evenly spaced steps are rounded to the same timestep
         (DPMSolverMultistepScheduler(), 1000, "its step at t = 500 divides by zero"),
     ],
@@ -309,9 +305,9 @@ def test_unknown_schedulers_and_options_are_refused_by_name():
         make_scheduler("ddim", DDPMScheduler(), magic=True)
     with pytest.raises(ConfigurationError, match="DPMSolverMultistepScheduler: magic"):
         make_scheduler("dpmsolver_multistep", DDPMScheduler(), algorithm_type="magic")
-    with pytest.raises(ConfigurationError, match="DDPMScheduler's steps take no eta"):
+    with pytest.raises(ConfigurationError, match=r"DDPMScheduler\.step has no option eta"):
         compile_scheduler(DDPMScheduler(), 10, eta=1.0)
-    with pytest.raises(ConfigurationError, match="LCMScheduler can't take 100 such steps"):
+    with pytest.raises(ConfigurationError, match="LCMScheduler can't take 100 steps"):
         compile_scheduler(LCMScheduler(), 100)
 
 

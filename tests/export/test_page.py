@@ -507,9 +507,9 @@ def test_a_damaged_bundle_gets_no_page(ddim_bundle, package, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "is no unpacked npm package onnxruntime-web"),
-        (lambda folder: (folder / "package.json").write_text('{"name": "left-pad"}'), "is no unpacked npm package"),
-        (lambda folder: (folder / "package.json").write_text("[]"), "is no unpacked npm package"),
+        (shutil.rmtree, "is not the npm package onnxruntime-web"),
+        (lambda folder: (folder / "package.json").write_text('{"name": "left-pad"}'), "is not the npm package"),
+        (lambda folder: (folder / "package.json").write_text("[]"), "is not the npm package"),
         (lambda folder: (folder / WASM).unlink(), "lacks dist/ort-wasm-simd-threaded.wasm"),
     ],
 )
@@ -549,7 +549,7 @@ def test_the_package_is_downloaded_once(ddim_bundle, registry, package, tmp_path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda archive: archive.write_bytes(archive.read_bytes() + b"\0"), "another SHA-512"),
+        (lambda archive: archive.write_bytes(archive.read_bytes() + b"\0"), "SHA-512"),
         (lambda archive: archive.unlink(), "404"),
     ],
 )
