@@ -226,7 +226,7 @@ def noise_drawn(generator: torch.Generator, state: torch.Tensor, shape: torch.Si
         z = torch.randn(shape, generator=again, dtype=dtype)
         if torch.equal(again.get_state(), generator.get_state()):
             return z
-    raise ValueError("its steps draw noise other than one normal number for each of the sample's")
+    raise ValueError("its steps draw noise of another shape or type than the sample's")
 
 
 class _Probes:

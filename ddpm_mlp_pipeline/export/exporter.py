@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def export_bundle(
         tolerance: largest allowed difference between final samples of bundle and pipeline, in the network's units
             (points have a standard deviation of about 1, images the range [-1, 1]). Larger differences are accepted
             if every single step agrees up to rounding: see `ParityReport`.
-        sampler: whether to write `sampler.onnx`, too, the whole sampler as one graph, and the type of its samples:
+        sampler: if given, also write `sampler.onnx`, the whole sampler as one graph, with samples of this type:
             `"float32"`, or for images `"uint8"`.
         precision: precision of the network, `"fp32"`, `"fp16"` or `"int8"`: see `reduce_precision`. The network is
             compared with the pipeline before its precision is reduced.
@@ -152,11 +153,8 @@ def export_bundle(
         _check_strays(table, strays)
         parity = compare(pipeline, folder, steps, tolerance)
         if not parity.ok:
-            raise ParityError(
-                f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written: "
-                f"{parity.explanation}",
-                parity,
-            )
+            message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
+            raise ParityError(f"{message}: {parity.explanation}", parity)
         report = ExportReport(parity, strays, warning=warning)
         if precision != "fp32":
             report.precision_error = reduce_precision(folder, precision)
@@ -168,11 +166,8 @@ def export_bundle(
             # int8's rounding turns the smallest difference into one of a whole level.
             allowed = math.inf if precision == "int8" else max(tolerance, *parity.amplifications.values())
             if not report.sampler_difference <= allowed:
-                raise ParityError(
-                    f"sampler.onnx differs from the runtime by {report.sampler_difference:.1e}, "
-                    "so the bundle is not written",
-                    report,
-                )
+                message = f"sampler.onnx differs from the runtime by {report.sampler_difference:.1e}"
+                raise ParityError(f"{message}, so the bundle is not written", report)
         seal(folder)
     return report
 
@@ -203,17 +198,16 @@ def _write_table(folder: Path, table: StepTable, info: dict[str, Any]) -> None:
 
 
 def _strays(bundle: Path, data_range: float) -> float:
-    """Return the share of a bundle's samples that have a value far outside of the data's range."""
+    """Return the share of a bundle's samples with a value far outside the data's range."""
     sampler = OnnxSampler(bundle)
-    for last in sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES):  # noqa: B007
-        pass  # without keeping the steps before it
+    (last,) = deque(sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES), maxlen=1)
     largest = np.abs(last.sample).reshape(len(last.sample), -1).max(axis=1)
-    return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
+    return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # counts NaN
 
 
 def _check_strays(table: StepTable, strays: float) -> None:
     if strays > MAX_STRAYS:
-        hint = "train the network for longer" if table.clip_range else "try ddpm or ddim, which clip predictions"
+        hint = "train the network for longer" if table.clip_range else "use ddpm or ddim with clip_sample=true"
         raise DivergenceError(f"{_divergence(table, strays)}, so the bundle is not written: {hint}")
 
 

@@ -40,7 +40,7 @@ class ParityReport:
     - The final samples agree within the tolerance.
     - Every single step, taken from the pipeline's own sample, agrees up to rounding. Then the sampler magnifies
       rounding, as a hardly trained network does, or a first step from almost pure noise, which divides by √ᾱ. A wrong
-      coefficient or weight shows in its own step, whatever later steps do with it.
+      coefficient or weight shows in its own step, independently of later steps.
     - One of the two holds for the pipeline with its scheduler in float64. Some schedulers lose digits in float32.
 
     Rounding is relative to the terms that a step sums, which may be far larger than their sum.
@@ -153,14 +153,13 @@ def compare_sampler(bundle: str | os.PathLike[str]) -> float:
 def _compare(
     pipeline: DiffusionPipeline, sampler: OnnxSampler, num_inference_steps: int, tolerance: float
 ) -> ParityReport:
-    differences, amplifications, single_steps, cancellations = {}, {}, [], []
+    differences, amplifications, rows = {}, {}, []
     nudged: dict[str, torch.Tensor] = {}
     for size in BATCH_SIZES:
         run = _SideBySide(pipeline, sampler, size)
         final = run(num_inference_steps)
-        differences[size], *others = np.transpose(run.rows)
-        single_steps.append(others[0])
-        cancellations.append(others[1])
+        rows.append(run.rows)
+        differences[size] = np.array([row[0] for row in run.rows])
         latents, generator = _start(pipeline, size, NUDGE * tolerance)
         pipeline(
             *(size, generator, num_inference_steps),
@@ -168,14 +167,9 @@ def _compare(
             callback_on_step_end=lambda pipe, step, t, tensors: nudged.update(tensors),
         )
         amplifications[size] = _largest(nudged["latents"].numpy() - final)
-    return ParityReport(
-        differences,
-        sampler.table.timesteps,
-        tolerance,
-        amplifications,
-        np.max(single_steps, axis=0),
-        np.max(cancellations, axis=0),
-    )
+    _, single_steps, cancellations = np.max(rows, axis=0).T
+    timesteps = sampler.table.timesteps
+    return ParityReport(differences, timesteps, tolerance, amplifications, single_steps, cancellations)
 
 
 def _start(pipeline: DiffusionPipeline, batch_size: int, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Generator]:
@@ -219,13 +213,13 @@ class _SideBySide:
         self.latents, self.generator = _start(pipeline, batch_size)
         self.state = self.generator.get_state()
         self.x = self.sample = self.latents.numpy()
-        self.z = np.full(self.latents.shape, np.nan, dtype=np.float32)  # a step without noise must not use it
+        self.z = np.full(self.latents.shape, np.nan, dtype=np.float32)  # NaN until noise is drawn
         self.outcomes: tuple[np.ndarray, np.ndarray] | None = None
         noises = (self.z for _ in itertools.count())  # the current step's
-        self.alone, self.beside = (
+        self.own_steps, self.single_steps = (
             sampler.steps(batch_size, latents=self.latents.numpy(), noises=noises) for _ in range(2)
         )
-        # Sizes of what the coefficients multiply, the newest call first
+        # Largest magnitudes of x, ε, x̂_0 and z in the last steps, the newest first
         self.sizes: deque[list[float]] = deque(maxlen=self.table.history)
         self.rows: list[tuple[float, float, float]] = []
 
@@ -261,15 +255,15 @@ class _SideBySide:
             self.z = z.numpy()
             self.sizes[0][Z] = _largest(self.z)
         self.sample = tensors["latents"].numpy()
-        self.outcomes = next(self.alone).sample, self.beside.send(self.x if self.rows else None).sample
+        self.outcomes = next(self.own_steps).sample, self.single_steps.send(self.x if self.rows else None).sample
 
     def _compare(self, expected: np.ndarray) -> None:
         if self.outcomes is None:  # before the first step
             return
-        alone, beside = (_largest(outcome - expected) for outcome in self.outcomes)
+        own, single = (_largest(outcome - expected) for outcome in self.outcomes)
         coefficients = np.abs(self.table.to_next[len(self.rows), : len(self.sizes)])
         size = max((coefficients * self.sizes).sum(), SMALLEST)
-        self.rows.append((alone, beside / size, size / max(_largest(expected), SMALLEST)))
+        self.rows.append((own, single / size, size / max(_largest(expected), SMALLEST)))
 
 
 def _largest(values: np.ndarray) -> float:

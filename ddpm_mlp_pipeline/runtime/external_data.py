@@ -12,10 +12,7 @@ TENSORS_IN = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Function": {7: "Node", 11: "Attribute"},
     "Node": {5: "Attribute"},
-    "Attribute": {
-        **{5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph"},
-        **{22: "SparseTensor", 23: "SparseTensor"},
-    },
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
     "Tensor": {},
 }
 EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a tensor
