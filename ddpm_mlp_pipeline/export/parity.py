@@ -156,10 +156,9 @@ def _compare(
     differences, amplifications, rows = {}, {}, []
     nudged: dict[str, torch.Tensor] = {}
     for size in BATCH_SIZES:
-        run = _SideBySide(pipeline, sampler, size)
-        final = run(num_inference_steps)
-        rows.append(run.rows)
-        differences[size] = np.array([row[0] for row in run.rows])
+        final, own_rows = _run_side_by_side(pipeline, sampler, size, num_inference_steps)
+        rows.append(own_rows)
+        differences[size] = np.array([row[0] for row in own_rows])
         latents, generator = _start(pipeline, size, NUDGE * tolerance)
         pipeline(
             *(size, generator, num_inference_steps),
@@ -182,8 +181,7 @@ def _start(pipeline: DiffusionPipeline, batch_size: int, nudge: float = 0.0) -> 
 @contextlib.contextmanager
 def _scheduler_in_float64(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Run the scheduler's steps in float64, and the network in float32."""
-    scheduler, step = pipeline.scheduler, pipeline.scheduler.step
-    own = vars(scheduler).get("step")  # set by the exporter if the step has options
+    scheduler, step, attributes = pipeline.scheduler, pipeline.scheduler.step, dict(vars(pipeline.scheduler))
 
     @functools.wraps(step)
     def step_in_float64(eps: torch.Tensor, t: torch.Tensor, sample: torch.Tensor, **options: Any) -> Any:
@@ -195,75 +193,63 @@ def _scheduler_in_float64(pipeline: DiffusionPipeline) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        del scheduler.step
-        if own is not None:
-            scheduler.step = own
+        vars(scheduler).clear()
+        vars(scheduler).update(attributes)
 
 
-class _SideBySide:
+def _run_side_by_side(
+    pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int, num_inference_steps: int
+) -> tuple[np.ndarray, list[tuple[float, float, float]]]:
     """Run the pipeline, and after each of its steps take the bundle's: from its own sample and from the pipeline's.
 
-    Attributes:
-        rows: for each step, the difference of the bundle's sample; the difference of the step taken from the
-            pipeline's sample, divided by the size of the step's terms; and that size divided by the sample's.
+    Returns:
+        The pipeline's final sample, and for each step: the difference of the bundle's sample; the difference of the
+        step taken from the pipeline's sample, divided by the size of the step's terms; and that size divided by the
+        sample's.
     """
+    table = sampler.table
+    latents, generator = _start(pipeline, batch_size)
+    state = generator.get_state()
+    x = sample = latents.numpy()
+    z = np.full(latents.shape, np.nan, dtype=np.float32)  # NaN until noise is drawn
+    noises = (z for _ in itertools.count())  # the current step's
+    own_steps, single_steps = (sampler.steps(batch_size, latents=sample, noises=noises) for _ in range(2))
+    outcomes: list[np.ndarray] = []
+    # Largest magnitudes of x, ε, x̂_0 and z in the last steps, the newest first
+    sizes: deque[list[float]] = deque(maxlen=table.history)
+    rows: list[tuple[float, float, float]] = []
 
-    def __init__(self, pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int):
-        self.pipeline, self.table = pipeline, sampler.table
-        self.latents, self.generator = _start(pipeline, batch_size)
-        self.state = self.generator.get_state()
-        self.x = self.sample = self.latents.numpy()
-        self.z = np.full(self.latents.shape, np.nan, dtype=np.float32)  # NaN until noise is drawn
-        self.outcomes: tuple[np.ndarray, np.ndarray] | None = None
-        noises = (self.z for _ in itertools.count())  # the current step's
-        self.own_steps, self.single_steps = (
-            sampler.steps(batch_size, latents=self.latents.numpy(), noises=noises) for _ in range(2)
-        )
-        # Largest magnitudes of x, ε, x̂_0 and z in the last steps, the newest first
-        self.sizes: deque[list[float]] = deque(maxlen=self.table.history)
-        self.rows: list[tuple[float, float, float]] = []
+    def add_row(expected: np.ndarray) -> None:
+        own, single = (_largest(outcome - expected) for outcome in outcomes)
+        size = max((np.abs(table.to_next[len(rows), : len(sizes)]) * sizes).sum(), SMALLEST)
+        rows.append((own, single / size, size / max(_largest(expected), SMALLEST)))
 
-    def __call__(self, num_inference_steps: int) -> np.ndarray:
-        """Run both, and return the pipeline's final sample."""
-        hook = self.pipeline.unet.register_forward_hook(self._network_called)
-        try:
-            self.pipeline(
-                *(len(self.latents), self.generator, num_inference_steps),
-                latents=self.latents,
-                callback_on_step_end=self._step_taken,
-            )
-        finally:
-            hook.remove()
-        self._compare(self.sample)
-        return self.sample
-
-    def _network_called(self, network: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # The network's input is the outcome of the step before, which some schedulers scale.
+    def on_network(network: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal x
         x, eps = args[0].numpy(), output[0].numpy()
-        self._compare(x)
-        self.x = x
-        sizes = _largest(x), _largest(eps[:, : x.shape[1]])
+        if outcomes:
+            add_row(x)  # the network's input is the outcome of the step before, which some schedulers scale
+        largest = _largest(x), _largest(eps[:, : x.shape[1]])
         # x̂_0 has the rounding of the sum that it is before clipping.
-        self.sizes.appendleft([*sizes, np.abs(self.table.to_x_0[len(self.rows)]) @ sizes, 0.0])
+        sizes.appendleft([*largest, np.abs(table.to_x_0[len(rows)]) @ largest, 0.0])
 
-    def _step_taken(
-        self, pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        z = noise_drawn(self.generator, self.state, self.latents.shape)
-        self.state = self.generator.get_state()
-        if z is not None:
-            self.z = z.numpy()
-            self.sizes[0][Z] = _largest(self.z)
-        self.sample = tensors["latents"].numpy()
-        self.outcomes = next(self.own_steps).sample, self.single_steps.send(self.x if self.rows else None).sample
+    def on_step(pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal state, z, sample
+        drawn = noise_drawn(generator, state, latents.shape)
+        state = generator.get_state()
+        if drawn is not None:
+            z = drawn.numpy()
+            sizes[0][Z] = _largest(z)
+        sample = tensors["latents"].numpy()
+        outcomes[:] = next(own_steps).sample, single_steps.send(x if rows else None).sample
 
-    def _compare(self, expected: np.ndarray) -> None:
-        if self.outcomes is None:  # before the first step
-            return
-        own, single = (_largest(outcome - expected) for outcome in self.outcomes)
-        coefficients = np.abs(self.table.to_next[len(self.rows), : len(self.sizes)])
-        size = max((coefficients * self.sizes).sum(), SMALLEST)
-        self.rows.append((own, single / size, size / max(_largest(expected), SMALLEST)))
+    hook = pipeline.unet.register_forward_hook(on_network)
+    try:
+        pipeline(batch_size, generator, num_inference_steps, latents=latents, callback_on_step_end=on_step)
+    finally:
+        hook.remove()
+    add_row(sample)
+    return sample, rows
 
 
 def _largest(values: np.ndarray) -> float:
