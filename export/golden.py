@@ -1,9 +1,9 @@
-"""Golden vectors: whole runs of the runtime, written down, for ports to other languages to be compared with.
+"""Record golden vectors: whole sampling runs of the runtime, as references for ports to other languages.
 
     python -m export.golden OUTPUT_DIR
 
-exports the shipped heart with four kinds of table, and writes one file for each. export/FORMAT.md describes them. They
-hold what the runtime drew on the machine that made them: another agrees up to the rounding of float32.
+exports the shipped heart with four kinds of step table, and writes one file for each; export/FORMAT.md describes them.
+Other machines agree with the recorded values up to the rounding of float32.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
 FORMAT, VERSION = "ddpm-golden", 1
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT, NUM_SAMPLES = "heart", 3
-# Deterministic and clipped; stochastic; multistep, without clipping; of second order. (scheduler, steps, seed): the
-# seeds reach the key's second word, and beyond what a double holds; Heun's takes a point to the clip range.
+# (scheduler, steps, seed): deterministic and clipped; stochastic; multistep without clipping; second order. The seeds
+# use both words of the key, and exceed the precision of a double. With Heun's seed, a point reaches the clip range.
 RUNS = (
     ("ddim", 10, 0),
     ("ddpm", 10, 2**32 + 5),
@@ -37,7 +37,7 @@ RUNS = (
 
 
 def record(bundle: Path, seed: int, num_samples: int = NUM_SAMPLES) -> dict[str, Any]:
-    """A run, call by call, as JSON's types: see export/FORMAT.md."""
+    """Record a run, one network evaluation after another, in JSON's types: see export/FORMAT.md."""
     sampler = OnnxSampler(bundle, num_threads=1)
     table = sampler.table
     x = sampler.first_input(num_samples, seed)
@@ -57,12 +57,12 @@ def record(bundle: Path, seed: int, num_samples: int = NUM_SAMPLES) -> dict[str,
         "format": FORMAT,
         "version": VERSION,
         "checkpoint": CHECKPOINT,
-        "seed": str(seed),  # many a JSON reader makes doubles of numbers, and rounds beyond 2^53
+        "seed": str(seed),  # many JSON readers round numbers beyond 2^53
         "num_samples": num_samples,
         "bundle": {
             name: value
             for name, value in json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).items()
-            if name not in ("provenance", "sha256")  # they differ from one export to the next
+            if name not in ("provenance", "sha256")  # these differ between exports
         },
         "step_table": json.loads((bundle / "step_table.json").read_text(encoding="utf-8")),
         "calls": [{name: _numbers(value) for name, value in call.items()} for call in calls],
@@ -72,14 +72,14 @@ def record(bundle: Path, seed: int, num_samples: int = NUM_SAMPLES) -> dict[str,
 
 
 def _numbers(value: np.ndarray | float) -> Any:
-    """Floats with nine digits, enough to tell every float32 from the next."""
+    """Round to nine digits, which identify every float32."""
     if isinstance(value, np.ndarray):
         return [_numbers(entry) for entry in value]
     return float(f"{value:.9g}")
 
 
 def write(golden: dict[str, Any], path: Path) -> None:
-    """Write a run with one line for each call of the network, so that differences can be read."""
+    """Write a run with one line for each network evaluation, so that a diff is readable."""
     head = {name: value for name, value in golden.items() if name not in ("calls", "sample", "data")}
     calls = ",\n".join(json.dumps(call) for call in golden["calls"])
     tail = {name: golden[name] for name in ("sample", "data")}
@@ -87,7 +87,7 @@ def write(golden: dict[str, Any], path: Path) -> None:
 
 
 def read() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The golden vectors that the package ships: their names, and what `record` made."""
+    """Yield name and content of each golden vector in the repository."""
     for path in sorted(GOLDEN.glob("*.json")):
         yield path.stem, json.loads(path.read_text(encoding="utf-8"))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// Draws samples from a bundle's sampler.onnx (ddpm-export … --sampler), with nothing but onnxruntime-node:
+// Draw samples from a bundle's sampler.onnx (ddpm-export … --sampler) with onnxruntime-node alone:
 //
 //     npm install onnxruntime-node
 //     node sampler.mjs BUNDLE/sampler.onnx NUM_SAMPLES SEED
@@ -7,7 +7,7 @@
 import { createRequire } from "node:module";
 import { join } from "node:path";
 
-const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node"); // from where the command is run
+const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node"); // from the current folder
 const [network, numSamples, seed] = process.argv.slice(2);
 const scalar = (number) => new ort.Tensor("int64", BigInt64Array.of(BigInt(number)), []);
 

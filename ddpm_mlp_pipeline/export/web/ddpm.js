@@ -1,28 +1,28 @@
 /**
- * The sampler of a bundle, as export/FORMAT.md describes it: for a browser with onnxruntime-web, for Node with
- * onnxruntime-node. Nothing here but the arguments tells the two apart.
+ * Sample from a bundle as export/FORMAT.md describes, in a browser with onnxruntime-web or in Node with
+ * onnxruntime-node.
  */
 
 export const MAX_SEED = 2n ** 63n - 1n;
 const FORMATS = { "bundle.json": ["ddpm-bundle", 1], "step_table.json": ["ddpm-step-table", 2] };
 
-/** A bundle lacks a file, or one can't be read or doesn't fit the others. The message is one line. */
+/** A bundle's file is missing, not readable or doesn't fit the other files. The message is one line. */
 export class BundleError extends Error {}
 
 /**
- * @typedef {object} DenoisingStep What one call of the network did; arrays are float32 `[numSamples, ...sampleShape]`.
- * @property {number} index of the call, from 0
- * @property {number} timestep what the network was told
- * @property {Float32Array} x what it saw
+ * @typedef {object} DenoisingStep One network evaluation; arrays are float32 `[numSamples, ...sampleShape]`.
+ * @property {number} index number of the step, from 0
+ * @property {number} timestep timestep given to the network
+ * @property {Float32Array} x the network's input
  * @property {Float32Array} eps its output
- * @property {Float32Array | undefined} x0 the clipped prediction of x_0, where the table clips
- * @property {Float32Array | undefined} z the noise drawn, where the table uses any
- * @property {Float32Array} sample what it sees next, or at last the sample, in the network's units
+ * @property {Float32Array | undefined} x0 the clipped prediction of x_0, if the table clips
+ * @property {Float32Array | undefined} z the noise drawn, if the table uses any
+ * @property {Float32Array} sample the network's next input; after the last step, the sample in the network's units
  */
 
 // Noise: Philox-4×32-10 (Salmon et al. 2011) and Box and Muller's transform
 
-/** The upper 32 bits of the product of two 32-bit words, from 16-bit halves: a double holds no 64-bit product. */
+/** Return the upper 32 bits of a product of 32-bit words, from 16-bit halves: a 64-bit product exceeds a double. */
 function multiplyHigh(a, b) {
   const a0 = a & 0xffff, a1 = a >>> 16, b0 = b & 0xffff, b1 = b >>> 16;
   const middle = a1 * b0 + ((a0 * b0) >>> 16);
@@ -30,8 +30,8 @@ function multiplyHigh(a, b) {
 }
 
 /**
- * Philox-4×32-10, from the counter (c0, c1, 0, 0) unless told more.
- * @param {Uint32Array} out where the four words go
+ * Apply Philox-4×32-10 to the key (k0, k1) and the counter (c0, c1, c2, c3).
+ * @param {Uint32Array} out array for the four words of the result
  */
 export function philox(out, k0, k1, c0, c1, c2 = 0, c3 = 0) {
   for (let round = 0; round < 10; round++) {
@@ -53,7 +53,7 @@ export function philox(out, k0, k1, c0, c1, c2 = 0, c3 = 0) {
 const UNIT = 2 ** -24;
 const ANGLE = Math.fround(UNIT * Math.fround(2 * Math.PI));
 
-/** Two words to two normals, rounded to float32 wherever numpy rounds: both see the same angle, bit for bit. */
+/** Turn two words into two normals, rounded to float32 in the same places as in numpy, for the same angle. */
 function boxMuller(a, b, out, place) {
   const u = ((a >>> 8) + 1) * UNIT; // in (0, 1]
   const angle = Math.fround((b >>> 8) * ANGLE);
@@ -63,13 +63,12 @@ function boxMuller(a, b, out, place) {
 }
 
 /**
- * One draw of standard normals for some samples. Sample i has a stream of its own, in which draw k has the places
- * k · dimension to (k + 1) · dimension.
+ * Draw standard normals. Each sample has its own stream, in which draw k is at k · dimension … (k + 1) · dimension − 1.
  * @param {bigint} seed in [0, 2⁶³)
  * @param {number} first index of the first sample
  * @param {number} numSamples
  * @param {number} dimension numbers in a sample
- * @param {number} draw 0 is the initial sample, k + 1 the noise of call k
+ * @param {number} draw 0 is the initial noise, k + 1 the noise of step k
  * @returns {Float32Array} `[numSamples, dimension]`
  */
 export function normal(seed, first, numSamples, dimension, draw) {
@@ -89,13 +88,9 @@ export function normal(seed, first, numSamples, dimension, draw) {
   return normals;
 }
 
-// What a user types
+// Input of the user
 
-/**
- * @param {string} text
- * @returns {bigint}
- * @throws {RangeError} with one line
- */
+/** Parse a seed as a bigint in 0 … MAX_SEED. @throws {RangeError} */
 export function parseSeed(text) {
   const seed = /^\s*\d{1,30}\s*$/.test(text) ? BigInt(text) : -1n;
   if (seed < 0n || seed > MAX_SEED) {
@@ -104,12 +99,7 @@ export function parseSeed(text) {
   return seed;
 }
 
-/**
- * @param {string} text
- * @param {number} most
- * @returns {number}
- * @throws {RangeError} with one line
- */
+/** Parse a number in 1 … most. @throws {RangeError} */
 export function parseCount(text, most = Number.MAX_SAFE_INTEGER) {
   const count = /^\s*\d{1,30}\s*$/.test(text) ? Number(text) : 0;
   if (count < 1 || count > most) {
@@ -144,24 +134,24 @@ export function parseInfo(bytes) {
   const fail = (message) => { throw new BundleError(`bundle.json: ${message}`); };
   const info = parseJson("bundle.json", bytes);
   if (info.inputs !== undefined && String(info.inputs) !== "sample,timestep") {
-    fail(`the network needs the inputs ${info.inputs}, of which this version knows sample and timestep`);
+    fail(`the network has the inputs ${info.inputs}, but this version supports only sample and timestep`);
   }
   const shape = info.sample_shape;
   const isShape = Array.isArray(shape) && [1, 3].includes(shape.length);
   if (!isShape || !shape.every((size) => Number.isInteger(size) && size > 0)) {
-    fail("sample_shape is no shape of points or images");
+    fail("sample_shape must be [dimension] or [channels, height, width]");
   }
   const { sha256 = {} } = info;
   if (typeof sha256 !== "object" || sha256 === null || Array.isArray(sha256)) {
-    fail("sha256 must hold the checksum of each file");
+    fail("sha256 must be an object of file names and checksums");
   }
   if (shape.length === 1) {
     for (const name of ["data_mean", "data_std"]) {
-      if (!areNumbers(info[name], shape[0])) fail(`${name} must hold finite numbers, ${shape[0]} of them`);
+      if (!areNumbers(info[name], shape[0])) fail(`${name} must hold ${shape[0]} finite numbers`);
     }
     const columns = info.data_columns;
     if (!Array.isArray(columns) || columns.length !== shape[0] || !columns.every((name) => typeof name === "string")) {
-      fail(`data_columns must hold names, ${shape[0]} of them`);
+      fail(`data_columns must hold ${shape[0]} names`);
     }
   }
   return info;
@@ -190,18 +180,18 @@ export function parseTable(bytes) {
     }
     if (clipRange === null && toNext.some((row) => row[2] !== 0)) fail(`step ${k} uses x_0, but clip_range is null`);
     if (toNext.slice(k + 1).flat().some((coefficient) => coefficient !== 0)) {
-      fail(`step ${k} can't use what was before the first`);
+      fail(`step ${k} can't use values from before step 0`);
     }
     return { timestep: step.timestep, toX0: step.to_x_0, toNext: toNext.slice(0, k + 1), isStochastic: false };
   });
-  // Noise is drawn where its own step or a later one uses it.
+  // A step draws noise if it or a later step uses that noise.
   rows.forEach(({ toNext }, k) => toNext.forEach((row, i) => { rows[k - i].isStochastic ||= row[3] !== 0; }));
   return { scheduler: String(content.scheduler), initialScale, clipRange, steps: rows };
 }
 
 /**
- * Compare a file with the checksum that bundle.json has for it, if it has one. Pages that come by plain http, from
- * another place than this machine, have no crypto.subtle: there nothing is compared.
+ * Compare a file with its checksum in bundle.json, if there is one. Pages served by plain http from another machine
+ * have no crypto.subtle and skip the check.
  * @throws {BundleError}
  */
 async function checkSum(name, bytes, expected) {
@@ -209,7 +199,7 @@ async function checkSum(name, bytes, expected) {
   if (expected === undefined || subtle === undefined) return;
   const digest = new Uint8Array(await subtle.digest("SHA-256", bytes));
   if (Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") !== expected) {
-    throw new BundleError(`${name} is damaged, or another bundle's: bundle.json has another SHA-256 for it`);
+    throw new BundleError(`${name} is damaged or from another bundle: its SHA-256 differs from bundle.json's`);
   }
 }
 
@@ -224,8 +214,7 @@ function checkNetwork(session, sampleShape) {
   for (const { name, shape } of [...(session.inputMetadata ?? []), ...(session.outputMetadata ?? [])]) {
     if (name !== "timestep" && shape && shape.slice(1).join() !== sampleShape.join()) {
       throw new BundleError(
-        `bundle.json says that a sample has the shape [${sampleShape}], ` +
-          `but the network's ${name} has [${shape.slice(1)}]`,
+        `bundle.json has the sample shape [${sampleShape}], but the network's ${name} has [${shape.slice(1)}]`,
       );
     }
   }
@@ -234,10 +223,10 @@ function checkNetwork(session, sampleShape) {
 /**
  * Open a bundle.
  * @param {object} ort onnxruntime-web or onnxruntime-node
- * @param {(name: string) => Promise<Uint8Array>} read gives the content of one of the bundle's files
- * @param {object} options for onnxruntime's session
+ * @param {(name: string) => Promise<Uint8Array>} read reads one of the bundle's files
+ * @param {object} options options of onnxruntime's session
  * @returns {Promise<Sampler>}
- * @throws {BundleError} if a file can't be read, or doesn't fit the others
+ * @throws {BundleError} if a file can't be read or doesn't fit the others
  */
 export async function openBundle(ort, read, options = {}) {
   const info = parseInfo(await read("bundle.json"));
@@ -260,25 +249,22 @@ export async function openBundle(ort, read, options = {}) {
   return new Sampler(ort, session, table, info);
 }
 
-/** An error's message in one line. */
+/** Return an error's message in one line. */
 export function oneLine(error) {
   return String(error?.message ?? error).replace(/\s+/g, " ").trim();
 }
 
-/** Draws points or images. `openBundle` makes one. */
+/** Sampler of points or images. Use `openBundle` to create one. */
 export class Sampler {
   constructor(ort, session, table, info) {
-    this.ort = ort;
-    this.session = session;
-    this.table = table;
-    this.info = info;
-    /** @type {number[]} `[dimension]` of points, `[channels, height, width]` of images */
+    Object.assign(this, { ort, session, table, info });
+    /** @type {number[]} `[dimension]` for points, `[channels, height, width]` for images */
     this.sampleShape = info.sample_shape;
     this.isPoints = this.sampleShape.length === 1;
     this.dimension = this.sampleShape.reduce((a, b) => a * b);
   }
 
-  /** The network alone: its output for x_t, float32 `[numSamples, ...sampleShape]`, both in the network's units. */
+  /** Evaluate the network for x_t, float32 `[numSamples, ...sampleShape]`, in the network's units. */
   async predict(x, timestep) {
     const { Tensor } = this.ort;
     const feeds = {
@@ -289,24 +275,22 @@ export class Sampler {
   }
 
   /**
-   * Sample one batch, and yield what every call of the network makes of it.
+   * Sample one batch, and yield each denoising step.
    * @param {number} numSamples
    * @param {bigint} seed in [0, 2⁶³)
-   * @param {number} first index of the batch's first sample among those of the seed
+   * @param {number} first index of the batch's first sample
    * @returns {AsyncGenerator<DenoisingStep>}
    */
   async *steps(numSamples, seed, first = 0) {
     const { initialScale, clipRange, steps } = this.table;
     const draw = (k) => normal(seed, first, numSamples, this.dimension, k);
     let x = draw(0).map((value) => value * initialScale);
-    const history = []; // what the coefficients multiply, the newest call's first: [x, ε, x̂_0, z]
+    const history = []; // [x, ε, x̂_0, z] of the last steps, the newest first
     const memory = Math.max(...steps.map(({ toNext }) => toNext.length));
     for (const [index, { timestep, toX0, toNext, isStochastic }] of steps.entries()) {
       const eps = await this.predict(x, timestep);
       if (!eps.every(Number.isFinite)) {
-        throw new BundleError(
-          `unet.onnx gives numbers that are not finite at t = ${timestep}: its weights are no good`,
-        );
+        throw new BundleError(`unet.onnx returns non-finite numbers at t = ${timestep}: export another checkpoint`);
       }
       const x0 = clipRange === null ? undefined : combine(toX0, [x, eps]).map((v) => clamp(v, -clipRange, clipRange));
       const z = isStochastic ? draw(index + 1) : undefined;
@@ -319,10 +303,10 @@ export class Sampler {
   }
 
   /**
-   * Draw samples, batch by batch, in data units.
+   * Draw samples in batches, in the data's units.
    * @param {number} numSamples
    * @param {bigint} seed in [0, 2⁶³)
-   * @param {number} batchSize bounds the memory and changes no sample
+   * @param {number} batchSize limits memory use; samples don't depend on it
    * @returns {AsyncGenerator<Float32Array>}
    */
   async *batches(numSamples, seed, batchSize = 512) {
@@ -334,8 +318,8 @@ export class Sampler {
   }
 
   /**
-   * Samples in the network's units, `[numSamples, ...sampleShape]`, to points in the data's own, or to images in
-   * [0, 1], `[numSamples, height, width, channels]`.
+   * Convert samples in the network's units, `[numSamples, ...sampleShape]`, to points in the data's units or to
+   * images in [0, 1], `[numSamples, height, width, channels]`.
    * @param {Float32Array} sample
    * @returns {Float32Array}
    */
@@ -354,11 +338,11 @@ export class Sampler {
   }
 }
 
-// A column's name that needs no quotes: it could not be read as several, as another or as a number.
+// Column names that need no quotes in CSV. Names that look like numbers do.
 const PLAIN_NAME = /^(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*$/i;
 
 /**
- * Points as a CSV file's text, with nine significant digits: enough for every float32 to be read back as it was.
+ * Return points as the text of a CSV file, with nine significant digits, which identify every float32.
  * @param {Float32Array} points `[numPoints, columns.length]`
  * @param {string[]} columns
  */
@@ -372,7 +356,7 @@ export function toCsv(points, columns) {
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-/** A sum of arrays, each times its coefficient, float32. Arrays with the coefficient 0 may be missing. */
+/** Return the float32 sum of arrays times their coefficients. Arrays with the coefficient 0 may be undefined. */
 function combine(coefficients, arrays) {
   const sum = new Float64Array(arrays[0].length);
   coefficients.forEach((coefficient, j) => {

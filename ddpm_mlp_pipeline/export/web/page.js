@@ -1,16 +1,16 @@
-/** The page: what it shows and asks. The samples are made in worker.js. */
+/** The page's inputs and outputs. Sampling runs in worker.js. */
 
 import { parseCount, parseSeed, toCsv } from "./ddpm.js";
 import { axesOf, countOutside, drawImages, drawPoints } from "./draw.js";
 
 const MAX_POINTS = 10_000;
-const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits, 85 of CIFAR's images
-const MAX_KEPT = 2 ** 24; // numbers of all steps that are kept to be looked at again, 64 MB
+const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits or 85 CIFAR images
+const MAX_KEPT = 2 ** 24; // numbers kept for the slider over the steps, 64 MB
 const element = (id) => document.getElementById(id);
 const [form, seedInput, countInput, drawButton, stepInput, saveButton, progress, status, canvas] = [
   "form", "seed", "count", "draw", "step", "save", "progress", "status", "canvas",
 ].map(element);
-const showError = window.showError; // of index.html, which shows errors of loading this file, too
+const showError = window.showError; // defined in index.html, which also reports that this file can't be loaded
 const format = (number, digits = 0) =>
   number.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const plural = (number, noun) => `${format(number)} ${noun}${number === 1 ? "" : "s"}`;
@@ -30,7 +30,7 @@ worker.onerror = (event) => {
   for (const { reject } of waiting.values()) reject(error);
 };
 
-/** Have the worker do one of its `answers`. */
+/** Have the worker call one of its `answers`, and return the result. */
 function ask(name, argument) {
   return new Promise((resolve, reject) => {
     const id = ++lastId;
@@ -39,10 +39,10 @@ function ask(name, argument) {
   });
 }
 
-let model; // what the worker's `open` says, and what follows from it; nothing until the bundle is open
-/** @type {{label: string, samples: Float32Array}[]} the steps that can be looked at */
+let model; // the answer to `open`, with properties derived from it
+/** @type {{label: string, samples: Float32Array}[]} the steps that the slider can show */
 let frames = [];
-let drawing = null; // what is being drawn, if anything: { stopped: boolean }
+let drawing = null; // the current run, { stopped: boolean }
 
 function describe({ info, scheduler, numCalls }) {
   const { sample_shape: shape, data_columns: columns, provenance = {} } = info;
@@ -54,7 +54,7 @@ function describe({ info, scheduler, numCalls }) {
       : `${shape[0] === 1 ? "Grey" : "Colour"} images of ${shape[2]} × ${shape[1]} pixels`,
     unet && `${unet}${Number.isInteger(parameters) ? ` with ${format(parameters)} parameters` : ""}`,
     precision && precision !== "fp32" && precision,
-    `${scheduler.replace(/Scheduler$/, "")} with ${plural(numCalls, "network call")}`,
+    `${scheduler.replace(/Scheduler$/, "")} with ${plural(numCalls, "network evaluation")}`,
   ];
   element("model").textContent = parts.filter(Boolean).join(" · ");
   const version = versions["ddpm-mlp-pipeline"];
@@ -68,7 +68,7 @@ async function open() {
   const { info, clipRange } = opened;
   const shape = info.sample_shape, dimension = shape.reduce((a, b) => a * b), isPoints = shape.length === 1;
   if (!isPoints && shape[0] !== 1 && shape[0] !== 3) {
-    throw new Error(`The page shows images of 1 or 3 channels, but these have ${shape[0]}.`);
+    throw new Error(`The page can show images with 1 or 3 channels, but these have ${shape[0]}.`);
   }
   describe(opened);
   model = {
@@ -80,7 +80,7 @@ async function open() {
     axes: isPoints ? axesOf(info, clipRange) : null,
   };
   countInput.value ||= String(Math.min(model.maxCount, isPoints ? 2000 : 16));
-  element("hint").textContent = `At most ${plural(model.maxCount, model.noun)}. A seed gives the same ones everywhere.`;
+  element("hint").textContent = `At most ${plural(model.maxCount, model.noun)}. The same seed gives the same samples everywhere.`;
   saveButton.textContent = isPoints ? "Save as CSV" : "Save as PNG";
   canvas.className = isPoints ? "points" : "images";
   canvas.dataset.axes = JSON.stringify(model.axes);
@@ -88,7 +88,7 @@ async function open() {
   drawButton.disabled = false;
 }
 
-/** Draw one of the frames, or, if there are none, what there is without. */
+/** Draw one of the frames; without frames, draw empty axes. */
 function show(index) {
   const samples = frames[index]?.samples ?? null;
   if (model.isPoints) drawPoints(canvas, samples, model.dimension, model.axes);
@@ -99,7 +99,7 @@ function show(index) {
   }
 }
 
-/** Read an input, or mark it as wrong. */
+/** Parse an input, and mark it if it is not valid. */
 function read(input, parse, ...more) {
   try {
     const value = parse(input.value, ...more);
@@ -112,9 +112,9 @@ function read(input, parse, ...more) {
   }
 }
 
-/** Show the last of the frames there are, and let the slider go that far. */
+/** Show the last frame, and set the slider to it. */
 function showLast() {
-  stepInput.max = Math.max(0, frames.length - 1); // before its value, which it bounds
+  stepInput.max = Math.max(0, frames.length - 1); // set before the value, which it limits
   stepInput.value = stepInput.max;
   show(frames.length - 1);
 }
@@ -129,7 +129,7 @@ async function draw() {
   progress.max = numCalls;
   frames = [];
   const stride = Math.ceil((numCalls * count * model.dimension) / MAX_KEPT);
-  // Where steps take no time, they are slowed down to be seen, by two seconds in all at most.
+  // Slow down fast steps to make them visible, by two seconds in all at most.
   const pause = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(150, 2000 / numCalls);
   let seconds = 0, shown = performance.now();
   await ask("start", { numSamples: count, seed });
@@ -194,7 +194,7 @@ saveButton.addEventListener("click", async () => {
   if (model.isPoints) {
     blob = new Blob([toCsv(samples, model.info.data_columns)], { type: "text/csv" });
   } else {
-    const grid = document.createElement("canvas"); // the page's own may show another step
+    const grid = document.createElement("canvas"); // the page's canvas may show another step
     drawImages(grid, samples, model.info.sample_shape);
     blob = await new Promise((resolve) => grid.toBlob(resolve));
   }
