@@ -310,13 +310,13 @@ class _Probes:
             return eps
         x_0 = copy.deepcopy(self.unclipped).step(eps, t, sample).pred_original_sample
         _check_finite(scheduler, t, x_0)
-        row = _least_squares(np.stack([_to_numpy(x), _to_numpy(eps)], axis=1), _to_numpy(x_0))
+        row = _least_squares(np.stack([_numbers(x), _numbers(eps)], axis=1), _numbers(x_0))
         if row[1] != 0:  # at the first step of inverse DDIM, x_0 is x
             x_0 = 1.5 * self.clip_range * torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
             eps = (x_0 - row[0] * x) / row[1]
         self.unclipped.step(eps, t, sample)
         self.to_x_0.append(row)
-        self.x_0.append(_to_numpy(x_0.clamp(-self.clip_range, self.clip_range)))
+        self.x_0.append(_numbers(x_0.clamp(-self.clip_range, self.clip_range)))
         return eps
 
 

@@ -159,24 +159,20 @@ def export_bundle(
         table = table.guided(guidance_scale, guidance_interval)
     with whole_folder(bundle, FILES.__contains__, overwrite) as folder:
         export_network(pipeline, folder / "unet.onnx")
-        _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
+        _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision))
         strays, warning = _strays(folder, data_range), None
         if strays > MAX_STRAYS and is_default:
-            num_inference_steps = named_steps or min(DEFAULT_STEPS, trained_with.config.num_train_timesteps)
-            warning = (
-                f"{_blow_up(table, strays)}. It is the default, in whose place the bundle has ddpm with "
-                f"{num_inference_steps} steps: has the network been trained for long enough?"
-            )
-            pipeline.scheduler = trained_with
-            table = _set_scheduler(pipeline, "ddpm", {}, num_inference_steps)
+            warning = f"the default {_divergence(table, strays)}"
+            table, steps = _fall_back_to_ddpm(pipeline, trained_with, named_steps)
+            warning += f"; the bundle uses ddpm with {steps} steps instead: train the network for longer"
             if guidance_scale is not None:
                 table = table.guided(guidance_scale, guidance_interval)
             if table.log_variance is not None:  # the network's output has another shape then
                 export_network(pipeline, folder / "unet.onnx")
-            _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
+            _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision))
             strays = _strays(folder, data_range)
         _check_strays(table, strays)
-        parity = compare(pipeline, folder, num_inference_steps, tolerance, guidance_scale or 1.0, guidance_interval)
+        parity = compare(pipeline, folder, steps, tolerance, guidance_scale or 1.0, guidance_interval)
         if not parity.ok:
             message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
             raise ParityError(f"{message}: {parity.explanation}", parity)
@@ -214,7 +210,7 @@ def _fall_back_to_ddpm(
     """Give the pipeline a DDPM scheduler in place of a default that diverges; return its table and number of steps."""
     steps = num_inference_steps or min(DEFAULT_STEPS, trained_with.config.num_train_timesteps)
     pipeline.scheduler = trained_with
-    return _set_scheduler(pipeline, "ddpm", ddpm_options(trained_with), steps), steps
+    return _set_scheduler(pipeline, "ddpm", {}, steps), steps
 
 
 def _write_table(folder: Path, table: StepTable, info: dict[str, Any]) -> None:

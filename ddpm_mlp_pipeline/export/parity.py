@@ -1,4 +1,4 @@
-"""Compare a bundle with the torch pipeline that it was exported from, step by step, on the same noise."""
+"""A bundle against the torch pipeline that it was exported from, on the same noise, step by step."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from ..runtime.step_table import Z
 from .compile import noise_drawn
 
 BATCH_SIZES = (1, 3, 8)
-# Both relative to the tolerance. A nudge is about as large as float32's rounding if the tolerance is 1e-4.
-NUDGE = 0.01
-ROUNDING = 0.1  # largest difference of a single step, relative to its terms, that counts as rounding
-CANCELLATION = 100  # from this ratio of a step's terms to their sum on, cancellation explains a difference
+NUDGE = 0.01  # of the tolerance: rounding's size, where the tolerance is 1e-4
+ROUNDING = 0.1  # of the tolerance: the most that rounding may leave of a step, relative to its terms
+CANCELLATION = 100  # from here on, a step whose terms are so many times as large as their sum explains the rest
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -37,27 +36,26 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 class ParityReport:
     """Largest differences between pipeline and bundle, in the network's units.
 
-    Bundle and pipeline are at parity if one of these holds:
-
-    - The final samples agree within the tolerance.
-    - Every single step, taken from the pipeline's own sample, agrees up to rounding. Then the sampler magnifies
-      rounding, as a hardly trained network does, or a first step from almost pure noise, which divides by √ᾱ. A wrong
-      coefficient or weight shows in its own step, independently of later steps.
-    - One of the two holds for the pipeline with its scheduler in float64. Some schedulers lose digits in float32.
+    A bundle samples as its pipeline does if the final samples agree within the tolerance. Where they don't, the steps
+    are compared one by one, each from the pipeline's own sample: if every single step agrees up to rounding, both are
+    the same sampler, and the difference at the end is rounding that the sampler magnifies. (A network that is hardly
+    trained does so, and so does a first step from almost pure noise, which divides by √ᾱ.) An error of a coefficient
+    or of a weight shows in its own step, whatever later steps make of it. At last, schedulers themselves can lose the
+    digits of float32: then the same is asked of the pipeline with its scheduler in float64.
 
     Rounding is relative to the terms that a step sums, which may be far larger than their sum.
 
     Attributes:
-        differences: for each batch size, the difference after each step, float64 `[steps]`.
-        timesteps: timestep of each step, float32 `[steps]`.
-        tolerance: largest allowed difference between final samples.
-        amplifications: for each batch size, the change of the pipeline's final samples when normal noise of
-            `NUDGE * tolerance` is added to their initial noise.
-        single_steps: difference of each step taken from the pipeline's sample, divided by the size of the step's
-            terms: float64 `[steps]`, the largest over all batches.
-        cancellations: size of each step's terms, divided by the size of their sum: float64 `[steps]`, the largest
-            over all batches.
-        in_float64: report of the comparison with the scheduler in float64, made only if this one shows no parity.
+        differences: after each step, float64 `[steps]`, for each batch size.
+        timesteps: of the steps.
+        tolerance: what the last step's may be, unless every single step agrees up to rounding.
+        amplifications: for each batch size, how far the pipeline ends from itself when its initial noise is moved
+            by a hundredth of the tolerance.
+        single_steps: difference of each step, taken from the pipeline's sample, over the size of the step's terms,
+            float64 `[steps]`, the largest of all batches.
+        cancellations: how many times larger than its outcome a step's terms are, float64 `[steps]`, the largest of all
+            batches.
+        in_float64: the same with the scheduler in float64, where this report alone does not show parity.
     """
 
     differences: dict[int, np.ndarray]
@@ -70,11 +68,11 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
-        """Whether bundle and pipeline are at parity."""
+        """Whether the bundle samples as the pipeline does: see above."""
         return self._ends_agree or self._steps_agree or (self.in_float64 is not None and self.in_float64.ok)
 
     @property
-    def _ends_agree(self) -> bool:  # later steps can undo larger differences
+    def _ends_agree(self) -> bool:  # differences on the way may be larger, since later steps can undo them
         return all(difference[-1] <= self.tolerance for difference in self.differences.values())
 
     @property
@@ -83,7 +81,7 @@ class ParityReport:
 
     @property
     def explanation(self) -> str:
-        """Explain in one line why final samples differ by more than the tolerance; empty if they agree."""
+        """One line: why the final samples differ by more than the tolerance, or nothing if they don't."""
         if self._ends_agree:
             return ""
         k = int(self.single_steps.argmax())  # the first NaN, if there is one
@@ -92,20 +90,21 @@ class ParityReport:
             return f"{single_step}, more than the {ROUNDING * self.tolerance:.0e} that rounding explains"
         if not self._steps_agree and self.in_float64 is not None:
             final = max(difference[-1] for difference in self.in_float64.differences.values())
-            reason = self.in_float64.explanation
+            why = self.in_float64.explanation
             return (
-                f"the pipeline's scheduler loses digits in float32: {single_step}; in float64, the final samples "
-                f"differ by {final:.1e}" + (f": {reason}" if reason else "")
+                f"the pipeline's scheduler loses digits of float32: {single_step}; with it in float64, pipeline and "
+                f"bundle end {final:.1e} apart" + (f", since {why}" if why else "")
             )
         k = int(self.cancellations.argmax())
         if self.cancellations[k] >= CANCELLATION:
             return (
-                "pipeline and bundle both lose digits in float32: "
+                "pipeline and bundle both lose digits of float32: "
                 f"the terms of step {k + 1} are {self.cancellations[k]:,.0f} times as large as their sum"
             )
+        moved = max(self.amplifications.values())
         return (
-            f"the network magnifies rounding: the pipeline's own samples change by "
-            f"{max(self.amplifications.values()):.1e} if the initial noise changes by {NUDGE * self.tolerance:.0e}"
+            "the network magnifies rounding: "
+            f"torch's own samples move by {moved:.1e} when the initial noise moves by {NUDGE * self.tolerance:.0e}"
         )
 
     def __str__(self) -> str:
@@ -113,17 +112,19 @@ class ParityReport:
         shown = range(steps) if steps <= 50 else sorted({round(i) for i in np.linspace(0, steps - 1, 21)})
         differences = self.differences.values()
         table = [(k + 1, f"{self.timesteps[k]:g}", *(difference[k] for difference in differences)) for k in shown]
-        table.append((None, "max", *(difference.max() for difference in differences)))
+        table.append((None, "worst", *(difference.max() for difference in differences)))
         headers = ("step", "t", *(f"batch {size}" for size in self.differences))
         rows = [
-            f"largest difference between pipeline and bundle (tolerance of the last step: {self.tolerance:g})",
+            f"largest difference between pipeline and bundle (tolerance {self.tolerance:g} at the end)",
             tabulate(table, headers, "plain", floatfmt=".1e", numalign="right", stralign="right"),
-            f"change of the pipeline's samples if the initial noise changes by {NUDGE * self.tolerance:.0e}: "
-            + ", ".join(f"{change:.1e} (batch {size})" for size, change in self.amplifications.items()),
-            f"largest difference of a single step, relative to its terms: {self.single_steps.max():.1e}",
         ]
+        moved = f"torch, noise ± {NUDGE * self.tolerance:.0e}"
+        rows.append(f"{moved}:" + "".join(f" batch {n}: {a:.1e}" for n, a in self.amplifications.items()))
+        rows.append(
+            f"each step from the pipeline's own sample, relative to its terms: {self.single_steps.max():.1e} at most"
+        )
         if self.explanation:
-            rows.append(f"final samples differ by more than the tolerance: {self.explanation}")
+            rows.append(f"more than the tolerance at the end: {self.explanation}")
         return "\n".join(rows)
 
 
@@ -151,7 +152,7 @@ def compare(
 
 
 def compare_sampler(bundle: str | os.PathLike[str]) -> float:
-    """Return the largest difference between a bundle's `sampler.onnx` and the runtime, in the network's units."""
+    """Largest difference between a bundle's `sampler.onnx` and the runtime, in the network's units."""
     runtime = OnnxSampler(bundle)
     graph = onnxruntime.InferenceSession(Path(bundle) / "sampler.onnx", providers=["CPUExecutionProvider"])
     seed, num_samples = 2**40 + 1, max(BATCH_SIZES)
@@ -176,8 +177,10 @@ def compare_sampler(bundle: str | os.PathLike[str]) -> float:
     (samples,) = graph.run(None, feeds)
     expected = runtime.sample(num_samples, seed, **asked)
     if samples.dtype == np.uint8:
-        return 2 / 255 * max(0.0, _largest(samples - 255 * expected) - 0.5)  # half a level is rounding
-    return _largest((samples - expected) * (1 / np.array(runtime.info["data_std"]) if runtime.is_points else 2))
+        return 2 / 255 * max(0.0, float(np.abs(samples - 255 * expected).max()) - 0.5)  # but for what was rounded
+    return float(
+        (np.abs(samples - expected) * (1 / np.array(runtime.info["data_std"]) if runtime.is_points else 2)).max()
+    )
 
 
 def _asked(sampler: OnnxSampler, number: int) -> Asked:
@@ -198,8 +201,7 @@ def _compare(
     tolerance: float,
     guidance: dict[str, Any],
 ) -> ParityReport:
-    differences, amplifications, rows = {}, {}, []
-    nudged: dict[str, torch.Tensor] = {}
+    differences, amplifications, single_steps, cancellations = {}, {}, [], []
     for size in BATCH_SIZES:
         asked = _asked(sampler, size)
         run = _SideBySide(pipeline, sampler, size, asked, guidance)
@@ -253,31 +255,19 @@ def _scheduler_in_float64(pipeline: DDPMMLPPipeline) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        vars(scheduler).clear()
-        vars(scheduler).update(attributes)
+        del scheduler.step
+        if own is not None:
+            scheduler.step = own
 
 
-def _run_side_by_side(
-    pipeline: DiffusionPipeline, sampler: OnnxSampler, batch_size: int, num_inference_steps: int
-) -> tuple[np.ndarray, list[tuple[float, float, float]]]:
-    """Run the pipeline, and after each of its steps take the bundle's: from its own sample and from the pipeline's.
+class _SideBySide:
+    """A run of the pipeline in which the bundle takes each step as soon as the pipeline has taken it, and twice: from
+    its own sample, and from the pipeline's.
 
-    Returns:
-        The pipeline's final sample, and for each step: the difference of the bundle's sample; the difference of the
-        step taken from the pipeline's sample, divided by the size of the step's terms; and that size divided by the
-        sample's.
+    Attributes:
+        rows: for each step, the difference of the first to the pipeline's; that of the second, over the size of the
+            step's terms; and that size over the outcome's.
     """
-    table = sampler.table
-    latents, generator = _start(pipeline, batch_size)
-    state = generator.get_state()
-    x = sample = latents.numpy()
-    z = np.full(latents.shape, np.nan, dtype=np.float32)  # NaN until noise is drawn
-    noises = (z for _ in itertools.count())  # the current step's
-    own_steps, single_steps = (sampler.steps(batch_size, latents=sample, noises=noises) for _ in range(2))
-    outcomes: list[np.ndarray] = []
-    # Largest magnitudes of x, ε, x̂_0 and z in the last steps, the newest first
-    sizes: deque[list[float]] = deque(maxlen=table.history)
-    rows: list[tuple[float, float, float]] = []
 
     def __init__(
         self,
@@ -327,23 +317,25 @@ def _run_side_by_side(
         # The prediction of x_0 has the rounding of the sum that it is, before it is clipped.
         self.sizes.appendleft([*sizes, np.abs(self.table.to_x_0[len(self.rows)]) @ sizes, 0.0])
 
-    def on_step(pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal state, z, sample
-        drawn = noise_drawn(generator, state, latents.shape)
-        state = generator.get_state()
-        if drawn is not None:
-            z = drawn.numpy()
-            sizes[0][Z] = _largest(z)
-        sample = tensors["latents"].numpy()
-        outcomes[:] = next(own_steps).sample, single_steps.send(x if rows else None).sample
+    def _step_taken(
+        self, pipe: DiffusionPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        z = noise_drawn(self.generator, self.state, self.latents.shape)
+        self.state = self.generator.get_state()
+        if z is not None:
+            self.z = z.numpy()
+            self.sizes[0][Z] = _largest(self.z)
+        self.sample = tensors["latents"].numpy()
+        self.outcomes = next(self.alone).sample, self.beside.send(self.x if self.rows else None).sample
+        return {}
 
-    hook = pipeline.unet.register_forward_hook(on_network)
-    try:
-        pipeline(batch_size, generator, num_inference_steps, latents=latents, callback_on_step_end=on_step)
-    finally:
-        hook.remove()
-    add_row(sample)
-    return sample, rows
+    def _compare(self, expected: np.ndarray) -> None:
+        if self.outcomes is None:
+            return  # before the first step
+        alone, beside = (_largest(outcome - expected) for outcome in self.outcomes)
+        coefficients = np.abs(self.table.to_next[len(self.rows), : len(self.sizes)])
+        size = max((coefficients * self.sizes).sum(), SMALLEST)
+        self.rows.append((alone, beside / size, size / max(_largest(expected), SMALLEST)))
 
 
 def _largest(values: np.ndarray) -> float:

@@ -85,7 +85,7 @@ def build_sampler(
         return op.Where(mask, op.Add(op.Mul(signal, y), op.Mul(sigma, z)), x)
 
     step = _Step(table, network, _after_timestep(path, table.timesteps), further, null, guidance, replace_known)
-    state = [x, *step.initial_past(op, x)]
+    state = [x, *(op.Mul(x, 0.0) for _ in step.past)]  # zeros, where there is no past
     calls = op.Constant(value_int=len(table))
     if not table.is_stochastic.any():
         x, *_ = _loop(op, calls, state, step)
