@@ -227,11 +227,13 @@ def _steps(
     latents = torch.randn(1, NUM_PROBES, generator=generator, dtype=torch.float64)
     sample = latents * scheduler.init_noise_sigma
     timesteps = scheduler.timesteps
+    # Other classes keep the option in their configurations, but take no variance.
+    learns_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
     x = scheduler.scale_model_input(sample, timesteps[0])
     initial_scale = float((x / latents).median())
     for k, t in enumerate(timesteps):
         eps = network(scheduler, t, sample, x)
-        output = torch.cat([eps, _v(x)], dim=1) if "learned" in (scheduler.config.get("variance_type") or "") else eps
+        output = torch.cat([eps, _v(x)], dim=1) if learns_variance else eps
         state = generator.get_state()
         sample = scheduler.step(output, t, sample, **options).prev_sample
         z = noise_drawn(generator, state, sample.shape)

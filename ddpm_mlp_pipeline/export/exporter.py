@@ -98,7 +98,7 @@ def export_bundle(
         scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
             so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
             https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps. Where the default
-            blows up, as it does on a network that is hardly trained, DDPM takes its place, and the report says so.
+            diverges, as it does on a network that is hardly trained, DDPM takes its place, and the report says so.
         num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler, and
             never more than the network was trained with.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
@@ -127,7 +127,7 @@ def export_bundle(
             guided.
         OutputExistsError: if `bundle` exists, and isn't to be overwritten or holds something else.
         ParityError: if bundle and pipeline differ by more than rounding explains; none is written then.
-        DivergenceError: if the sampler blows up: more than one sample in a hundred is far outside of the data's range.
+        DivergenceError: if the sampler diverges: more than one sample in a hundred is far outside of the data's range.
     """
     if precision not in ("fp32", "fp16", "int8"):
         raise ConfigurationError(f"precision must be fp32, fp16 or int8, got {precision!r}")
