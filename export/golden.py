@@ -2,17 +2,18 @@
 
     python -m export.golden OUTPUT_DIR
 
-exports the shipped heart with four kinds of step table, and writes one file for each; export/FORMAT.md describes them.
-Other machines agree with the recorded values up to the rounding of float32.
+exports networks with tables of every kind, and writes one file for each run. export/FORMAT.md describes them. They
+hold what the runtime drew on the machine that made them: another agrees up to the rounding of float32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,44 +22,98 @@ from ddpm_mlp_pipeline.commands.parser import CommandParser, add_overwrite, comm
 from ddpm_mlp_pipeline.errors import explain_missing_extra
 from ddpm_mlp_pipeline.files import check_folder, whole_folder
 from ddpm_mlp_pipeline.runtime.noise import normal
+from ddpm_mlp_pipeline.runtime.request import Asked, resolve
 from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
 
-FORMAT, VERSION = "ddpm-golden", 1
+if TYPE_CHECKING:
+    from ddpm_mlp_pipeline import DDPMMLPPipeline
+
+FORMAT, VERSION = "ddpm-golden", 2
 GOLDEN = Path(__file__).parent / "golden"
-CHECKPOINT, NUM_SAMPLES = "heart", 3
-# (scheduler, steps, seed): deterministic and clipped; stochastic; multistep without clipping; second order. The seeds
-# use both words of the key, and exceed the precision of a double. With Heun's seed, a point reaches the clip range.
-RUNS = (
-    ("ddim", 10, 0),
-    ("ddpm", 10, 2**32 + 5),
-    ("dpmsolver_multistep", 10, 2**63 - 1),
-    ("heun", 6, 1234567890123456964),
-)
+NUM_SAMPLES = 3
 
 
-def record(bundle: Path, seed: int, num_samples: int = NUM_SAMPLES) -> dict[str, Any]:
-    """Record a run, one network evaluation after another, in JSON's types: see export/FORMAT.md."""
+class Run(NamedTuple):
+    """A run to record: of which checkpoint (`None`: the tiny network), by which sampler, and what is asked."""
+
+    checkpoint: str | None
+    scheduler: str
+    num_inference_steps: int
+    seed: int
+    asked: Asked
+
+
+# The heart: deterministic and clipped; stochastic; multistep, without clipping; of second order. The seeds reach the
+# key's second word, and beyond what a double holds; Heun's takes a point to the clip range. Then what else a row does:
+# a learned variance; labels, conditions and guidance in some of the calls; known values and repeated steps.
+RUNS = {
+    "ddim_10": Run("heart", "ddim", 10, 0, {}),
+    "ddpm_10": Run("heart", "ddpm", 10, 2**32 + 5, {}),
+    "dpmsolver_multistep_10": Run("heart", "dpmsolver_multistep", 10, 2**63 - 1, {}),
+    "heun_6": Run("heart", "heun", 6, 1234567890123456964, {}),
+    "learned_variance": Run("swiss_roll_2015", "ddpm", 10, 7, {}),
+    "guided": Run(
+        None,
+        "ddim",
+        6,
+        2**40 + 1,
+        {
+            "class_labels": [2, 0, 3],  # the last is "any"
+            "condition": [[12.0], [8.5], [10.0]],
+            "guidance_scale": 2.5,
+            "guidance_interval": (700, 200),
+        },
+    ),
+    "known_values": Run(
+        None, "ddpm", 4, 3, {"known": [[1.5, math.nan], [math.nan, -2.0], [math.nan, math.nan]], "resample": 2}
+    ),
+}
+
+
+def record(bundle: Path, run: Run, num_samples: int = NUM_SAMPLES) -> dict[str, Any]:
+    """A run, call by call, as JSON's types: see export/FORMAT.md."""
     sampler = OnnxSampler(bundle, num_threads=1)
-    table = sampler.table
-    x = sampler.first_input(num_samples, seed)
+    request, table = resolve(sampler.info, sampler.table, num_samples, **run.asked)
+    told = {name: value for name, value in run.asked.items() if name in ("class_labels", "condition")}
+    dimension = math.prod(sampler.sample_shape)
+    x = sampler.first_input(num_samples, run.seed)
     calls = []
-    for step in sampler.steps(num_samples, seed):
+    for step in sampler.steps(num_samples, run.seed, **run.asked):
         k = step.index
-        call = {"timestep": step.timestep, "x": x, "eps": sampler.predict(x, step.timestep)}
+
+        def draw(first: int, stream: int = 0, shape: tuple[int, ...] = x.shape) -> np.ndarray:
+            return normal(run.seed, range(num_samples), dimension, range(first, first + 1), stream).reshape(shape)
+
+        output = sampler.predict(x, step.timestep, **told)
+        call = {"timestep": step.timestep, "x": x}
+        eps, v = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        if table.is_guided[k]:
+            output = np.concatenate([output, sampler.predict(x, step.timestep)])
+            w = np.float32(table.guidance_scale[k])
+            eps = w * eps + (1 - w) * output[num_samples:, : x.shape[1]]
+        call["eps"] = eps
+        if output.shape != x.shape:
+            call["output"] = output
         if table.clip_range is not None:
-            x_0 = table.to_x_0[k].astype(np.float32) @ np.stack([x, call["eps"]]).reshape(2, -1)
+            x_0 = table.to_x_0[k].astype(np.float32) @ np.stack([x, eps]).reshape(2, -1)
             call["x_0"] = x_0.clip(-table.clip_range, table.clip_range).reshape(x.shape)
         if table.is_stochastic[k]:
-            z = normal(seed, range(num_samples), np.prod(sampler.sample_shape), range(k + 1, k + 2))
-            call["z"] = z.reshape(x.shape)
+            call["z"] = draw(k + 1)
+            if table.log_variance is not None:
+                a, b = table.log_variance[k]
+                call["z"] = call["z"] * np.exp((a * v + b) / 2)
+        if request.known is not None and k + 1 < len(table):
+            call["z_known"] = draw(k, stream=1)
         calls.append(call)
         x = step.sample
     return {
         "format": FORMAT,
         "version": VERSION,
-        "checkpoint": CHECKPOINT,
-        "seed": str(seed),  # many JSON readers round numbers beyond 2^53
+        "checkpoint": run.checkpoint,
+        "seed": str(run.seed),  # many a JSON reader makes doubles of numbers, and rounds beyond 2^53
         "num_samples": num_samples,
+        "asked": {name: _numbers(value) for name, value in run.asked.items()},
+        "inputs": {name: _numbers(rows) for name, rows in request.of(range(num_samples)).inputs.items()},
         "bundle": {
             name: value
             for name, value in json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).items()
@@ -71,11 +126,37 @@ def record(bundle: Path, seed: int, num_samples: int = NUM_SAMPLES) -> dict[str,
     }
 
 
-def _numbers(value: np.ndarray | float) -> Any:
-    """Round to nine digits, which identify every float32."""
-    if isinstance(value, np.ndarray):
+def tiny_pipeline() -> DDPMMLPPipeline:
+    """A network that takes labels and conditions. Nobody trained it: its weights are the runtime's noise."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel
+
+    unet = MLPModel(2, embedding_dim=8, hidden_dim=16, num_hidden_layers=2, num_class_embeds=3, condition_dim=1)
+    for i, parameter in enumerate(unet.parameters()):
+        weights = normal(0, range(1), parameter.numel(), range(1), stream=i).reshape(parameter.shape)
+        parameter.data = torch.tensor(weights / parameter.shape[-1] ** 0.5)
+    return DDPMMLPPipeline(
+        unet,
+        DDPMScheduler(1000, prediction_type="sample", clip_sample=True, clip_sample_range=2.0),
+        data_mean=[1.0, -2.0],
+        data_std=[2.0, 0.5],
+        data_columns=["x", "y"],
+        class_names=["a", "b", "c"],
+        condition_columns=["c"],
+        condition_mean=[10.0],
+        condition_std=[2.0],
+    )
+
+
+def _numbers(value: Any) -> Any:
+    """Floats with nine digits, enough to tell every float32 from the next; `None` for NaN, which JSON lacks."""
+    if isinstance(value, np.ndarray | list | tuple):
         return [_numbers(entry) for entry in value]
-    return float(f"{value:.9g}")
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return None if math.isnan(value) else float(f"{value:.9g}")
 
 
 def write(golden: dict[str, Any], path: Path) -> None:
@@ -98,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", type=Path, help="the folder to write")
     add_overwrite(parser)
     args = parser.parse_args(argv)
-    own = {f"{scheduler}_{steps}.json" for scheduler, steps, _ in RUNS}.__contains__
+    own = {f"{name}.json" for name in RUNS}.__contains__
     check_folder(args.output_dir, own, args.overwrite)
     with explain_missing_extra("making golden vectors", "export"):
         from ddpm_mlp_pipeline.export.exporter import export_bundle
@@ -106,11 +187,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole_folder(args.output_dir, own, args.overwrite) as folder,
         tempfile.TemporaryDirectory() as temporary,
     ):
-        for scheduler, num_inference_steps, seed in RUNS:
-            name = f"{scheduler}_{num_inference_steps}"
-            bundle = Path(temporary) / name
-            export_bundle(pretrained(CHECKPOINT), bundle, scheduler, num_inference_steps)
-            write(record(bundle, seed), folder / f"{name}.json")
+        tiny = Path(temporary) / "checkpoint"
+        tiny_pipeline().save_pretrained(tiny)
+        for name, run in RUNS.items():
+            bundle, checkpoint = Path(temporary) / name, pretrained(run.checkpoint) if run.checkpoint else tiny
+            export_bundle(checkpoint, bundle, run.scheduler, run.num_inference_steps)
+            write(record(bundle, run), folder / f"{name}.json")
     print(f"{args.output_dir}: {len(RUNS)} runs of {NUM_SAMPLES} samples")
 
 

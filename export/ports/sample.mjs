@@ -4,9 +4,11 @@
  *
  *     npm install onnxruntime-node
  *     node sample.mjs BUNDLE --num_samples 1000 --seed 0 [--batch_size 512] [--output heart.csv [--overwrite]]
+ *         [--class_labels CLASS …] [--condition NAME=VALUE …] [--guidance_scale W] [--known NAME=VALUE …] [--resample N]
  *
- * Points are written as CSV, or as JSON if the name of `--output` ends in .json. Images are written as JSON. JSON has
- * one array for each sample, [dimension] or [height][width][channels], in the units of Python's `OnnxSampler.sample`.
+ * A flag with … is given once for each value: `--class_labels 3 --class_labels 7` draws NUM_SAMPLES of each.
+ * Points become CSV; `--output` with the ending .json, or images, become JSON: one array for each sample, of images
+ * [height][width][channels], in the units of Python's `OnnxSampler.sample`.
  */
 
 import { existsSync } from "node:fs";
@@ -14,7 +16,9 @@ import { readFile, writeFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
-import { BundleError, oneLine, openBundle, parseCount, parseSeed, toCsv } from "../../ddpm_mlp_pipeline/export/web/ddpm.js";
+import {
+  BundleError, oneLine, openBundle, parseCount, parseNumber, parseSeed, toCsv,
+} from "../../ddpm_mlp_pipeline/export/web/ddpm.js";
 
 /** Load onnxruntime-node from the current folder or NODE_PATH, since this file has no node_modules beside it. */
 function loadRuntime() {
@@ -32,6 +36,29 @@ function nest(values, [size, ...rest]) {
   return Array.from({ length: size }, (_, i) => nest(values.subarray(i * stride, (i + 1) * stride), rest));
 }
 
+/** NAME=VALUE, several times, as one object. */
+function parseValues(texts, flag) {
+  return texts && Object.fromEntries(texts.map((text) => {
+    const at = text.lastIndexOf("=");
+    if (at < 1) throw new RangeError(`${flag} takes NAME=VALUE, not ${JSON.stringify(text)}`);
+    return [text.slice(0, at), parseNumber(text.slice(at + 1), text.slice(0, at))];
+  }));
+}
+
+/** What one asks for, and the number of samples: `numSamples` of each class. */
+function parseAsked(values, numSamples, classNames) {
+  const { class_labels: classes = [], guidance_scale: scale } = values;
+  const labels = classes.map((text) => (!classNames.includes(text) && /^\d+$/.test(text) ? Number(text) : text));
+  const asked = {
+    classLabels: labels.length > 1 ? labels.flatMap((label) => Array(numSamples).fill(label)) : labels[0],
+    condition: parseValues(values.condition, "--condition"),
+    guidanceScale: scale === undefined ? undefined : parseNumber(scale, "--guidance_scale"),
+    known: parseValues(values.known, "--known"),
+    resample: parseNumber(values.resample, "--resample"),
+  };
+  return [asked, numSamples * Math.max(1, labels.length)];
+}
+
 async function main() {
   const { values, positionals } = parseArgs({
     allowPositionals: true,
@@ -39,17 +66,26 @@ async function main() {
       num_samples: { type: "string", default: "1" },
       seed: { type: "string", default: "0" },
       batch_size: { type: "string", default: "512" },
+      class_labels: { type: "string", multiple: true },
+      condition: { type: "string", multiple: true },
+      guidance_scale: { type: "string" },
+      known: { type: "string", multiple: true },
+      resample: { type: "string", default: "1" },
       output: { type: "string" },
       overwrite: { type: "boolean", default: false },
     },
   });
   if (positionals.length !== 1) {
-    throw new Error("usage: sample.mjs BUNDLE [--num_samples N] [--seed S] [--batch_size N] [--output FILE [--overwrite]]");
+    throw new Error(
+      "usage: sample.mjs BUNDLE [--num_samples N] [--seed S] [--batch_size N] [--output FILE [--overwrite]] " +
+        "[--class_labels CLASS …] [--condition NAME=VALUE …] [--guidance_scale W] [--known NAME=VALUE …] " +
+        "[--resample N], where a flag with … is repeated for each value",
+    );
   }
   if (values.output && !values.overwrite && existsSync(values.output)) {
     throw new Error(`${values.output} exists: pass --overwrite to replace it`);
   }
-  const numSamples = parseCount(values.num_samples), seed = parseSeed(values.seed);
+  const number = parseCount(values.num_samples), seed = parseSeed(values.seed);
   const batchSize = parseCount(values.batch_size);
   const sampler = await openBundle(loadRuntime(), async (name) => {
     try {
@@ -58,10 +94,11 @@ async function main() {
       throw new BundleError(`${positionals[0]} is not a bundle: ${name} can't be read: ${error.code}`);
     }
   });
+  const [asked, numSamples] = parseAsked(values, number, sampler.classNames);
 
   const samples = new Float32Array(numSamples * sampler.dimension);
   let place = 0;
-  for await (const batch of sampler.batches(numSamples, seed, batchSize)) {
+  for await (const batch of sampler.batches(numSamples, seed, batchSize, asked)) {
     samples.set(batch, place);
     place += batch.length;
   }

@@ -2,15 +2,31 @@
 // Draw samples from a bundle's sampler.onnx (ddpm-export … --sampler) with onnxruntime-node alone:
 //
 //     npm install onnxruntime-node
-//     node sampler.mjs BUNDLE/sampler.onnx NUM_SAMPLES SEED
+//     node sampler.mjs BUNDLE/sampler.onnx NUM_SAMPLES SEED [LABEL [GUIDANCE_SCALE]]
+//
+// LABEL is a class's number, of all samples; the bundle's null_label stands for any class.
 
 import { createRequire } from "node:module";
 import { join } from "node:path";
 
-const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node"); // from the current folder
-const [network, numSamples, seed] = process.argv.slice(2);
-const scalar = (number) => new ort.Tensor("int64", BigInt64Array.of(BigInt(number)), []);
+const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node"); // from where the command is run
+const [network, numSamples, seed, label = "0", guidanceScale = "1"] = process.argv.slice(2);
+const n = Number(numSamples), scalar = (number) => new ort.Tensor("int64", BigInt64Array.of(BigInt(number)), []);
+const filled = (name, value) => {
+  const shape = [n, ...session.inputMetadata.find((input) => input.name === name).shape.slice(1)];
+  return new ort.Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b)).fill(value), shape);
+};
 
 const session = await ort.InferenceSession.create(network);
-const { samples } = await session.run({ seed: scalar(seed), num_samples: scalar(numSamples) });
+const inputs = {
+  seed: () => scalar(seed),
+  num_samples: () => scalar(numSamples),
+  class_labels: () => new ort.Tensor("int64", new BigInt64Array(n).fill(BigInt(label)), [n]),
+  guidance_scale: () => new ort.Tensor("float32", Float32Array.of(Number(guidanceScale)), []),
+  condition: () => filled("condition", NaN), // none
+  known: () => filled("known", 0),
+  mask: () => filled("mask", 0), // nothing is known
+};
+const feeds = Object.fromEntries(session.inputNames.map((name) => [name, inputs[name]()]));
+const { samples } = await session.run(feeds);
 console.log(JSON.stringify({ shape: samples.dims, data: Array.from(samples.data) }));

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import DDPMScheduler
+from helpers import random_weights
 
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, export_bundle, pretrained
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export import page
 from export import golden
@@ -28,14 +32,74 @@ def golden_run(request: pytest.FixtureRequest) -> dict[str, Any]:
     return GOLDEN[request.param]
 
 
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    golden.tiny_pipeline().save_pretrained(folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle", "ddim", 6)
+    return folder / "bundle"
+
+
+NETWORKS = {"heart": "ddim_bundle", "swiss_roll_2015": "learned_bundle", None: "tiny_bundle"}
+
+
 @pytest.fixture
-def golden_bundle(golden_run: dict[str, Any], ddim_bundle: Path, tmp_path: Path) -> Path:
-    """The bundle of a golden run: its table and info, and the network of the shipped checkpoint."""
+def golden_bundle(golden_run: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The bundle of a golden run: its table and info, and the checkpoint's network."""
     folder = tmp_path / "golden-bundle"
     folder.mkdir()
-    shutil.copyfile(ddim_bundle / "unet.onnx", folder / "unet.onnx")
+    network = request.getfixturevalue(NETWORKS[golden_run["checkpoint"]]) / "unet.onnx"
+    shutil.copyfile(network, folder / "unet.onnx")
     (folder / "bundle.json").write_text(json.dumps(golden_run["bundle"]))
     (folder / "step_table.json").write_text(json.dumps(golden_run["step_table"]))
+    return folder
+
+
+def make_labelled(folder: Path, model: MLPModel, num_inference_steps: int = 6, **options: Any) -> Path:
+    """Export an untrained network of three classes, with random weights, by DDPM."""
+    torch.manual_seed(0)
+    # The samples are then what the network says last, and few of them are clipped, which would hide differences.
+    # Larger weights at the end would magnify those of rounding, from step to step.
+    scheduler = DDPMScheduler(1000, prediction_type="sample", clip_sample=True, clip_sample_range=3.0)
+    is_points = model.config.sample_size is None
+    stds = {"class_embedding": 1.0 if is_points else 0.3, "proj_out.weight": 0.07 if is_points else 0.1}
+    for name, parameter in random_weights(model).named_parameters():
+        for part, std in stds.items():
+            if part in name:
+                torch.nn.init.normal_(parameter, std=std)
+    pipeline = DDPMMLPPipeline(model, scheduler, class_names=["a", "b b", "3"], **options)
+    pipeline.save_pretrained(folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle", "ddpm", num_inference_steps)
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def labelled_points(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Points with labels and a condition of two numbers."""
+    return make_labelled(
+        tmp_path_factory.mktemp("labelled-points"),
+        MLPModel(2, hidden_dim=32, num_class_embeds=3, condition_dim=2),
+        data_mean=[1.0, -2.0],
+        data_std=[2.0, 0.5],
+        data_columns=["x", "y"],
+        condition_columns=["c", "d"],
+        condition_mean=[10.0, 0.0],
+        condition_std=[2.0, 1.0],
+    )
+
+
+@pytest.fixture(scope="session")
+def labelled_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in colour that are not square, with labels."""
+    model = MLPModel(3, (6, 9), hidden_dim=32, num_class_embeds=3)
+    return make_labelled(tmp_path_factory.mktemp("labelled-images"), model)
+
+
+@pytest.fixture(scope="session")
+def learned_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Points from a network that predicts the variance, too."""
+    folder = tmp_path_factory.mktemp("learned") / "bundle"
+    export_bundle(pretrained("swiss_roll_2015"), folder, "ddpm", 10)
     return folder
 
 

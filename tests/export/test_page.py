@@ -263,6 +263,135 @@ def test_a_drawing_can_be_stopped_and_begun_again(visit, pages, ddpm_bundle):
     np.testing.assert_allclose(points, OnnxSampler(ddpm_bundle).sample(10, seed=1), atol=1e-4)
 
 
+def choose(tab, label, guidance_scale=None, **condition):
+    """Fill in what the page offers to ask for."""
+    tab.get_by_role("radio", name=label, exact=True).check(force=True)  # its text lies over it
+    if guidance_scale is not None:
+        tab.get_by_role("slider", name="Guidance").fill(str(guidance_scale))
+    for name, value in condition.items():
+        tab.get_by_role("textbox", name=name, exact=True).fill(value)
+
+
+@pytest.mark.parametrize(
+    ("label", "guidance_scale", "condition", "asked"),
+    [
+        ("any", None, {"c": "", "d": ""}, {}),
+        ("3", None, {}, {"class_labels": "3", "condition": [10, 0]}),  # the condition's means
+        ("b b", 2.5, {"c": "12", "d": "-1.5"}, {"class_labels": 1, "condition": [12, -1.5], "guidance_scale": 2.5}),
+    ],
+)
+def test_points_of_a_class_are_pythons(visit, pages, labelled_points, label, guidance_scale, condition, asked):
+    tab = visit(pages(labelled_points))
+    assert tab.locator("#guidance-value").inner_text() == "1"
+    assert tab.get_by_role("radio", name="any", exact=True).is_checked()
+    choose(tab, label, guidance_scale, **condition)
+    assert draw(tab, 8, 50) == ""
+    points = np.loadtxt(io.BytesIO(saved(tab)[0]), delimiter=",", skiprows=1)
+    np.testing.assert_allclose(points, OnnxSampler(labelled_points).sample(50, seed=8, **asked), atol=1e-4)
+    assert tab.locator("#paint").is_hidden()
+
+
+def test_wrong_conditions_are_refused_in_one_line(visit, pages, labelled_points):
+    tab = visit(pages(labelled_points))
+    for value in ("warm", ""):
+        choose(tab, "a", c="9", d=value)
+        assert_one_line(draw(tab, 0, 10), f'd must be a finite number, not "{value}"')
+        assert tab.get_by_role("textbox", name="d", exact=True).get_attribute("aria-invalid") == "true"
+
+
+def test_many_classes_are_a_list(visit, pages, labelled_images, tmp_path):
+    folder = shutil.copytree(pages(labelled_images), tmp_path / "page")
+    edit_info(class_names=[f"kind {i}" for i in range(13)], null_label=3)(folder)
+    tab = visit(folder)
+    classes = tab.get_by_role("combobox", name="Class", exact=True)
+    assert classes.locator("option").all_inner_texts() == ["any", *(f"kind {i}" for i in range(13) if i != 3)]
+    assert tab.locator("#labels").is_hidden()
+    classes.select_option("kind 2")
+    assert draw(tab, 1, 4) == ""
+    expected = image_grid([OnnxSampler(labelled_images).sample(4, seed=1, class_labels=2)], 4).convert("RGB")
+    np.testing.assert_allclose(pixels_of(tab)[..., :3].astype(int), np.asarray(expected).astype(int), atol=1)
+
+
+def test_points_of_a_learned_variance_are_pythons(visit, pages, learned_bundle):
+    tab = visit(pages(learned_bundle))
+    assert draw(tab, 3, 40) == ""
+    points = np.loadtxt(io.BytesIO(saved(tab)[0]), delimiter=",", skiprows=1)
+    np.testing.assert_allclose(points, OnnxSampler(learned_bundle).sample(40, seed=3), atol=1e-4)
+    for name in ("labels", "label-field", "conditions", "guidance-field", "paint"):
+        assert tab.locator(f"#{name}").is_hidden()
+
+
+def images_on(tab, number, height, width):
+    """Return the images on the canvas, which lie in rows of three, in [0, 1]."""
+    grid = pixels_of(tab)[..., :3].reshape(-1, height, 3, width, 3).swapaxes(1, 2)
+    return grid.reshape(-1, height, width, 3)[:number] / 255
+
+
+@pytest.mark.parametrize("by", ["mouse", "finger"])
+def test_a_painted_part_is_drawn_anew(visit, pages, labelled_images, by):
+    phone = {"viewport": PHONE, "is_mobile": True, "has_touch": True} if by == "finger" else {}
+    tab = visit(pages(labelled_images), **phone)
+    redraw = tab.get_by_role("button", name="Draw the painted part anew")
+    choose(tab, "b b", 2)
+    assert draw(tab, 6, 7) == ""
+    before = images_on(tab, 7, 6, 9)
+    assert redraw.is_disabled()
+    canvas = tab.locator("#canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    pixel = box["width"] / 27
+
+    def place(image, row, column):
+        return (
+            box["x"] + (image % 3 * 9 + column + 0.5) * pixel,
+            box["y"] + (image // 3 * 6 + row + 0.5) * pixel,
+        )
+
+    mask = np.ones((7, 6, 9), dtype=bool)
+    if by == "finger":
+        for column in (2, 3):
+            tab.touchscreen.tap(*place(4, 1, column))
+    else:
+        tab.mouse.move(*place(4, 1, 2))
+        tab.mouse.down()
+        tab.mouse.move(*place(4, 1, 3))
+        tab.mouse.up()
+        tab.mouse.move(*place(0, 3, 3))  # without a button
+    mask[4, 1, 2:4] = False
+    is_painted = np.abs(images_on(tab, 7, 6, 9) - before).max(axis=-1) > 0.02
+    np.testing.assert_array_equal(is_painted, ~mask)
+
+    def drawn_anew(before, mask, seed, name):
+        redraw.click()
+        tab.wait_for_function(ENDED)
+        assert tab.inner_text("#error") == ""
+        images = ~mask.all(axis=(1, 2))
+        expected = before.copy()
+        expected[images] = OnnxSampler(labelled_images).sample(
+            images.sum(),
+            seed,
+            class_labels=1,
+            guidance_scale=2,
+            known=before[images],
+            mask=mask[images],
+            resample=5,
+        )
+        found = images_on(tab, 7, 6, 9)
+        np.testing.assert_allclose(found, expected, atol=1.6 / 255)
+        np.testing.assert_allclose(found[mask], before[mask], atol=0.6 / 255)
+        assert np.abs(found - before)[~mask].max() > 0.01
+        assert saved(tab)[1] == f"checkpoint-seed-6-{name}.png"
+        return found
+
+    before = drawn_anew(before, mask, 7, "anew-1")
+    tab.get_by_role("button", name="Upper half").click()
+    tab.get_by_role("button", name="Clear").click()
+    np.testing.assert_allclose(images_on(tab, 7, 6, 9), before)
+    tab.get_by_role("button", name="Lower half").click()
+    mask = np.broadcast_to(np.arange(6)[:, None] < 3, (7, 6, 9))
+    drawn_anew(before, mask, 8, "anew-2")
+
+
 def test_the_page_says_what_the_model_is(visit, pages, ddim_bundle):
     tab = visit(pages(ddim_bundle))
     assert tab.inner_text("h1") == tab.title() == "heart"
@@ -280,8 +409,8 @@ def test_the_page_makes_no_request_to_other_servers(visit, pages, ddim_bundle):
     assert all(url.startswith((tab.address, "data:", "blob:")) for url in tab.requests), tab.requests
 
 
-def test_the_page_fits_a_phone(visit, pages, ddim_bundle, image_bundle):
-    for bundle in (ddim_bundle, image_bundle):
+def test_the_page_fits_a_phone(visit, pages, ddim_bundle, image_bundle, labelled_points, labelled_images):
+    for bundle in (ddim_bundle, image_bundle, labelled_points, labelled_images):
         tab = visit(pages(bundle), PHONE, is_mobile=True, has_touch=True, device_scale_factor=3)
         assert draw(tab, 0, 50) == ""
         assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
@@ -290,6 +419,12 @@ def test_the_page_fits_a_phone(visit, pages, ddim_bundle, image_bundle):
             assert box["x"] >= 0, name
             assert box["x"] + box["width"] <= PHONE["width"], name
             assert box["height"] >= (28 if name == "step" else 44), name  # large enough for a finger
+        for control in tab.locator("button, input, select, .choice").all():
+            if control.is_visible():
+                box = control.bounding_box()
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= PHONE["width"]
+                assert box["height"] >= (28 if control.get_attribute("type") == "range" else 44)
 
 
 def test_every_control_has_a_name(visit, pages, ddim_bundle):
@@ -374,14 +509,14 @@ DAMAGES = [
     (cut("bundle/step_table.json", sealed=True), "step_table.json is not valid JSON"),
     (edit_step(timestep=float("nan")), "step_table.json is not valid JSON"),
     (edit_step(to_next=[[1, 2, 3]]), "step 1's to_next must hold rows of 4 finite numbers"),
-    (edit_info(version=2), "bundle.json is not of the format ddpm-bundle, version 1"),
+    (edit_info(version=3), "bundle.json is not of the format ddpm-bundle, version 1 or 2"),
     (
         edit_info(sample_shape=[3], data_mean=[0] * 3, data_std=[1] * 3, data_columns=[*"xyz"]),
-        "bundle.json has the sample shape [3], but the network's sample has [2]",
+        "the bundle's network must have the shape [3] for each sample, but has [2]",
     ),
     (
         rename_output,
-        "must have the inputs sample and timestep and the output out_sample, but has sample, timestep, noise",
+        "must have the inputs sample, timestep and the output out_sample, but has sample, timestep, noise",
     ),
     (delete("onnxruntime/ort.wasm.bundle.min.js"), "onnxruntime/ort.wasm.bundle.min.js can't be loaded"),
     (delete("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be fetched"),

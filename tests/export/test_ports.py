@@ -11,6 +11,7 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bun
 from ddpm_mlp_pipeline.commands.sample import csv_header
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.noise import normal
+from export.golden import RUNS
 
 DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"
 SAMPLE, SAMPLER = (ROOT / "export" / "ports" / name for name in ("sample.mjs", "sampler.mjs"))
@@ -70,21 +71,39 @@ REPLAY = """
     const text = (value) => new TextEncoder().encode(JSON.stringify(value));
     let k = 0;
     class Tensor { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } }
-    const run = async ({ sample, timestep }) => {
-      const shape = [input.num_samples, ...input.bundle.sample_shape];
+    const nan = (row) => row.map((value) => value ?? NaN), further = input.inputs ?? {};
+    // The second half of a guided call is told nothing.
+    const nulls = { class_labels: input.bundle.null_label, condition: NaN };
+    const check = (name, isGuided, { data, dims }) => {
+      const given = further[name], values = nan(given.flat());
+      const expected = isGuided ? [...values, ...values.map(() => nulls[name])] : values;
+      if (Array.from(data, Number).join() !== expected.join()) throw new Error(`wrong ${name}`);
+      if (dims.join() !== [expected.length, ...(Array.isArray(given[0]) ? [given[0].length] : [])].join()) {
+        throw new Error(`wrong shape of ${name}`);
+      }
+    };
+    const run = async ({ sample, timestep, ...others }) => {
+      const { eps, output = eps } = input.calls[k], isGuided = output.length > input.num_samples;
+      if (Object.keys(others).join() !== Object.keys(further).join()) throw new Error("wrong inputs");
+      for (const name of Object.keys(others)) check(name, isGuided, others[name]);
+      const shape = [output.length, ...input.bundle.sample_shape];
       if (sample.dims.join() !== shape.join() || timestep.dims.length !== 0) throw new Error("wrong shape");
       if (timestep.data[0] !== input.calls[k].timestep) throw new Error("wrong timestep");
-      return { out_sample: { data: Float32Array.from(input.calls[k++].eps.flat()) } };
+      k++;
+      return { out_sample: { data: Float32Array.from(output.flat()) } };
     };
-    const session = { inputNames: ["sample", "timestep"], outputNames: ["out_sample"], run };
+    const session = { inputNames: input.bundle.inputs, outputNames: ["out_sample"], run };
     const files = { "bundle.json": text(input.bundle), "step_table.json": text(input.step_table), "unet.onnx": null };
     const ort = { Tensor, InferenceSession: { create: async () => session } };
     const sampler = await d.openBundle(ort, async (name) => files[name]);
     const calls = [];
     let last;
-    for await (last of sampler.steps(input.num_samples, BigInt(input.seed))) {
-      const { x, eps, x0, z } = last;
-      calls.push({ x, eps, x_0: x0, z });
+    const camelCase = (name) => name.replace(/_(.)/g, (_, letter) => letter.toUpperCase());
+    const asked = Object.fromEntries(Object.entries(input.asked ?? {}).map(([name, v]) => [camelCase(name), v]));
+    if (asked.known) asked.known = asked.known.map(nan);
+    for await (last of sampler.steps(input.num_samples, BigInt(input.seed), 0, asked)) {
+      const { x, eps, x0, z, zKnown } = last;
+      calls.push({ x, eps, x_0: x0, z, z_known: zKnown });
     }
     print({ calls, sample: last.sample, data: sampler.toDataUnits(last.sample) });
 """
@@ -97,7 +116,7 @@ def test_the_steps_are_those_of_the_golden_run(javascript, golden_run):
 
     found = javascript(REPLAY, golden_run)
     for mine, golden in zip(found["calls"], golden_run["calls"], strict=True):
-        assert mine.keys() == golden.keys() - {"timestep"}
+        assert mine.keys() == golden.keys() - {"timestep", "output"}
         for name, values in mine.items():
             np.testing.assert_allclose(array(values), np.ravel(golden[name]), atol=1e-5, err_msg=name)
     for name in ("sample", "data"):
@@ -137,9 +156,10 @@ def edit_step(k, **changes):
     return lambda content: content["steps"][k].update(changes)
 
 
+LABELLED, CONDITIONED = (["sample", "timestep", name] for name in ("class_labels", "condition"))
 NAN, NINE = float("nan"), [[9, 9, 9, 9]]
 DAMAGES = [
-    ("step_table.json", edit(version=3), "step_table.json is not of the format ddpm-step-table, version 2"),
+    ("step_table.json", edit(version=4), "step_table.json is not of the format ddpm-step-table, version 2 or 3"),
     ("step_table.json", edit(steps=[]), "steps must be a list"),
     ("step_table.json", edit(steps="many"), "steps must be a list"),
     ("step_table.json", edit(initial_scale=0), "initial_scale must be a positive number"),
@@ -151,15 +171,30 @@ DAMAGES = [
     ("step_table.json", edit_step(3, to_next=[]), "step 3's to_next must hold rows of 4"),
     ("step_table.json", edit_step(3, to_next=[[1, 2, 3]]), "step 3's to_next must hold rows of 4"),
     ("step_table.json", edit_step(3, to_next=[[1, 2, 3, None]]), "step 3's to_next must hold rows of 4"),
-    ("step_table.json", edit_step(0, to_next=NINE * 2), "step 0 can't use values from before step 0"),
-    ("bundle.json", edit(format="zip"), "bundle.json is not of the format ddpm-bundle, version 1"),
-    ("bundle.json", edit(sample_shape=[2, 2]), "sample_shape must be"),
-    ("bundle.json", edit(sample_shape=[0]), "sample_shape must be"),
-    ("bundle.json", edit(data_mean=[1]), "data_mean must hold 2 finite numbers"),
-    ("bundle.json", edit(data_columns=["x"]), "data_columns must hold 2 names"),
-    ("bundle.json", edit(inputs=["sample", "timestep", "class_labels"]), "the network has the inputs"),
-    ("bundle.json", edit(sha256=None), "sha256 must be an object"),
-    ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must be an object"),
+    ("step_table.json", edit_step(0, to_next=NINE * 2), "step 0 can't use what was before the first"),
+    ("step_table.json", edit_step(3, alpha_cumprod=1.5), "step 3's alpha_cumprod must be a number from 0 to 1"),
+    ("step_table.json", edit_step(3, alpha_cumprod=None), "step 3's alpha_cumprod must be a number from 0 to 1"),
+    ("step_table.json", edit_step(0, guidance_scale=2), "step 1's guidance_scale must be a finite number"),
+    ("step_table.json", edit_step(0, log_variance=[1]), "step 0's log_variance must hold 2 finite numbers"),
+    ("bundle.json", edit(format="zip"), "bundle.json is not of the format ddpm-bundle, version 1 or 2"),
+    ("bundle.json", edit(sample_shape=[2, 2]), "sample_shape is no shape"),
+    ("bundle.json", edit(sample_shape=[0]), "sample_shape is no shape"),
+    ("bundle.json", edit(data_mean=[1]), "data_mean must hold finite numbers, 2 of them"),
+    ("bundle.json", edit(data_columns=["x"]), "data_columns must hold names, 2 of them"),
+    ("bundle.json", edit(sample_shape=[2**14, 2**7, 2**7]), "sample_shape is no shape"),
+    ("bundle.json", edit(data_std=[1, 1e39]), "data_std must hold finite numbers, 2 of them"),
+    ("bundle.json", edit(inputs=["sample", "timestep", "prompt"]), "the network needs the inputs"),
+    ("bundle.json", edit(inputs=LABELLED, version=1), "the network needs the inputs"),
+    ("bundle.json", edit(inputs=[*LABELLED[1:], "sample"]), "the network needs the inputs"),
+    ("bundle.json", edit(inputs=LABELLED), "class_names must be a list of names"),
+    (
+        "bundle.json",
+        edit(inputs=LABELLED, class_names=["a"], null_label=2),
+        "null_label must be a whole number from 0",
+    ),
+    ("bundle.json", edit(inputs=CONDITIONED), "condition_mean must hold finite numbers"),
+    ("bundle.json", edit(sha256=None), "sha256 must hold the checksum of each file"),
+    ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must hold the checksum of each file"),
 ]
 
 
@@ -229,6 +264,7 @@ def test_csv_names_are_quoted_as_in_python(javascript):
 # With onnxruntime-node
 
 
+@pytest.mark.parametrize("golden_run", [name for name, run in RUNS.items() if not run.asked], indirect=True)
 def test_sample_mjs_draws_the_golden_samples(run, node, node_folder, golden_run, golden_bundle):
     argv = (golden_bundle, "--num_samples", golden_run["num_samples"], "--seed", golden_run["seed"])
     result = run(node, SAMPLE, *argv, cwd=node_folder)

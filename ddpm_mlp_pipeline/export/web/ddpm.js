@@ -4,20 +4,37 @@
  */
 
 export const MAX_SEED = 2n ** 63n - 1n;
-const FORMATS = { "bundle.json": ["ddpm-bundle", 1], "step_table.json": ["ddpm-step-table", 2] };
+// The format, and the versions that can be read. The older know neither labels, nor guidance, nor known values.
+const FORMATS = { "bundle.json": ["ddpm-bundle", 1, 2], "step_table.json": ["ddpm-step-table", 2, 3] };
+const INPUTS = ["sample", "timestep"], OPTIONAL_INPUTS = ["class_labels", "condition"]; // of the network, in order
+const MAX_SIZE = 2 ** 26; // of a sample, in numbers
+const MAX_FLOAT = 3.4028234e38;
 
 /** A bundle's file is missing, not readable or doesn't fit the other files. The message is one line. */
 export class BundleError extends Error {}
 
 /**
- * @typedef {object} DenoisingStep One network evaluation; arrays are float32 `[numSamples, ...sampleShape]`.
- * @property {number} index number of the step, from 0
- * @property {number} timestep timestep given to the network
- * @property {Float32Array} x the network's input
- * @property {Float32Array} eps its output
- * @property {Float32Array | undefined} x0 the clipped prediction of x_0, if the table clips
- * @property {Float32Array | undefined} z the noise drawn, if the table uses any
- * @property {Float32Array} sample the network's next input; after the last step, the sample in the network's units
+ * @typedef {object} DenoisingStep What one call of the network did; arrays are float32 `[numSamples, ...sampleShape]`.
+ * @property {number} index of the call, from 0
+ * @property {number} timestep what the network was told
+ * @property {Float32Array} x what it saw
+ * @property {Float32Array} eps its output, after guidance
+ * @property {Float32Array | undefined} x0 the clipped prediction of x_0, where the table clips
+ * @property {Float32Array | undefined} z the noise, where the table uses any; times its learned standard deviation
+ * @property {Float32Array | undefined} zKnown the noise of the known values, where there are any, but after the last
+ * @property {Float32Array} sample what it sees next, or at last the sample, in the network's units
+ */
+
+/**
+ * @typedef {object} Asked What to draw; each for all samples, or one for each. Lists may be nested or flat.
+ * @property {string | number | (string | number)[]} [classLabels] names or numbers; by default, any class
+ * @property {Object<string, number> | number[]} [condition] in its own units, by name or in the columns' order
+ * @property {number} [guidanceScale] w, by default the table's; 1 is no guidance
+ * @property {[number, number]} [guidanceInterval] [tHigh, tLow], the timesteps to guide at
+ * @property {Object<string, number> | number[]} [known] points in the data's units, by name or with NaN for what is
+ *   to be drawn; images in [0, 1], `[height, width, channels]`
+ * @property {ArrayLike<number | boolean>} [mask] true where `known` is known: a point's shape, or `[height, width]`
+ * @property {number} [resample] how often each step is taken
  */
 
 // Noise: Philox-4×32-10 (Salmon et al. 2011) and Box and Muller's transform
@@ -68,22 +85,23 @@ function boxMuller(a, b, out, place) {
  * @param {number} first index of the first sample
  * @param {number} numSamples
  * @param {number} dimension numbers in a sample
- * @param {number} draw 0 is the initial noise, k + 1 the noise of step k
+ * @param {number} draw 0 is the initial sample, k + 1 the noise of call k; in stream 1, k is that of the known values
+ * @param {number} stream
  * @returns {Float32Array} `[numSamples, dimension]`
  */
-export function normal(seed, first, numSamples, dimension, draw) {
+export function normal(seed, first, numSamples, dimension, draw, stream = 0) {
   const k0 = Number(seed & 0xffffffffn), k1 = Number(seed >> 32n);
   const start = draw * dimension, firstBlock = Math.floor(start / 4), lastBlock = Math.ceil((start + dimension) / 4);
-  const words = new Uint32Array(4), stream = new Float32Array(4 * (lastBlock - firstBlock));
+  const words = new Uint32Array(4), numbers = new Float32Array(4 * (lastBlock - firstBlock));
   const normals = new Float32Array(numSamples * dimension);
   for (let i = 0; i < numSamples; i++) {
     for (let block = firstBlock; block < lastBlock; block++) {
-      philox(words, k0, k1, block, first + i);
-      boxMuller(words[0], words[1], stream, 4 * (block - firstBlock));
-      boxMuller(words[2], words[3], stream, 4 * (block - firstBlock) + 2);
+      philox(words, k0, k1, block, first + i, stream);
+      boxMuller(words[0], words[1], numbers, 4 * (block - firstBlock));
+      boxMuller(words[2], words[3], numbers, 4 * (block - firstBlock) + 2);
     }
     const offset = start - 4 * firstBlock;
-    normals.set(stream.subarray(offset, offset + dimension), i * dimension);
+    normals.set(numbers.subarray(offset, offset + dimension), i * dimension);
   }
   return normals;
 }
@@ -108,6 +126,18 @@ export function parseCount(text, most = Number.MAX_SAFE_INTEGER) {
   return count;
 }
 
+/**
+ * @param {string} text
+ * @param {string} name what the number is
+ * @returns {number}
+ * @throws {RangeError} with one line
+ */
+export function parseNumber(text, name) {
+  const number = text.trim() === "" ? NaN : Number(text);
+  if (!Number.isFinite(number)) throw new RangeError(`${name} must be a finite number, not ${quote(text)}`);
+  return number;
+}
+
 const quote = (text) => JSON.stringify(text.length > 40 ? `${text.slice(0, 40)}…` : text);
 
 // The bundle's files
@@ -119,9 +149,9 @@ function parseJson(name, bytes) {
   } catch (error) {
     throw new BundleError(`${name} is not valid JSON: ${error.message}`);
   }
-  const [format, version] = FORMATS[name];
-  if (content?.format !== format || content.version !== version) {
-    throw new BundleError(`${name} is not of the format ${format}, version ${version}`);
+  const [format, ...versions] = FORMATS[name];
+  if (content?.format !== format || !versions.includes(content.version)) {
+    throw new BundleError(`${name} is not of the format ${format}, version ${versions.join(" or ")}`);
   }
   return content;
 }
@@ -129,37 +159,62 @@ function parseJson(name, bytes) {
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 const areNumbers = (value, length) => Array.isArray(value) && value.length === length && value.every(isNumber);
 
+const isName = (value) => typeof value === "string";
+
 /** @throws {BundleError} */
 export function parseInfo(bytes) {
   const fail = (message) => { throw new BundleError(`bundle.json: ${message}`); };
   const info = parseJson("bundle.json", bytes);
-  if (info.inputs !== undefined && String(info.inputs) !== "sample,timestep") {
-    fail(`the network has the inputs ${info.inputs}, but this version supports only sample and timestep`);
-  }
   const shape = info.sample_shape;
   const isShape = Array.isArray(shape) && [1, 3].includes(shape.length);
-  if (!isShape || !shape.every((size) => Number.isInteger(size) && size > 0)) {
-    fail("sample_shape must be [dimension] or [channels, height, width]");
+  if (!isShape || !shape.every((size) => Number.isInteger(size) && size > 0) || sizeOf(shape) > MAX_SIZE) {
+    fail("sample_shape is no shape of points or images");
   }
-  const { sha256 = {} } = info;
+  const checkColumns = (kind, number) => {
+    for (const name of [`${kind}_mean`, `${kind}_std`]) {
+      if (!areNumbers(info[name], number) || !info[name].every((value) => Math.abs(value) < MAX_FLOAT)) {
+        fail(`${name} must hold finite numbers, ${number} of them`);
+      }
+    }
+    const columns = info[`${kind}_columns`];
+    if (!number || !Array.isArray(columns) || columns.length !== number || !columns.every(isName)) {
+      fail(`${kind}_columns must hold names, ${number} of them`);
+    }
+  };
+  if (shape.length === 1) checkColumns("data", shape[0]);
+  const { inputs = INPUTS, sha256 = {} } = info;
+  const further = OPTIONAL_INPUTS.filter((name) => info.version > 1 && Array.isArray(inputs) && inputs.includes(name));
+  if (!Array.isArray(inputs) || inputs.join() !== [...INPUTS, ...further].join()) {
+    fail(`the network needs the inputs ${inputs}, of which this version knows ${[...INPUTS, ...OPTIONAL_INPUTS]}`);
+  }
+  if (inputs.includes("condition")) checkColumns("condition", info.condition_columns?.length);
+  if (inputs.includes("class_labels")) {
+    const { class_names: names, null_label: label } = info;
+    if (!Array.isArray(names) || !names.length || !names.every(isName)) fail("class_names must be a list of names");
+    if (label !== null && !(Number.isInteger(label) && label >= 0 && label <= names.length)) {
+      fail(`null_label must be a whole number from 0 to ${names.length}, or null`);
+    }
+  }
   if (typeof sha256 !== "object" || sha256 === null || Array.isArray(sha256)) {
     fail("sha256 must be an object of file names and checksums");
   }
-  if (shape.length === 1) {
-    for (const name of ["data_mean", "data_std"]) {
-      if (!areNumbers(info[name], shape[0])) fail(`${name} must hold ${shape[0]} finite numbers`);
-    }
-    const columns = info.data_columns;
-    if (!Array.isArray(columns) || columns.length !== shape[0] || !columns.every((name) => typeof name === "string")) {
-      fail(`data_columns must hold ${shape[0]} names`);
-    }
-  }
-  return info;
+  const [names, columns] = OPTIONAL_INPUTS.map((name, i) => {
+    return inputs.includes(name) ? info[["class_names", "condition_columns"][i]] : [];
+  });
+  return { ...info, inputs, class_names: names, condition_columns: columns };
 }
 
 /**
- * @returns {{scheduler: string, initialScale: number, clipRange: number | null, steps: {timestep: number,
- *   toX0: number[], toNext: number[][], isStochastic: boolean}[]}}
+ * @typedef {object} Table
+ * @property {string} scheduler
+ * @property {number} initialScale
+ * @property {number | null} clipRange
+ * @property {{timestep: number, toX0: number[], toNext: number[][], isStochastic: boolean, guidanceScale: number,
+ *   alphaCumprod?: number, logVariance?: [number, number]}[]} steps the last two in all steps, or in none
+ */
+
+/**
+ * @returns {Table}
  * @throws {BundleError}
  */
 export function parseTable(bytes) {
@@ -171,6 +226,10 @@ export function parseTable(bytes) {
     fail("clip_range must be a positive number or null");
   }
   if (!Array.isArray(steps) || steps.length === 0) fail("steps must be a list of at least one step");
+  // Keys of version 3, which all steps have, or none.
+  const [hasAlpha, hasScale, hasVariance] = ["alpha_cumprod", "guidance_scale", "log_variance"].map(
+    (key) => content.version > 2 && steps[0]?.[key] !== undefined,
+  );
   const rows = steps.map((step, k) => {
     if (!isNumber(step?.timestep)) fail(`step ${k}'s timestep must be a finite number`);
     if (!areNumbers(step.to_x_0, 2)) fail(`step ${k}'s to_x_0 must hold 2 finite numbers`);
@@ -182,11 +241,222 @@ export function parseTable(bytes) {
     if (toNext.slice(k + 1).flat().some((coefficient) => coefficient !== 0)) {
       fail(`step ${k} can't use values from before step 0`);
     }
-    return { timestep: step.timestep, toX0: step.to_x_0, toNext: toNext.slice(0, k + 1), isStochastic: false };
+    const { alpha_cumprod: alphaCumprod, guidance_scale: guidanceScale, log_variance: logVariance } = step;
+    if (hasAlpha && !(isNumber(alphaCumprod) && alphaCumprod >= 0 && alphaCumprod <= 1)) {
+      fail(`step ${k}'s alpha_cumprod must be a number from 0 to 1`);
+    }
+    if (hasScale && !isNumber(guidanceScale)) fail(`step ${k}'s guidance_scale must be a finite number`);
+    if (hasVariance && !areNumbers(logVariance, 2)) fail(`step ${k}'s log_variance must hold 2 finite numbers`);
+    return {
+      timestep: step.timestep,
+      toX0: step.to_x_0,
+      toNext: toNext.slice(0, k + 1),
+      guidanceScale: hasScale ? guidanceScale : 1,
+      ...(hasAlpha && { alphaCumprod }),
+      ...(hasVariance && { logVariance }),
+    };
   });
-  // A step draws noise if it or a later step uses that noise.
-  rows.forEach(({ toNext }, k) => toNext.forEach((row, i) => { rows[k - i].isStochastic ||= row[3] !== 0; }));
-  return { scheduler: String(content.scheduler), initialScale, clipRange, steps: rows };
+  return { scheduler: String(content.scheduler), initialScale, clipRange, steps: withNoise(rows) };
+}
+
+/** The same steps, marked where noise is drawn: where their own step or a later one uses it. */
+function withNoise(steps) {
+  const marked = steps.map((step) => ({ ...step, isStochastic: false }));
+  steps.forEach(({ toNext }, k) => toNext.forEach((row, i) => { marked[k - i].isStochastic ||= row[3] !== 0; }));
+  return marked;
+}
+
+/**
+ * The table with another guidance.
+ * @param {Table} table
+ * @param {number} scale
+ * @param {[number, number]} interval [tHigh, tLow]
+ * @returns {Table}
+ */
+export function guided(table, scale, [tHigh, tLow] = [Infinity, -Infinity]) {
+  const scaleAt = (t) => (t <= tHigh && t >= tLow ? scale : 1);
+  return { ...table, steps: table.steps.map((step) => ({ ...step, guidanceScale: scaleAt(step.timestep) })) };
+}
+
+/**
+ * The table that takes each step several times, going back by the noise of its timestep in between: RePaint's
+ * resampling (Lugmayr et al. 2022, algorithm 1, with jumps of one step).
+ * @param {Table} table
+ * @param {number} times
+ * @returns {Table}
+ * @throws {BundleError}
+ */
+export function repeated(table, times) {
+  if (times === 1) return table;
+  const { steps } = table;
+  if (steps[0].alphaCumprod === undefined) {
+    throw new BundleError("a step table without alphas_cumprod can't be resampled: export the bundle again");
+  }
+  if (steps.some(({ toNext, logVariance }) => logVariance || toNext.slice(1).some((row) => row[3] !== 0))) {
+    throw new BundleError(
+      `${table.scheduler}'s steps can't be resampled: their noise is more than a number times z`,
+    );
+  }
+  const rows = steps.flatMap((step, k) => {
+    const alpha = step.alphaCumprod, alphaNext = steps[k + 1]?.alphaCumprod ?? 1;
+    const share = Math.sqrt(alpha / alphaNext), variance = Math.max(1 - alpha - share ** 2 * (1 - alphaNext), 0);
+    return Array.from({ length: times }, (_, j) => {
+      // Row i > 0 belongs to the last time that the call i before this one was made.
+      const toNext = [step.toNext[0]];
+      step.toNext.slice(1).forEach((row, i) => { toNext[i * times + j + 1] = row; });
+      const again = j < times - 1;
+      const all = Array.from(toNext, (row) => (row ?? [0, 0, 0, 0]).map((value) => (again ? share * value : value)));
+      if (again) all[0][3] = Math.sqrt(all[0][3] ** 2 + variance); // two independent noises are one
+      return { ...step, toNext: all };
+    });
+  });
+  return { ...table, steps: withNoise(rows) };
+}
+
+// What one asks of samples
+
+/** Lists of any depth, typed arrays among them, as one list. */
+function flat(values) {
+  if (ArrayBuffer.isView(values)) return Array.from(values);
+  return Array.isArray(values) ? values.flatMap(flat) : [values];
+}
+
+const fail = (message) => { throw new RangeError(message); };
+
+/** A label's number. */
+function classOf({ class_names: names, null_label: nullLabel }, label) {
+  if (isName(label)) {
+    const shown = names.length <= 20 ? names : [...names.slice(0, 20), "…"];
+    if (!names.includes(label)) fail(`there is no class '${label}', only ${shown.join(", ")}`);
+    return names.indexOf(label);
+  }
+  if ((Number.isInteger(label) && label >= 0 && label < names.length) || (label === nullLabel && label !== null)) {
+    return label;
+  }
+  return fail(`class_labels must be names, or numbers from 0 to ${names.length - 1}, got ${label}`);
+}
+
+/** Values by the columns' names, or in their order, as one list; NaN for known columns that aren't named. */
+function byName(values, columns, what) {
+  if (Array.isArray(values) || ArrayBuffer.isView(values) || typeof values !== "object") return flat(values);
+  const unknown = Object.keys(values).find((name) => !columns.includes(name));
+  if (unknown !== undefined) fail(`${what} has no column '${unknown}', only ${columns.join(", ")}`);
+  const missing = columns.find((name) => !Object.hasOwn(values, name));
+  if (what === "condition" && missing !== undefined) fail(`the condition lacks '${missing}'`);
+  return columns.map((name) => (Object.hasOwn(values, name) ? values[name] : NaN));
+}
+
+/** What the network is told beside x_t and t, with one row for all samples or one for each. */
+function inputsOf(info, numSamples, classLabels, condition) {
+  const inputs = {};
+  if (info.inputs.includes("class_labels")) {
+    const labels = classLabels ?? info.null_label;
+    if (labels === null) fail(`this network needs class_labels: ${info.class_names.join(", ")}`);
+    const numbers = flat(labels).map((label) => classOf(info, label));
+    if (numbers.length !== 1 && numbers.length !== numSamples) {
+      fail(`class_labels must be one, or ${numSamples}, got ${numbers.length}`);
+    }
+    inputs.class_labels = BigInt64Array.from(numbers, BigInt);
+  } else if (classLabels != null) fail("class_labels: this network knows no classes");
+  if (info.inputs.includes("condition")) {
+    const { condition_columns: columns, condition_mean: mean, condition_std: std } = info;
+    const values = condition == null ? columns.map(() => NaN) : byName(condition, columns, "condition");
+    const isOf = [1, numSamples].some((rows) => values.length === rows * columns.length);
+    if (condition != null && !(isOf && values.every(isNumber))) {
+      fail(
+        `condition must hold finite numbers, ${columns.length} of them (${columns.join(", ")}) for all samples ` +
+          `or for each of ${numSamples}`,
+      );
+    }
+    inputs.condition = Float32Array.from(values, (v, i) => (v - mean[i % mean.length]) / std[i % std.length]);
+  } else if (condition != null) fail("condition: this network takes none");
+  return inputs;
+}
+
+/** y and m in the network's units, `[rows, ...sampleShape]`, with one row for all samples or one for each. */
+function knownOf(info, numSamples, known, mask) {
+  if (known == null) return mask == null ? {} : fail("a mask needs known values");
+  const shape = info.sample_shape, dimension = sizeOf(shape), isPoints = shape.length === 1;
+  if (!isPoints && mask == null) fail("known images need a mask, which is true where they are known");
+  const values = isPoints ? byName(known, info.data_columns, "known") : flat(known);
+  if (!values.every((value) => typeof value === "number")) fail("known must hold numbers");
+  const flags = mask == null ? values.map((value) => !Number.isNaN(value)) : flat(mask);
+  const [channels, ...size] = shape, pixels = sizeOf(size), maskSize = isPoints ? dimension : pixels;
+  for (const [what, length, each] of [["known", values.length, dimension], ["the mask", flags.length, maskSize]]) {
+    if (length !== each && length !== numSamples * each) {
+      fail(`${what} must hold ${each} numbers, or that for each of ${numSamples} samples, got ${length}`);
+    }
+  }
+  const rows = Math.max(values.length / dimension, flags.length / maskSize);
+  const y = new Float32Array(rows * dimension), m = new Float32Array(rows * dimension);
+  for (let i = 0; i < y.length; i++) {
+    const row = Math.floor(i / dimension), place = i % dimension, pixel = place % pixels;
+    if (!flags[(row * maskSize + (isPoints ? place : pixel)) % flags.length]) continue;
+    const from = isPoints ? place : pixel * channels + Math.floor(place / pixels);
+    const value = values[(row * dimension + from) % values.length];
+    if (!isNumber(value)) fail("known values must be finite where the mask says that they are known");
+    y[i] = isPoints ? (value - info.data_mean[place]) / info.data_std[place] : 2 * value - 1;
+    m[i] = 1;
+  }
+  return { y, m };
+}
+
+/**
+ * Check what is asked against what a bundle knows.
+ * @param {object} info
+ * @param {Table} table
+ * @param {number} numSamples
+ * @param {Asked} asked
+ * @returns {{table: Table, inputs: object, nulls: object, y?: Float32Array, m?: Float32Array}} the table to draw by,
+ *   and the network's further inputs, what stands for nothing in them, and known values and their mask, with one row
+ *   for all samples or one for each
+ * @throws {RangeError} with one line
+ */
+function resolve(info, table, numSamples, asked = {}) {
+  const { classLabels, condition, guidanceScale, guidanceInterval, known, mask, resample = 1, ...others } = asked;
+  for (const name of Object.keys(others)) fail(`one can't ask for ${name}`);
+  if (!Number.isInteger(resample) || resample < 1) {
+    fail(`resample must be a whole number of at least 1, got ${resample}`);
+  }
+  const inputs = inputsOf(info, numSamples, classLabels, condition);
+  if (guidanceScale != null) {
+    if (!isNumber(guidanceScale)) fail(`guidance_scale must be a finite number, got ${guidanceScale}`);
+    if (guidanceInterval != null) {
+      if (!areNumbers(guidanceInterval, 2)) fail("guidance_interval must be 2 finite numbers");
+      const [tHigh, tLow] = guidanceInterval;
+      if (tHigh < tLow) fail(`guidance_interval must be (t_high, t_low), got (${tHigh}, ${tLow})`);
+    }
+    table = guided(table, guidanceScale, guidanceInterval ?? undefined);
+  } else if (guidanceInterval != null) fail("guidance_interval needs a guidance_scale");
+  const nulls = {};
+  if (table.steps.some((step) => step.guidanceScale !== 1)) {
+    if (!Object.keys(inputs).length) fail("guidance_scale needs a network that takes labels or conditions");
+    if (inputs.class_labels && info.null_label === null) {
+      fail("guidance_scale needs a network with a null label (ddpm-export --null_label)");
+    }
+    if (inputs.class_labels) nulls.class_labels = BigInt64Array.of(BigInt(info.null_label));
+    if (inputs.condition) nulls.condition = new Float32Array(info.condition_columns.length).fill(NaN);
+  }
+  const { y, m } = knownOf(info, numSamples, known, mask);
+  if (y && table.steps[0].alphaCumprod === undefined) {
+    fail("this bundle's step table takes no known values: export the checkpoint again");
+  }
+  return { table: repeated(table, resample), inputs, nulls, y, m };
+}
+
+/** The rows of some samples, of values with one row for all samples or one for each. */
+function rowsOf(values, size, first, number) {
+  if (values.length > size) return values.slice(first * size, (first + number) * size);
+  const rows = new values.constructor(number * size);
+  for (let i = 0; i < number; i++) rows.set(values, i * size);
+  return rows;
+}
+
+function concatenated(a, b) {
+  const both = new a.constructor(a.length + b.length);
+  both.set(a);
+  both.set(b, a.length);
+  return both;
 }
 
 /**
@@ -203,18 +473,19 @@ async function checkSum(name, bytes, expected) {
   }
 }
 
-function checkNetwork(session, sampleShape) {
+function checkNetwork(session, { inputs, sample_shape: sampleShape }, learnsVariance) {
   const names = [...session.inputNames, ...session.outputNames];
-  const inputs = [...session.inputNames].sort().join();
-  if (inputs !== "sample,timestep" || session.outputNames.join() !== "out_sample") {
+  if ([...names].sort().join() !== [...inputs, "out_sample"].sort().join()) {
     throw new BundleError(
-      `unet.onnx must have the inputs sample and timestep and the output out_sample, but has ${names.join(", ")}`,
+      `unet.onnx must have the inputs ${inputs.join(", ")} and the output out_sample, but has ${names.join(", ")}`,
     );
   }
+  const [channels, ...size] = sampleShape;
+  const shapes = { sample: sampleShape, out_sample: [learnsVariance ? 2 * channels : channels, ...size] };
   for (const { name, shape } of [...(session.inputMetadata ?? []), ...(session.outputMetadata ?? [])]) {
-    if (name !== "timestep" && shape && shape.slice(1).join() !== sampleShape.join()) {
+    if (name in shapes && shape && shape.slice(1).join() !== shapes[name].join()) {
       throw new BundleError(
-        `bundle.json has the sample shape [${sampleShape}], but the network's ${name} has [${shape.slice(1)}]`,
+        `the bundle's network must have the shape [${shapes[name]}] for each ${name}, but has [${shape.slice(1)}]`,
       );
     }
   }
@@ -245,7 +516,8 @@ export async function openBundle(ort, read, options = {}) {
     const what = /backend/i.test(message) ? "ONNX Runtime can't start" : "unet.onnx can't be loaded";
     throw new BundleError(`${what}: ${message}`);
   }
-  checkNetwork(session, info.sample_shape);
+  checkNetwork(session, info, table.steps[0].logVariance !== undefined);
+  if (table.steps.some(({ guidanceScale }) => guidanceScale !== 1)) resolve(info, table, 1);
   return new Sampler(ort, session, table, info);
 }
 
@@ -261,43 +533,95 @@ export class Sampler {
     /** @type {number[]} `[dimension]` for points, `[channels, height, width]` for images */
     this.sampleShape = info.sample_shape;
     this.isPoints = this.sampleShape.length === 1;
-    this.dimension = this.sampleShape.reduce((a, b) => a * b);
+    this.dimension = sizeOf(this.sampleShape);
+    /** @type {string[]} names of the classes that the network knows */
+    this.classNames = info.class_names;
+    /** @type {string[]} names of the condition's numbers */
+    this.conditionColumns = info.condition_columns;
+    /** Whether samples can be guided: the network has learned what no label and no condition is. */
+    this.isGuidable = info.inputs.length > INPUTS.length && !(this.classNames.length && info.null_label === null);
+    /** Whether the table takes known values. */
+    this.takesKnown = table.steps[0].alphaCumprod !== undefined;
   }
 
-  /** Evaluate the network for x_t, float32 `[numSamples, ...sampleShape]`, in the network's units. */
-  async predict(x, timestep) {
-    const { Tensor } = this.ort;
+  /**
+   * The network alone.
+   * @param {Float32Array} x x_t, `[numSamples, ...sampleShape]`
+   * @param {number} timestep
+   * @param {object} inputs its further inputs, with a row for each sample: `class_labels` a BigInt64Array of numbers,
+   *   `condition` a Float32Array, normalised, NaN for none
+   * @returns {Promise<Float32Array>} its output, of twice the channels where it predicts the variance
+   */
+  async predict(x, timestep, inputs = {}) {
+    const { Tensor } = this.ort, number = x.length / this.dimension;
     const feeds = {
-      sample: new Tensor("float32", x, [x.length / this.dimension, ...this.sampleShape]),
+      sample: new Tensor("float32", x, [number, ...this.sampleShape]),
       timestep: new Tensor("float32", Float32Array.of(timestep), []),
     };
-    return (await this.session.run(feeds)).out_sample.data;
+    const { class_labels: labels, condition } = inputs;
+    if (labels) feeds.class_labels = new Tensor("int64", labels, [number]);
+    if (condition) feeds.condition = new Tensor("float32", condition, [number, condition.length / number]);
+    const output = (await this.session.run(feeds)).out_sample.data;
+    if (!output.every(Number.isFinite)) {
+      throw new BundleError(
+        `unet.onnx gives numbers that are not finite at t = ${timestep}: its weights are no good`,
+      );
+    }
+    return output;
   }
 
   /**
    * Sample one batch, and yield each denoising step.
    * @param {number} numSamples
    * @param {bigint} seed in [0, 2⁶³)
-   * @param {number} first index of the batch's first sample
+   * @param {number} first index of the batch's first sample among those of the seed
+   * @param {Asked} asked what to draw
    * @returns {AsyncGenerator<DenoisingStep>}
+   * @throws {RangeError} if what is asked doesn't fit the network, with one line
    */
-  async *steps(numSamples, seed, first = 0) {
-    const { initialScale, clipRange, steps } = this.table;
-    const draw = (k) => normal(seed, first, numSamples, this.dimension, k);
+  async *steps(numSamples, seed, first = 0, asked = {}) {
+    yield* this.#steps(resolve(this.info, this.table, numSamples, asked), numSamples, seed, first, 0);
+  }
+
+  /** As `steps`, of what has been resolved; the batch's first sample has its row `row`. */
+  async *#steps({ table, inputs: all, nulls, y: knowns, m: masks }, numSamples, seed, first, row) {
+    const { initialScale, clipRange, steps } = table, { dimension } = this;
+    const draw = (k, stream) => normal(seed, first, numSamples, dimension, k, stream);
+    const [inputs, none] = [all, nulls].map((rows) => {
+      const sizes = { class_labels: 1, condition: this.conditionColumns.length };
+      return Object.fromEntries(Object.keys(rows).map((n) => [n, rowsOf(rows[n], sizes[n], row, numSamples)]));
+    });
+    const [y, m] = [knowns, masks].map((rows) => rows && rowsOf(rows, dimension, row, numSamples));
+    const both = Object.fromEntries(Object.keys(none).map((n) => [n, concatenated(inputs[n], none[n])]));
+    // ε, and v where the network predicts the variance, of a call; guided, with both halves in one batch.
+    const predict = async (x, { timestep, guidanceScale: w, logVariance }) => {
+      const split = (output) => (logVariance ? halves(output, dimension) : [output]);
+      if (w === 1) return split(await this.predict(x, timestep, inputs));
+      const output = await this.predict(concatenated(x, x), timestep, both), half = output.length / 2;
+      const [[conditional, v], [unconditional]] = [output.subarray(0, half), output.subarray(half)].map(split);
+      return [combine([w, 1 - w], [conditional, unconditional]), v];
+    };
+
     let x = draw(0).map((value) => value * initialScale);
     const history = []; // [x, ε, x̂_0, z] of the last steps, the newest first
     const memory = Math.max(...steps.map(({ toNext }) => toNext.length));
-    for (const [index, { timestep, toX0, toNext, isStochastic }] of steps.entries()) {
-      const eps = await this.predict(x, timestep);
-      if (!eps.every(Number.isFinite)) {
-        throw new BundleError(`unet.onnx returns non-finite numbers at t = ${timestep}: export another checkpoint`);
-      }
-      const x0 = clipRange === null ? undefined : combine(toX0, [x, eps]).map((v) => clamp(v, -clipRange, clipRange));
-      const z = isStochastic ? draw(index + 1) : undefined;
+    for (const [index, step] of steps.entries()) {
+      const { timestep, toX0, toNext, isStochastic, logVariance } = step;
+      const [eps, v] = await predict(x, step);
+      const x0 = clipRange === null ? undefined : combine(toX0, [x, eps]).map((u) => clamp(u, -clipRange, clipRange));
+      let z = isStochastic ? draw(index + 1) : undefined;
+      if (z && logVariance) z = z.map((u, i) => u * Math.exp((logVariance[0] * v[i] + logVariance[1]) / 2));
       history.unshift([x, eps, x0, z]);
       history.length = Math.min(history.length, memory);
       const sample = combine(toNext.flat(), history.flat());
-      yield { index, timestep, x, eps, x0, z, sample };
+      let zKnown;
+      if (y) {
+        const next = steps[index + 1]?.alphaCumprod ?? 1; // ᾱ of what the network sees next
+        if (index + 1 < steps.length) zKnown = draw(index, 1);
+        const noisy = zKnown ? combine([Math.sqrt(next), Math.sqrt(1 - next)], [y, zKnown]) : y;
+        m.forEach((isKnown, i) => { if (isKnown) sample[i] = noisy[i]; });
+      }
+      yield { index, timestep, x, eps, x0, z, zKnown, sample };
       x = sample;
     }
   }
@@ -306,13 +630,17 @@ export class Sampler {
    * Draw samples in batches, in the data's units.
    * @param {number} numSamples
    * @param {bigint} seed in [0, 2⁶³)
-   * @param {number} batchSize limits memory use; samples don't depend on it
+   * @param {number} batchSize bounds the memory and changes no sample
+   * @param {Asked} asked what to draw
    * @returns {AsyncGenerator<Float32Array>}
+   * @throws {RangeError} if what is asked doesn't fit the network, with one line
    */
-  async *batches(numSamples, seed, batchSize = 512) {
+  async *batches(numSamples, seed, batchSize = 512, asked = {}) {
+    const request = resolve(this.info, this.table, numSamples, asked);
     for (let first = 0; first < numSamples; first += batchSize) {
+      const number = Math.min(batchSize, numSamples - first);
       let sample;
-      for await (const step of this.steps(Math.min(batchSize, numSamples - first), seed, first)) sample = step.sample;
+      for await (const step of this.#steps(request, number, seed, first, first)) sample = step.sample;
       yield this.toDataUnits(sample);
     }
   }
@@ -354,9 +682,22 @@ export function toCsv(points, columns) {
   return `${rows.join("\n")}\n`;
 }
 
+const sizeOf = (shape) => shape.reduce((a, b) => a * b, 1);
+
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-/** Return the float32 sum of arrays times their coefficients. Arrays with the coefficient 0 may be undefined. */
+/** The two halves of each sample's numbers: of twice the channels, the first as many, and the others. */
+function halves(output, dimension) {
+  return [0, dimension].map((start) => {
+    const half = new Float32Array(output.length / 2);
+    for (let i = 0; i < half.length; i += dimension) {
+      half.set(output.subarray(2 * i + start, 2 * i + start + dimension), i);
+    }
+    return half;
+  });
+}
+
+/** A sum of arrays, each times its coefficient, float32. Arrays with the coefficient 0 may be missing. */
 function combine(coefficients, arrays) {
   const sum = new Float64Array(arrays[0].length);
   coefficients.forEach((coefficient, j) => {

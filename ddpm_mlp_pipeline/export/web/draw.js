@@ -106,13 +106,31 @@ export function drawPoints(canvas, points, dimension, axes) {
   context.restore();
 }
 
+const PAINT = [255, 146, 43];
+
+/**
+ * Paint over what lies at a place of the canvas, in its pixels, with a round brush: of one image, not of its neighbours.
+ * @param {Uint8Array} paint `[number, height, width]`
+ * @param {[number, number, number]} sampleShape
+ */
+export function paintAt(paint, canvas, [x, y], [, height, width]) {
+  const row = Math.floor(y / height), column = Math.floor(x / width), image = row * (canvas.width / width) + column;
+  if (column < 0 || x >= canvas.width || row < 0 || (image + 1) * height * width > paint.length) return;
+  const radius = Math.max(0.75, Math.min(height, width) / 12);
+  for (let pixel = 0; pixel < height * width; pixel++) {
+    const dy = Math.floor(pixel / width) + 0.5 - (y % height), dx = (pixel % width) + 0.5 - (x % width);
+    if (Math.hypot(dx, dy) <= radius) paint[image * height * width + pixel] = 1;
+  }
+}
+
 /**
  * Draw images in a roughly square grid, one pixel of the canvas for each pixel of an image.
  * @param {HTMLCanvasElement} canvas
  * @param {Float32Array} images in [0, 1], `[number, height, width, channels]`
- * @param {[number, number, number]} sampleShape `[channels, height, width]` with 1 or 3 channels
+ * @param {[number, number, number]} sampleShape `[channels, height, width]`, of 1 or 3 channels
+ * @param {Uint8Array | null} paint `[number, height, width]`, 1 where they are painted over
  */
-export function drawImages(canvas, images, [channels, height, width]) {
+export function drawImages(canvas, images, [channels, height, width], paint = null) {
   const number = images.length / (channels * height * width);
   const columns = Math.ceil(Math.sqrt(number)), rows = Math.ceil(number / columns);
   canvas.width = columns * width;
@@ -126,6 +144,9 @@ export function drawImages(canvas, images, [channels, height, width]) {
       const to = 4 * ((top + Math.floor(pixel / width)) * canvas.width + left + (pixel % width));
       for (let c = 0; c < 3; c++) grid.data[to + c] = Math.round(255 * images[from + (channels === 3 ? c : 0)]);
       grid.data[to + 3] = 255;
+      if (paint?.[i * height * width + pixel]) {
+        PAINT.forEach((value, c) => { grid.data[to + c] = 0.25 * grid.data[to + c] + 0.75 * value; });
+      }
     }
   }
   context.putImageData(grid, 0, 0);

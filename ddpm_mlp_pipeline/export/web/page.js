@@ -1,11 +1,13 @@
 /** The page's inputs and outputs. Sampling runs in worker.js. */
 
-import { parseCount, parseSeed, toCsv } from "./ddpm.js";
-import { axesOf, countOutside, drawImages, drawPoints } from "./draw.js";
+import { MAX_SEED, parseCount, parseNumber, parseSeed, toCsv } from "./ddpm.js";
+import { axesOf, countOutside, drawImages, drawPoints, paintAt } from "./draw.js";
 
 const MAX_POINTS = 10_000;
-const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits or 85 CIFAR images
-const MAX_KEPT = 2 ** 24; // numbers kept for the slider over the steps, 64 MB
+const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits, 85 of CIFAR's images
+const MAX_KEPT = 2 ** 24; // numbers of all steps that are kept to be looked at again, 64 MB
+const MAX_BUTTONS = 12; // more classes are a select
+const RESAMPLE = 5; // times that each step is taken where a part is drawn anew, so that it fits the rest
 const element = (id) => document.getElementById(id);
 const [form, seedInput, countInput, drawButton, stepInput, saveButton, progress, status, canvas] = [
   "form", "seed", "count", "draw", "step", "save", "progress", "status", "canvas",
@@ -42,7 +44,11 @@ function ask(name, argument) {
 let model; // the answer to `open`, with properties derived from it
 /** @type {{label: string, samples: Float32Array}[]} the steps that the slider can show */
 let frames = [];
-let drawing = null; // the current run, { stopped: boolean }
+let drawing = null; // what is being drawn, if anything: { stopped: boolean }
+let finished = null; // what has been drawn to the end, if anything: { seed, asked }, of which a part can be drawn anew
+/** @type {Uint8Array | null} `[images, height, width]`, 1 where they are painted over */
+let paint = null;
+const paintButtons = ["upper", "lower", "clear"].map(element), redrawButton = element("redraw");
 
 function describe({ info, scheduler, numCalls }) {
   const { sample_shape: shape, data_columns: columns, provenance = {} } = info;
@@ -85,14 +91,72 @@ async function open() {
   canvas.className = isPoints ? "points" : "images";
   canvas.dataset.axes = JSON.stringify(model.axes);
   show(0);
+  offerChoices(opened);
   drawButton.disabled = false;
 }
 
-/** Draw one of the frames; without frames, draw empty axes. */
+const create = (name, properties, ...children) => {
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
+};
+
+/** Show what one can ask for: classes, a condition's numbers, guidance, parts to be drawn anew. */
+function offerChoices({ info, guidanceScale, isGuidable, takesKnown }) {
+  const { class_names: names = [], null_label: nullLabel = null, condition_columns: columns = [] } = info;
+  const choices = names.map((name, i) => [name, i]).filter(([, i]) => i !== nullLabel);
+  if (nullLabel !== null) choices.unshift(["any", nullLabel]);
+  if (names.length > MAX_BUTTONS) {
+    element("label").append(...choices.map(([name, value]) => create("option", { value, textContent: name })));
+    element("label-field").hidden = false;
+  } else if (names.length) {
+    element("labels").append(...choices.map(([name, value], i) => create(
+      "label", { className: "choice" },
+      create("input", { type: "radio", name: "label", value, checked: i === 0 }), create("span", { textContent: name }),
+    )));
+    element("labels").hidden = false;
+  }
+  element("conditions").append(...columns.map((name, i) => create(
+    "div", {},
+    create("label", { htmlFor: `condition-${i}`, textContent: name }),
+    create("input", {
+      type: "text", id: `condition-${i}`, autocomplete: "off", placeholder: "any",
+      value: String(Number(info.condition_mean[i].toPrecision(4))),
+    }),
+  )));
+  element("conditions").hidden = columns.length === 0;
+  const slider = element("guidance"), showScale = () => { element("guidance-value").textContent = slider.value; };
+  slider.min = Math.min(0, guidanceScale);
+  slider.max = Math.max(4, guidanceScale);
+  slider.value = guidanceScale;
+  model.initialScale = slider.value; // rounded
+  slider.addEventListener("input", showScale);
+  showScale();
+  element("guidance-field").hidden = !isGuidable;
+  element("paint").hidden = model.isPoints || !takesKnown;
+}
+
+/** What the form asks for. */
+function readAsked() {
+  const { class_names: names = [], condition_columns: columns = [] } = model.info;
+  const asked = {}, slider = element("guidance");
+  if (names.length > MAX_BUTTONS) asked.classLabels = Number(element("label").value);
+  else if (names.length) asked.classLabels = Number(form.elements.label.value);
+  const inputs = columns.map((_, i) => element(`condition-${i}`));
+  inputs.forEach((input) => input.removeAttribute("aria-invalid"));
+  if (inputs.some((input) => input.value.trim())) { // none at all: any
+    asked.condition = inputs.map((input, i) => read(input, parseNumber, columns[i]));
+  }
+  // Until it is moved, the bundle's own steps decide, which may be guided at some timesteps only.
+  if (model.isGuidable && slider.value !== model.initialScale) asked.guidanceScale = Number(slider.value);
+  return asked;
+}
+
+/** Draw one of the frames, or, if there are none, what there is without. */
 function show(index) {
   const samples = frames[index]?.samples ?? null;
   if (model.isPoints) drawPoints(canvas, samples, model.dimension, model.axes);
-  else if (samples) drawImages(canvas, samples, model.info.sample_shape);
+  else if (samples) drawImages(canvas, samples, model.info.sample_shape, index === frames.length - 1 ? paint : null);
   if (samples) {
     const what = plural(samples.length / model.dimension, model.noun);
     canvas.setAttribute("aria-label", `${what}, ${frames[index].label}`);
@@ -119,25 +183,45 @@ function showLast() {
   show(frames.length - 1);
 }
 
-async function draw() {
-  const seed = read(seedInput, parseSeed), count = read(countInput, parseCount, model.maxCount);
-  const { numCalls } = model;
-  const run = (drawing = { stopped: false });
-  drawButton.textContent = "Stop";
-  saveButton.disabled = stepInput.disabled = true;
-  status.dataset.state = "drawing";
+/** Begin with nothing painted, or end painting. */
+function setPaint(isOn) {
+  const [, height, width] = model.info.sample_shape;
+  const canPaint = isOn && !element("paint").hidden;
+  paint = canPaint ? new Uint8Array((frames.at(-1).samples.length / model.dimension) * height * width) : null;
+  canvas.classList.toggle("paintable", canPaint);
+  for (const button of paintButtons) button.disabled = !canPaint;
+  redrawButton.disabled = true;
+}
+
+/** Show the last frame with the paint as it is now. */
+function showPaint() {
+  redrawButton.disabled = !paint.includes(1);
+  showLast();
+}
+
+/**
+ * Draw samples step by step, and show them.
+ * @param {{seed: bigint, count: number, asked: object, numCalls: number}} what
+ * @param {(samples: Float32Array) => Float32Array} whole makes what is shown of what is drawn
+ * @returns {Promise<string>} how long it took
+ */
+async function draw({ seed, count, asked, numCalls }, whole) {
+  const run = drawing;
   progress.max = numCalls;
   frames = [];
-  const stride = Math.ceil((numCalls * count * model.dimension) / MAX_KEPT);
-  // Slow down fast steps to make them visible, by two seconds in all at most.
+  let stride, seconds = 0, shown = performance.now();
+  // Where steps take no time, they are slowed down to be seen, by two seconds in all at most.
   const pause = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(150, 2000 / numCalls);
-  let seconds = 0, shown = performance.now();
-  await ask("start", { numSamples: count, seed });
+  await ask("start", { numSamples: count, seed, asked });
   for (let k = 0; k < numCalls && !(run.stopped && frames.length); k++) {
     const { timestep, milliseconds, initial, sample } = await ask("step");
     seconds += milliseconds / 1000;
-    if (initial) frames.push({ label: `noise, before the first of ${plural(numCalls, "step")}`, samples: initial });
-    const frame = { label: `step ${k + 1} of ${numCalls}, t = ${Number(timestep.toPrecision(6))}`, samples: sample };
+    if (initial) {
+      frames.push({ label: `noise, before the first of ${plural(numCalls, "step")}`, samples: whole(initial) });
+    }
+    const label = `step ${k + 1} of ${numCalls}, t = ${Number(timestep.toPrecision(6))}`;
+    const frame = { label, samples: whole(sample) };
+    stride ??= Math.ceil((numCalls * frame.samples.length) / MAX_KEPT);
     if (k % stride === 0 || k === numCalls - 1) frames.push(frame);
     progress.value = k + 1;
     status.textContent = `${frame.label}, ${format(seconds, 2)} s`;
@@ -149,26 +233,73 @@ async function draw() {
       await new Promise((resolve) => setTimeout(resolve)); // let the browser paint
     }
   }
-  showLast();
-  const last = frames.at(-1).samples;
-  const outside = model.isPoints ? countOutside(last, model.dimension, model.axes) : 0;
-  status.textContent = run.stopped
-    ? `Stopped: ${frames.at(-1).label}`
-    : `${plural(count, model.noun)} in ${format(seconds, 2)} s, ${format((1000 * seconds) / numCalls, 1)} ms a step` +
-      (outside ? `; ${format(outside)} outside the axes` : "");
-  saveButton.disabled = run.stopped;
-  saveButton.dataset.name = `${model.info.provenance?.checkpoint ?? "samples"}-seed-${seed}`;
+  return `${format(seconds, 2)} s, ${format((1000 * seconds) / numCalls, 1)} ms a step`;
 }
 
-form.addEventListener("submit", async (event) => {
-  event.preventDefault();
-  if (drawing) {
-    drawing.stopped = true;
-    return;
+/** Draw what the form says. */
+async function drawAll() {
+  const seed = read(seedInput, parseSeed), count = read(countInput, parseCount, model.maxCount);
+  const asked = readAsked();
+  begin();
+  const took = await draw({ seed, count, asked, numCalls: model.numCalls }, (samples) => samples);
+  const outside = model.isPoints ? countOutside(frames.at(-1).samples, model.dimension, model.axes) : 0;
+  finish({ seed, asked, anew: 0 },
+    `${plural(count, model.noun)} in ${took}${outside ? `; ${format(outside)} outside the axes` : ""}`);
+}
+
+/** Draw the painted parts of images anew, with another seed's noise. */
+async function drawAnew() {
+  const [, height, width] = model.info.sample_shape, size = height * width, { dimension } = model;
+  const { seed, asked } = finished, anew = finished.anew + 1, before = frames.at(-1).samples;
+  const images = Array.from({ length: before.length / dimension }, (_, i) => i)
+    .filter((i) => paint.subarray(i * size, (i + 1) * size).includes(1));
+  const known = images.flatMap((i) => Array.from(before.subarray(i * dimension, (i + 1) * dimension)));
+  const mask = images.flatMap((i) => Array.from(paint.subarray(i * size, (i + 1) * size), (painted) => !painted));
+  const resample = model.isResampleable ? RESAMPLE : 1;
+  begin();
+  const took = await draw({
+    seed: (seed + BigInt(anew)) % (MAX_SEED + 1n),
+    count: images.length,
+    asked: { ...asked, known, mask, resample },
+    numCalls: model.numCalls * resample,
+  }, (samples) => {
+    const all = before.slice();
+    images.forEach((i, j) => all.set(samples.subarray(j * dimension, (j + 1) * dimension), i * dimension));
+    return all;
+  });
+  finish({ seed, asked, anew }, `a part of ${plural(images.length, model.noun)} drawn anew in ${took}`);
+}
+
+/** Prepare the page for a drawing. */
+function begin() {
+  drawButton.textContent = "Stop";
+  saveButton.disabled = stepInput.disabled = true;
+  status.dataset.state = "drawing";
+  finished = null;
+  setPaint(false);
+}
+
+/** Show what a drawing has come to. */
+function finish(what, summary) {
+  const { stopped } = drawing;
+  if (!stopped) {
+    finished = what;
+    setPaint(true);
   }
+  showLast();
+  status.textContent = stopped ? `Stopped: ${frames.at(-1).label}` : summary;
+  saveButton.disabled = stopped;
+  const anew = what.anew ? `-anew-${what.anew}` : "";
+  saveButton.dataset.name = `${model.info.provenance?.checkpoint ?? "samples"}-seed-${what.seed}${anew}`;
+}
+
+/** Do a drawing, unless one is being done, and show its errors. */
+async function attempt(draws) {
+  if (drawing) return;
+  drawing = { stopped: false };
   showError("");
   try {
-    await draw();
+    await draws();
     status.dataset.state = drawing.stopped ? "stopped" : "done";
   } catch (error) {
     status.dataset.state = "failed";
@@ -180,7 +311,50 @@ form.addEventListener("submit", async (event) => {
   drawing = null;
   drawButton.textContent = "Draw";
   stepInput.disabled = frames.length === 0;
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (drawing) drawing.stopped = true;
+  else attempt(drawAll);
 });
+
+redrawButton.addEventListener("click", () => attempt(drawAnew));
+
+for (const [name, isPainted] of [
+  ["upper", (row, height) => row < height / 2],
+  ["lower", (row, height) => row >= height / 2],
+  ["clear", () => false],
+]) {
+  element(name).addEventListener("click", () => {
+    const [, height, width] = model.info.sample_shape;
+    paint.forEach((_, i) => { paint[i] = Number(isPainted(Math.floor(i / width) % height, height)); });
+    showPaint();
+  });
+}
+
+let brush = null; // where the pointer was last, in the canvas's pixels, while it paints
+
+function moveBrush(event) {
+  const box = canvas.getBoundingClientRect();
+  const place = [
+    ((event.clientX - box.left) * canvas.width) / box.width, ((event.clientY - box.top) * canvas.height) / box.height,
+  ];
+  const from = brush ?? place, steps = Math.ceil(Math.hypot(place[0] - from[0], place[1] - from[1])) || 1;
+  for (let i = 1; i <= steps; i++) {
+    paintAt(paint, canvas, [0, 1].map((c) => from[c] + ((place[c] - from[c]) * i) / steps), model.info.sample_shape);
+  }
+  brush = place;
+  showPaint();
+}
+
+canvas.addEventListener("pointerdown", (event) => {
+  if (!paint || !event.isPrimary) return;
+  canvas.setPointerCapture(event.pointerId);
+  moveBrush(event);
+});
+canvas.addEventListener("pointermove", (event) => { if (paint && brush) moveBrush(event); });
+for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => { brush = null; });
 
 stepInput.addEventListener("input", () => {
   const index = Number(stepInput.value);

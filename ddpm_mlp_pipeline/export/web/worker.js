@@ -1,6 +1,6 @@
 /** Run the sampler in a worker, one step per request of the page, so that the page stays responsive. */
 
-import { BundleError, oneLine, openBundle } from "./ddpm.js";
+import { BundleError, oneLine, openBundle, repeated } from "./ddpm.js";
 
 let sampler, steps;
 
@@ -41,12 +41,27 @@ const answers = {
   async open() {
     const ort = await loadRuntime();
     sampler = await openBundle(ort, (name) => fetchBytes(`bundle/${name}`), { executionProviders: ["wasm"] });
-    const { info, table } = sampler;
-    return { info, scheduler: table.scheduler, clipRange: table.clipRange, numCalls: table.steps.length };
+    const { info, table, isGuidable, takesKnown } = sampler;
+    let isResampleable = true;
+    try {
+      repeated(table, 2);
+    } catch {
+      isResampleable = false;
+    }
+    return {
+      info,
+      scheduler: table.scheduler,
+      clipRange: table.clipRange,
+      numCalls: table.steps.length,
+      guidanceScale: table.steps.map((step) => step.guidanceScale).find((scale) => scale !== 1) ?? 1,
+      isGuidable,
+      takesKnown,
+      isResampleable,
+    };
   },
 
-  start({ numSamples, seed }) {
-    steps = sampler.steps(numSamples, seed);
+  start({ numSamples, seed, asked }) {
+    steps = sampler.steps(numSamples, seed, 0, asked);
   },
 
   async step() {
