@@ -1,1 +1,1 @@
-"""What others need who export or read a bundle: `python -m export`, the format, golden vectors, ports."""
+"""Export and read bundles: `python -m export`, the format, golden vectors, ports."""

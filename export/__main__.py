@@ -1,4 +1,4 @@
-"""Export a checkpoint: python -m export CHECKPOINT BUNDLE, the same as ddpm-export."""
+"""Export a checkpoint: `python -m export CHECKPOINT BUNDLE` is the same as `ddpm-export CHECKPOINT BUNDLE`."""
 
 from ddpm_mlp_pipeline.commands.console import export
 

@@ -1,4 +1,4 @@
-"""Golden vectors: whole runs of the runtime, written down, for ports to other languages to be compared with.
+"""Record golden vectors: whole sampling runs of the runtime, as references for ports to other languages.
 
     python -m export.golden OUTPUT_DIR
 
@@ -117,7 +117,7 @@ def record(bundle: Path, run: Run, num_samples: int = NUM_SAMPLES) -> dict[str, 
         "bundle": {
             name: value
             for name, value in json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).items()
-            if name not in ("provenance", "sha256")  # they differ from one export to the next
+            if name not in ("provenance", "sha256")  # these differ between exports
         },
         "step_table": json.loads((bundle / "step_table.json").read_text(encoding="utf-8")),
         "calls": [{name: _numbers(value) for name, value in call.items()} for call in calls],
@@ -160,7 +160,7 @@ def _numbers(value: Any) -> Any:
 
 
 def write(golden: dict[str, Any], path: Path) -> None:
-    """Write a run with one line for each call of the network, so that differences can be read."""
+    """Write a run with one line for each network evaluation, so that a diff is readable."""
     head = {name: value for name, value in golden.items() if name not in ("calls", "sample", "data")}
     calls = ",\n".join(json.dumps(call) for call in golden["calls"])
     tail = {name: golden[name] for name in ("sample", "data")}
@@ -168,7 +168,7 @@ def write(golden: dict[str, Any], path: Path) -> None:
 
 
 def read() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The golden vectors that the package ships: their names, and what `record` made."""
+    """Yield name and content of each golden vector in the repository."""
     for path in sorted(GOLDEN.glob("*.json")):
         yield path.stem, json.loads(path.read_text(encoding="utf-8"))
 

@@ -159,7 +159,7 @@ def test_a_picture_of_a_bundles_coefficients(ddim_bundle, run, tmp_path):
         assert {(255, 127, 14), (44, 160, 44)} <= colors
 
 
-def test_wrong_plots_end_in_one_line(trained, run, tmp_path):
+def test_wrong_plots_end_in_one_line(trained, run_forked, tmp_path):
     for argv, fragment in [
         (("samples", trained, "--output", tmp_path / "a.gif"), ".png"),
         (("animation", trained, "--output", tmp_path / "a.png"), ".gif or .mp4"),
@@ -168,11 +168,11 @@ def test_wrong_plots_end_in_one_line(trained, run, tmp_path):
         (("samples", tmp_path, "--output", tmp_path / "a.png"), "not a checkpoint"),
         (("table", trained, "--output", tmp_path / "a.png"), "lacks its step table"),
     ]:
-        assert_one_line_error(run("ddpm-plot", *argv), fragment)
+        assert_one_line_error(run_forked("plot", *argv), fragment)
 
 
-def test_wrong_trainings_end_in_one_line(squares, run, tmp_path):
-    base = (sys.executable, SCRIPT, "--output_dir", tmp_path / "run")
+def test_wrong_trainings_end_in_one_line(squares, run_forked, tmp_path):
+    output = ("--output_dir", tmp_path / "run")
     for argv, fragment in [
         ((), "--dataset_name"),
         (("--dataset_name", tmp_path / "nowhere"), "neither a folder nor a data set"),
@@ -182,7 +182,7 @@ def test_wrong_trainings_end_in_one_line(squares, run, tmp_path):
         (("--dataset_name", squares, "--channels", 2), "channels"),
         (("--dataset_name", squares, "--model", "stock", "--block_out_channels", "32,32"), "multiples of 2"),
     ]:
-        assert_one_line_error(run(*base, *argv), fragment)
+        assert_one_line_error(run_forked("train_images", *output, *argv), fragment)
 
 
 def test_the_stock_model_trains(squares, run, tmp_path):

@@ -337,7 +337,7 @@ def test_images_are_trained_on_the_bound_with_their_variance(tmp_path):
     assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-def test_wrong_bounds_end_in_one_line(run, tmp_path):
+def test_wrong_bounds_end_in_one_line(run_forked, tmp_path):
     heart = pretrained("heart")
     cases = [
         ((heart, "--dataset", "hart"), ["unknown data set 'hart'"]),
@@ -348,7 +348,7 @@ def test_wrong_bounds_end_in_one_line(run, tmp_path):
         ((tmp_path, "--dataset", "heart"), ["no model_index.json"]),
     ]
     for argv, fragments in cases:
-        assert_one_line_error(run("ddpm-bound", *argv), *fragments)
+        assert_one_line_error(run_forked("bound", *argv), *fragments)
 
 
 def test_the_drift_is_drawn(run, tmp_path):

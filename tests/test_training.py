@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -331,7 +330,7 @@ def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):
     assert "no column 'height, cm', only 'height', 'weight', 'age'" in capsys.readouterr().err
 
 
-def test_wrong_trainings_end_in_one_line(run, tmp_path):
+def test_wrong_trainings_end_in_one_line(run, run_forked, tmp_path):
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n3,four\n")
     (tmp_path / "flat.csv").write_text("a,b\n1,2\n3,2\n")
     (tmp_path / "unknown.yaml").write_text("dataset: heart\nlearning_rat: 1\n")
@@ -351,7 +350,7 @@ def test_wrong_trainings_end_in_one_line(run, tmp_path):
         (("--ddpm_num_steps", 1), ["ddpm_num_steps"]),
         (("--seed", 2**32), ["seed"]),
         (("--report_to", "nobody"), ["report_to", "'nobody'"]),
-        (("--mixed_precision", "bf16"), ["float32"]),
+        (("--mixed_precision", "bf16"), ["--mixed_precision no"]),
         (("--conf", "heart"), ["--conf"]),
         (("--config",), ["--config"]),
         (("--hidden_dim", "wide"), ["hidden_dim", "'wide'"]),
@@ -362,10 +361,8 @@ def test_wrong_trainings_end_in_one_line(run, tmp_path):
         (("--output_dir", "/proc/run"), ["/proc/run"]),
     ]
     script = (sys.executable, ROOT / "train_scripts" / "train_points.py")
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda case: run(*script, *output, *case[0]), cases)
-        for result, (_, fragments) in zip(results, cases, strict=True):
-            assert_one_line_error(result, *fragments)
+    for argv, fragments in cases:
+        assert_one_line_error(run_forked("train_points", *output, *argv), *fragments)
     assert not list((tmp_path / "run").glob("*.json"))
     assert_one_line_error(run(*script), "--output_dir")
     assert_one_line_error(run(*LAUNCH, script[1], *output, "--dataset", "hart"), "unknown data set 'hart'")

@@ -1,1 +1,1 @@
-"""Export: schedulers to step tables, networks to ONNX, bundles to pages, each checked against the original."""
+"""Export schedulers as step tables, networks as ONNX and bundles as web pages, and check each against the original."""

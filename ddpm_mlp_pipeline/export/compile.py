@@ -1,4 +1,4 @@
-"""`compile_scheduler`: a stock diffusers scheduler to a step table."""
+"""`compile_scheduler`: compile a stock diffusers scheduler to a step table."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ from ..errors import ConfigurationError, UnsupportedSchedulerError
 from ..runtime.step_table import EPS, X_0, StepTable, X, Z
 from .schedulers import SCHEDULERS
 
-NUM_PROBES = 128  # equations for each step's unknowns, of which there are 4 · MAX_HISTORY at most
-MAX_HISTORY = 16  # network calls: multistep solvers remember up to four outputs; PNDM's first of these are four apart
-# What diffusers raises where an option's value makes no sense
+NUM_PROBES = 128  # equations for each step, with at most 4 · MAX_HISTORY unknowns
+MAX_HISTORY = 16  # network evaluations: multistep solvers use up to four outputs, in PNDM's first steps four apart
+# diffusers' exceptions for invalid values of options
 WRONG_OPTION = (
-    *(ValueError, TypeError, IndexError, AttributeError, ArithmeticError, NotImplementedError),
-    AssertionError,
+    *(ValueError, TypeError, IndexError, AttributeError, ArithmeticError, NotImplementedError, AssertionError),
 )
-# What rounding may leave of a step, and of a whole trajectory, relative to its outcome: in float64; and in float32, in
-# which some schedulers compute whatever they are given.
+# Rounding allowed in a step and in a trajectory, relative to the outcome: in float64, and for the schedulers that
+# always compute in float32
 TOLERANCES = ((1e-9, 1e-6), (1e-6, 1e-4))
 
 
 def make_scheduler(name: str, like: SchedulerMixin, **options: Any) -> SchedulerMixin:
-    """The stock scheduler of one of the commands' names, for a network that was trained with another.
+    """Return a stock scheduler with the configuration of the one that a network was trained with.
 
     Args:
         name: a key of `SCHEDULERS`.
         like: the scheduler that the network was trained with.
-        options: of the scheduler's own, that are to differ.
+        options: options of the new scheduler that differ from `like`.
 
     Raises:
-        ConfigurationError: if there is no such scheduler, or it has no such options.
+        ConfigurationError: if there is no such scheduler, or it doesn't take these options.
     """
     cls = _class_of(name)
     unknown = set(options) - set(inspect.signature(cls).parameters)
@@ -54,13 +53,13 @@ def make_scheduler(name: str, like: SchedulerMixin, **options: Any) -> Scheduler
 
 
 def split_options(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A scheduler's own options, and those of its steps, such as DDIM's `eta`."""
-    of_steps = _options_of_steps(_class_of(name))
-    own = {key: value for key, value in options.items() if key not in of_steps}
-    return own, {key: value for key, value in options.items() if key in of_steps}
+    """Split options into those of the scheduler's class and those of its `step`, such as DDIM's `eta`."""
+    of_step = _step_options(_class_of(name))
+    own = {key: value for key, value in options.items() if key not in of_step}
+    return own, {key: value for key, value in options.items() if key in of_step}
 
 
-def _options_of_steps(cls: type[SchedulerMixin]) -> set[str]:
+def _step_options(cls: type[SchedulerMixin]) -> set[str]:
     given = {"self", "model_output", "timestep", "sample", "generator", "variance_noise", "return_dict"}
     return set(inspect.signature(cls.step).parameters) - set(inspect.signature(cls).parameters) - given
 
@@ -72,33 +71,34 @@ def _class_of(name: str) -> type[SchedulerMixin]:
 
 
 def _whole_config(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """A configuration that another class takes as it is: stock, what was left at its default becomes that class's."""
+    """Return a configuration whose default values another class keeps, instead of taking its own defaults."""
     return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
 
 
 def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **step_options: Any) -> StepTable:
-    """Find the coefficients of a scheduler's steps by taking the steps.
+    """Compile a stock scheduler to a step table.
 
-    Every stock scheduler for an ε-, v- or x_0-network is linear in the samples, the network's outputs, the clipped
-    predictions of x_0 and the noise, of this step and of a few before. So the real scheduler takes all its steps, in
-    float64, on random numbers in place of the network's outputs, and for each step, least squares finds the shortest
-    sum that gives what the network sees next. That the sum holds for more numbers than it has terms shows that the
-    step was of this form; and at last the whole table is run beside the scheduler with a nonlinear network.
+    The steps of every stock scheduler for an ε-, v- or x_0-network are linear in the samples, the network's outputs,
+    the clipped predictions of x_0 and the noise, of the same step and a few before. The compiler takes the real
+    scheduler's steps in float64, on random numbers instead of the network's outputs. For each step, least squares
+    finds the shortest sum of these terms that gives the network's next input. Each sum is checked by having more
+    equations than terms. Finally the table is compared with the scheduler over a whole trajectory of a nonlinear
+    network.
 
     Args:
-        scheduler: a stock scheduler; it is left as it is.
-        num_inference_steps: number of sampling steps. (Schedulers of second order call the network twice in most.)
-        step_options: what to pass to each of the scheduler's steps, such as `eta`.
+        scheduler: a stock scheduler. It is not changed.
+        num_inference_steps: number of sampling steps. (Second-order schedulers evaluate the network twice in most.)
+        step_options: keyword arguments of the scheduler's `step`, such as `eta`.
 
     Raises:
-        ConfigurationError: if the scheduler can't take so many steps, or has no such option.
-        UnsupportedSchedulerError: if the scheduler's steps are not of this form.
+        ConfigurationError: if the number of steps or an option is not valid.
+        UnsupportedSchedulerError: if the scheduler's steps are not such sums.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if "trained_betas" not in config:
-        raise UnsupportedSchedulerError(f"{name} can't be compiled: it is for networks of another kind than DDPM's")
+        raise UnsupportedSchedulerError(f"{name} can't be compiled: it is not for DDPM networks; choose another one")
     check_num_inference_steps(scheduler, num_inference_steps)
-    # A configuration also keeps what other schedulers know and this one doesn't.
+    # A configuration also keeps options of other schedulers.
     options = {key: config[key] for key in inspect.signature(type(scheduler)).parameters if key in config}
     if options.get("thresholding"):
         raise UnsupportedSchedulerError(f"{name} with thresholding can't be compiled: it depends on whole samples")
@@ -106,11 +106,11 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
         return _compile_learned_range(scheduler, num_inference_steps)
     if str(options.get("variance_type")).startswith("learned"):
         raise UnsupportedSchedulerError(
-            f"{name} with a learned variance can't be compiled: set variance_type=fixed_large, or take ddim"
+            f"{name} with a learned variance can't be compiled: set variance_type=fixed_large, or use ddim"
         )
-    unknown = set(step_options) - _options_of_steps(type(scheduler))
+    unknown = set(step_options) - _step_options(type(scheduler))
     if unknown:
-        raise ConfigurationError(f"{name}'s steps take no {', '.join(sorted(unknown))}")
+        raise ConfigurationError(f"{name}.step has no option {', '.join(sorted(unknown))}")
 
     try:
         clip_range = float(options["clip_sample_range"]) if options.get("clip_sample") else None
@@ -133,7 +133,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
             break
     else:
         raise UnsupportedSchedulerError(
-            f"{name} can't be compiled: its steps are no sums of samples, network outputs and noise"
+            f"{name} can't be compiled: its steps are not linear in samples, network outputs and noise"
         )
     timesteps = [step.timestep for step in steps]
     table = StepTable(
@@ -184,24 +184,24 @@ def _compile_learned_range(scheduler: DDPMScheduler, num_inference_steps: int) -
 
 
 def check_num_inference_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Raise a `ConfigurationError` unless the scheduler, as it was trained with, has so many steps."""
+    """Raise a `ConfigurationError` unless the number of steps is from 1 to the number of training timesteps."""
     trained = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= trained:
         raise ConfigurationError(
-            f"the number of steps must be from 1 to {trained}, which the model was trained with; "
+            f"the number of steps must be from 1 to {trained}, the number of training timesteps, "
             f"got {num_inference_steps}"
         )
 
 
 @dataclass
 class _Step:
-    """What went into a step, and what came of it: float64 `[NUM_PROBES]`."""
+    """Inputs and outcome of a step: float64 `[NUM_PROBES]`."""
 
     timestep: float
-    x: np.ndarray  # what the network saw
-    eps: np.ndarray  # its output, whatever it predicts
-    z: np.ndarray | None  # the noise drawn, if any was
-    x_next: np.ndarray  # what the network sees next, or at last the sample
+    x: np.ndarray  # the network's input
+    eps: np.ndarray  # its output: ε, v or x_0
+    z: np.ndarray | None  # the noise drawn
+    x_next: np.ndarray  # the network's next input; after the last step, the sample
     initial_scale: float
 
 
@@ -224,14 +224,16 @@ def _steps(
     options = dict(step_options)
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
-    noise = torch.randn(1, NUM_PROBES, generator=generator, dtype=torch.float64)
-    sample = noise * scheduler.init_noise_sigma
+    latents = torch.randn(1, NUM_PROBES, generator=generator, dtype=torch.float64)
+    sample = latents * scheduler.init_noise_sigma
     timesteps = scheduler.timesteps
+    # Other classes keep the option in their configurations, but take no variance.
+    learns_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
     x = scheduler.scale_model_input(sample, timesteps[0])
-    initial_scale = float((x / noise).median())
+    initial_scale = float((x / latents).median())
     for k, t in enumerate(timesteps):
         eps = network(scheduler, t, sample, x)
-        output = torch.cat([eps, _v(x)], dim=1) if "learned" in (scheduler.config.get("variance_type") or "") else eps
+        output = torch.cat([eps, _v(x)], dim=1) if learns_variance else eps
         state = generator.get_state()
         sample = scheduler.step(output, t, sample, **options).prev_sample
         z = noise_drawn(generator, state, sample.shape)
@@ -262,7 +264,11 @@ def _check_finite(scheduler: SchedulerMixin, t: torch.Tensor, values: torch.Tens
 
 
 def noise_drawn(generator: torch.Generator, state: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
-    """Return the noise that a scheduler has drawn since the generator was in that state, or `None` if it has not."""
+    """Return the noise drawn from a generator since it was in `state`, or `None` if none was drawn.
+
+    Raises:
+        ValueError: if it is not one draw of float64 or float32 normals of this shape.
+    """
     if torch.equal(state, generator.get_state()):
         return None
     for dtype in (torch.float64, torch.float32):
@@ -270,19 +276,18 @@ def noise_drawn(generator: torch.Generator, state: torch.Tensor, shape: torch.Si
         z = torch.randn(shape, generator=again, dtype=dtype)
         if torch.equal(again.get_state(), generator.get_state()):
             return z
-    raise ValueError("its steps draw noise in a way that can't be followed")
+    raise ValueError("its steps draw noise of another shape or type than the sample's")
 
 
 class _Probes:
-    """Random numbers in place of a network's outputs. Where x̂_0 is clipped, about half of its values are.
+    """Return random numbers as a network's outputs, chosen so that clipping changes about half of x̂_0's values.
 
-    Only then can the share of x̂_0 in what comes next be told from those of x and ε, of which it is a sum where it is
-    not clipped. That sum is read off a scheduler that doesn't clip: of the same class, or of DDIM's, where the class
-    keeps its x̂_0 to itself.
+    Without clipping, x̂_0 is a sum of x and ε, and its coefficient can't be separated from theirs. Its coefficients of
+    x and ε come from a scheduler without clipping: of the same class, or DDIM if that class doesn't return its x̂_0.
 
     Attributes:
-        to_x_0: for each step, x̂_0's coefficients of x and ε, before it is clipped.
-        x_0: for each step, x̂_0, clipped.
+        to_x_0: for each step, x̂_0's coefficients of x and ε, before clipping.
+        x_0: for each step, x̂_0 after clipping.
     """
 
     def __init__(self, scheduler: SchedulerMixin, num_inference_steps: int, clip_range: float | None):
@@ -307,8 +312,8 @@ class _Probes:
             return eps
         x_0 = copy.deepcopy(self.unclipped).step(eps, t, sample).pred_original_sample
         _check_finite(scheduler, t, x_0)
-        row = _least_squares([_numbers(x), _numbers(eps)], _numbers(x_0))
-        if row[1] != 0:  # DDIM's inverse begins where x is x_0
+        row = _least_squares(np.stack([_numbers(x), _numbers(eps)], axis=1), _numbers(x_0))
+        if row[1] != 0:  # at the first step of inverse DDIM, x_0 is x
             x_0 = 1.5 * self.clip_range * torch.randn(x.shape, generator=self.generator, dtype=x.dtype)
             eps = (x_0 - row[0] * x) / row[1]
         self.unclipped.step(eps, t, sample)
@@ -318,12 +323,12 @@ class _Probes:
 
 
 def _to_next(steps: list[_Step], x_0: list[np.ndarray], tolerance: float) -> np.ndarray | None:
-    """For each step, the shortest sum that gives what the network sees next, `[steps, history, 4]`, or `None`."""
+    """Return the coefficients of each step's shortest sum, `[steps, history, 4]`, or `None` if a step has no sum."""
     to_next = np.zeros((len(steps), MAX_HISTORY, 4))
     for k, step in enumerate(steps):
         for history in range(1, min(k + 1, MAX_HISTORY) + 1):
             columns: dict[tuple[int, int], np.ndarray] = {}
-            for i in reversed(range(history)):  # the oldest first
+            for i in reversed(range(history)):  # `_shortest_sum` drops the oldest first
                 past = steps[k - i]
                 if past.z is not None:
                     columns[i, Z] = past.z
@@ -344,33 +349,28 @@ def _to_next(steps: list[_Step], x_0: list[np.ndarray], tolerance: float) -> np.
 def _shortest_sum(
     columns: dict[tuple[int, int], np.ndarray], target: np.ndarray, tolerance: float
 ) -> dict[tuple[int, int], float] | None:
-    """Coefficients with which the columns sum to the target, as few and as new ones as will do, or `None`."""
+    """Return coefficients of the fewest and newest columns that sum to the target, or `None`."""
 
     def fit(places: list[tuple[int, int]]) -> np.ndarray | None:
-        coefficients = _least_squares([columns[place] for place in places], target)
-        terms = np.array(
-            [coefficient * columns[place] for coefficient, place in zip(coefficients, places, strict=True)]
-        )
-        error = np.abs(terms.sum(axis=0) - target).max()
+        A = np.stack([columns[place] for place in places], axis=1)
+        coefficients = _least_squares(A, target)
+        error = np.abs(A @ coefficients - target).max()
         return coefficients if error <= tolerance * max(np.abs(target).max(), 1e-30) else None
 
-    places = list(columns)
-    coefficients = fit(places)
+    places, coefficients = list(columns), fit(list(columns))
     if coefficients is None:
         return None
     for place in columns:
         fewer = [other for other in places if other != place]
-        shorter = fit(fewer) if fewer else None
-        if shorter is not None:
+        if fewer and (shorter := fit(fewer)) is not None:
             places, coefficients = fewer, shorter
     return dict(zip(places, coefficients.tolist(), strict=True))
 
 
-def _least_squares(columns: list[np.ndarray], target: np.ndarray) -> np.ndarray:
-    A = np.stack(columns, axis=1)
+def _least_squares(A: np.ndarray, target: np.ndarray) -> np.ndarray:
     size = np.abs(A).max(axis=0)
     coefficients = np.linalg.lstsq(A / size, target, rcond=None)[0]
-    coefficients[np.abs(coefficients) < 1e-12 * np.abs(coefficients).max()] = 0.0  # rounding, where none is
+    coefficients[np.abs(coefficients) < 1e-12 * np.abs(coefficients).max()] = 0.0  # rounding
     return coefficients / size
 
 
@@ -381,7 +381,7 @@ def _check_by_replay(
     step_options: dict[str, Any],
     tolerance: float,
 ) -> None:
-    """Run the table beside the scheduler, with a network that is not linear."""
+    """Compare the table with the scheduler over a trajectory of a nonlinear network."""
 
     def network(scheduler: SchedulerMixin, t: torch.Tensor, sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x + float(t) / scheduler.config.num_train_timesteps)
@@ -405,6 +405,6 @@ def _check_by_replay(
         error = np.abs(x - step.x_next).max() / max(np.abs(step.x_next).max(), 1e-30)
         if not error <= tolerance:
             raise UnsupportedSchedulerError(
-                f"{table.scheduler} can't be compiled: beside the scheduler, its table is off by {error:.1e} "
+                f"{table.scheduler} can't be compiled: its table differs from the scheduler by {error:.1e} "
                 f"after step {k + 1}"
             )

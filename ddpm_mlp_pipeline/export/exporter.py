@@ -1,4 +1,4 @@
-"""`export_bundle`: a checkpoint to a bundle folder, checked against the pipeline that it comes from."""
+"""`export_bundle`: write a checkpoint as a bundle folder, and check the bundle against the torch pipeline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import diffusers
 import numpy as np
 import onnx
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from onnxscript import opset20 as op
 
 import ddpm_mlp_pipeline
@@ -33,25 +35,24 @@ from .sampler_graph import build_sampler
 
 FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
-# Scheduler, steps and options where none are named: ddpm-compare and ddpm-evaluate measure them.
+# Scheduler, steps and options by default, chosen by the measurements of ddpm-compare and ddpm-evaluate
 DEFAULT_STEPS = 50
 DEFAULT_OF_POINTS: tuple[str, int, dict[str, Any]] = "ddim", DEFAULT_STEPS, {}
 DEFAULT_OF_IMAGES: tuple[str, int, dict[str, Any]] = "dpmsolver_multistep", 20, {"algorithm_type": "sde-dpmsolver++"}
-# A sampler that blows up is refused: one of whose samples too many have values that are too large.
+# A sampler diverges if more than MAX_STRAYS of its samples exceed STRAY_LIMIT times the data's range.
 STRAY_POINTS, STRAY_IMAGES, STRAY_LIMIT, MAX_STRAYS = 512, 16, 2.0, 0.01
 
 
 @dataclasses.dataclass
 class ExportReport:
-    """What an export found out about its bundle.
+    """The checks of an exported bundle.
 
     Attributes:
-        parity: the comparison with the torch pipeline.
-        strays: share of some samples that are far outside of the data's range. Solvers that don't clip send a few
-            there.
-        precision_error: of a network in fewer bits, relative, in root mean square over a trajectory.
-        sampler_difference: largest difference of `sampler.onnx` and the runtime, for the same seed.
-        warning: why the bundle has another scheduler than the default, where none was asked for.
+        parity: comparison with the torch pipeline.
+        strays: share of test samples far outside the data's range. Solvers without clipping produce a few.
+        precision_error: error of the fp16 or int8 network's outputs: see `reduce_precision`.
+        sampler_difference: largest difference between `sampler.onnx` and the runtime: see `compare_sampler`.
+        warning: why DDPM replaces the default scheduler.
     """
 
     parity: ParityReport
@@ -63,11 +64,9 @@ class ExportReport:
     def __str__(self) -> str:
         rows = [str(self.parity)]
         if self.strays:
-            rows.append(f"{self.strays:.1%} of its samples are more than {STRAY_LIMIT:g} times as large as any data")
+            rows.append(f"{self.strays:.1%} of the samples exceed {STRAY_LIMIT:g} times the data's range")
         if self.precision_error is not None:
-            rows.append(
-                f"relative error of the network's outputs in fewer bits, root mean square: {self.precision_error:.1e}"
-            )
+            rows.append(f"relative RMS error of the network's outputs in fewer bits: {self.precision_error:.1e}")
         if self.sampler_difference is not None:
             rows.append(f"largest difference between sampler.onnx and the runtime: {self.sampler_difference:.1e}")
         if self.warning is not None:
@@ -91,7 +90,7 @@ def export_bundle(
     sampler_takes_known: bool = False,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Export a checkpoint, and run the bundle against the pipeline before it takes its place.
+    """Export a checkpoint as a bundle folder. Compare the bundle with the pipeline before it is moved into place.
 
     Args:
         checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
@@ -99,7 +98,7 @@ def export_bundle(
         scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
             so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
             https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps. Where the default
-            blows up, as it does on a network that is hardly trained, DDPM takes its place, and the report says so.
+            diverges, as it does on a network that is hardly trained, DDPM takes its place, and the report says so.
         num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler, and
             never more than the network was trained with.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
@@ -128,14 +127,14 @@ def export_bundle(
             guided.
         OutputExistsError: if `bundle` exists, and isn't to be overwritten or holds something else.
         ParityError: if bundle and pipeline differ by more than rounding explains; none is written then.
-        DivergenceError: if the sampler blows up: more than one sample in a hundred is far outside of the data's range.
+        DivergenceError: if the sampler diverges: more than one sample in a hundred is far outside of the data's range.
     """
     if precision not in ("fp32", "fp16", "int8"):
         raise ConfigurationError(f"precision must be fp32, fp16 or int8, got {precision!r}")
     scheduler_options = scheduler_options or {}
     if table is not None and (scheduler is not None or scheduler_options):
-        raise ConfigurationError("a table stands for the checkpoint's own scheduler: name no other, and no options")
-    bundle = Path(bundle)
+        raise ConfigurationError("table is for the checkpoint's own scheduler: omit scheduler and scheduler_options")
+    bundle, checkpoint = Path(bundle), Path(checkpoint)
     check_folder(bundle, FILES.__contains__, overwrite)
     pipeline = load_checkpoint(checkpoint)
     if null_label is not None:
@@ -146,37 +145,34 @@ def export_bundle(
     default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
     trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options and table is None
     if table is not None:
-        num_inference_steps = num_inference_steps or len(table)
+        steps = num_inference_steps or len(table)
     else:
+        default_steps = DEFAULT_STEPS
         if scheduler is None:
             scheduler, default_steps, default_options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
             scheduler_options = default_options | scheduler_options
-        if num_inference_steps is None:
-            num_inference_steps = min(default_steps, pipeline.scheduler.config.num_train_timesteps)
-        table = _set_scheduler(pipeline, scheduler, scheduler_options, num_inference_steps)
+        default_steps = min(default_steps, trained_with.config.num_train_timesteps)
+        steps = default_steps if num_inference_steps is None else num_inference_steps
+        table = _set_scheduler(pipeline, scheduler, scheduler_options, steps)
 
     if guidance_scale is not None:
         table = table.guided(guidance_scale, guidance_interval)
     with whole_folder(bundle, FILES.__contains__, overwrite) as folder:
         export_network(pipeline, folder / "unet.onnx")
-        _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
+        _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision))
         strays, warning = _strays(folder, data_range), None
         if strays > MAX_STRAYS and is_default:
-            num_inference_steps = named_steps or min(DEFAULT_STEPS, trained_with.config.num_train_timesteps)
-            warning = (
-                f"{_blow_up(table, strays)}. It is the default, in whose place the bundle has ddpm with "
-                f"{num_inference_steps} steps: has the network been trained for long enough?"
-            )
-            pipeline.scheduler = trained_with
-            table = _set_scheduler(pipeline, "ddpm", {}, num_inference_steps)
+            warning = f"the default {_divergence(table, strays)}"
+            table, steps = _fall_back_to_ddpm(pipeline, trained_with, named_steps)
+            warning += f"; the bundle uses ddpm with {steps} steps instead: train the network for longer"
             if guidance_scale is not None:
                 table = table.guided(guidance_scale, guidance_interval)
             if table.log_variance is not None:  # the network's output has another shape then
                 export_network(pipeline, folder / "unet.onnx")
-            _write_table(folder, table, _describe(pipeline, Path(checkpoint), num_inference_steps, precision))
+            _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision))
             strays = _strays(folder, data_range)
         _check_strays(table, strays)
-        parity = compare(pipeline, folder, num_inference_steps, tolerance, guidance_scale or 1.0, guidance_interval)
+        parity = compare(pipeline, folder, steps, tolerance, guidance_scale or 1.0, guidance_interval)
         if not parity.ok:
             message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
             raise ParityError(f"{message}: {parity.explanation}", parity)
@@ -188,10 +184,11 @@ def export_bundle(
         if sampler is not None:
             onnx.save(build_sampler(folder, sampler, sampler_takes_known), folder / "sampler.onnx")
             report.sampler_difference = compare_sampler(folder)
-            # Where int8 rounds, the least difference becomes one of a whole level.
+            # int8's rounding turns the smallest difference into one of a whole level.
             allowed = math.inf if precision == "int8" else max(tolerance, *parity.amplifications.values())
             if not report.sampler_difference <= allowed:
-                raise ParityError("sampler.onnx differs from the runtime: the bundle is not written", report)
+                message = f"sampler.onnx differs from the runtime by {report.sampler_difference:.1e}"
+                raise ParityError(f"{message}, so the bundle is not written", report)
         seal(folder)
     return report
 
@@ -199,12 +196,21 @@ def export_bundle(
 def _set_scheduler(
     pipeline: DDPMMLPPipeline, name: str, options: dict[str, Any], num_inference_steps: int
 ) -> StepTable:
-    """Give the pipeline another scheduler; return its table."""
+    """Replace the pipeline's scheduler; return the new one's table."""
     own_options, step_options = split_options(name, options)
     pipeline.scheduler = make_scheduler(name, pipeline.scheduler, **own_options)
     table = compile_scheduler(pipeline.scheduler, num_inference_steps, **step_options)
     pipeline.scheduler.step = functools.partial(pipeline.scheduler.step, **step_options)
     return table
+
+
+def _fall_back_to_ddpm(
+    pipeline: DDPMMLPPipeline, trained_with: SchedulerMixin, num_inference_steps: int | None
+) -> tuple[StepTable, int]:
+    """Give the pipeline a DDPM scheduler in place of a default that diverges; return its table and number of steps."""
+    steps = num_inference_steps or min(DEFAULT_STEPS, trained_with.config.num_train_timesteps)
+    pipeline.scheduler = trained_with
+    return _set_scheduler(pipeline, "ddpm", {}, steps), steps
 
 
 def _write_table(folder: Path, table: StepTable, info: dict[str, Any]) -> None:
@@ -213,24 +219,23 @@ def _write_table(folder: Path, table: StepTable, info: dict[str, Any]) -> None:
 
 
 def _strays(bundle: Path, data_range: float) -> float:
-    """Return the share of a bundle's samples that have a value far outside of the data's range."""
+    """Return the share of a bundle's samples with a value far outside the data's range."""
     sampler = OnnxSampler(bundle)
-    for last in sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES):  # noqa: B007
-        pass  # without keeping the steps before it
+    (last,) = deque(sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES), maxlen=1)
     largest = np.abs(last.sample).reshape(len(last.sample), -1).max(axis=1)
-    return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # NaN is not in the range
+    return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # counts NaN
 
 
 def _check_strays(table: StepTable, strays: float) -> None:
     if strays > MAX_STRAYS:
-        hint = "; ddpm and ddim clip what they predict to the data's range" if table.clip_range is None else ""
-        raise DivergenceError(f"{_blow_up(table, strays)}. The bundle is not written{hint}")
+        hint = "train the network for longer" if table.clip_range else "use ddpm or ddim with clip_sample=true"
+        raise DivergenceError(f"{_divergence(table, strays)}, so the bundle is not written: {hint}")
 
 
-def _blow_up(table: StepTable, strays: float) -> str:
+def _divergence(table: StepTable, strays: float) -> str:
     return (
-        f"{table.scheduler} with {len(table)} network calls blows up: {strays:.0%} of its samples are more than "
-        f"{STRAY_LIMIT:g} times as large as any data"
+        f"{table.scheduler} with {len(table)} network evaluations diverges: {strays:.0%} of its samples exceed "
+        f"{STRAY_LIMIT:g} times the data's range"
     )
 
 
@@ -274,10 +279,10 @@ def export_network(pipeline: DDPMMLPPipeline, path: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    assert program is not None  # which it is only for the older exporter
+    assert program is not None  # `None` comes from the older exporter only
     model = program.model_proto
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
-        del node.metadata_props[:]  # the exporter notes each node's place in the source files of this machine
+        del node.metadata_props[:]  # they name source files of this machine
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
@@ -291,14 +296,14 @@ def input_names(pipeline: DDPMMLPPipeline) -> list[str]:
 def _group_norm(x, num_groups, weight, bias, eps=1e-5, cudnn_enabled=True):  # type: ignore[no-untyped-def]  # the exporter reads annotations as ONNX types
     """Group norm (Wu & He 2018, https://arxiv.org/abs/1803.08494) of `[batch, channels, *size]` in four nodes.
 
-    The exporter's own translation asks for shapes at run time, and scales and shifts in a node each: nodes that cost
-    more than their arithmetic where a sample is small.
+    The exporter's own translation computes shapes at run time, and scales and shifts in separate nodes. For small
+    samples, these nodes cost more than their arithmetic.
     """
     channels, *size = x.shape[1:]
     groups = op.Reshape(x, op.Constant(value_ints=[0, num_groups, -1]))
     normalized = op.InstanceNormalization(groups, _filled(num_groups, 1), _filled(num_groups, 0), epsilon=eps)
     normalized = op.Reshape(normalized, op.Constant(value_ints=[0, channels, *size]))
-    # With mean 0 and variance 1, what is left of a batch norm is its scale and shift.
+    # With mean 0 and variance 1, batch norm reduces to scale and shift.
     return op.BatchNormalization(normalized, weight, bias, _filled(channels, 0), _filled(channels, 1), epsilon=0.0)
 
 
@@ -307,7 +312,7 @@ def _filled(size: int, value: float) -> Any:
 
 
 def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: int, precision: str) -> dict[str, Any]:
-    """bundle.json: what the runtime must know of the data, and where the bundle comes from."""
+    """Return the content of bundle.json."""
     shape, config = pipeline.sample_shape, pipeline.config
     inputs = input_names(pipeline)
     info: dict[str, Any] = {"format": FORMAT, "version": VERSION, "inputs": inputs, "sample_shape": list(shape)}

@@ -1,4 +1,4 @@
-"""A bundle's network in fewer bits: `fp16` halves the file, `int8` is faster too, where CPUs have 8-bit products."""
+"""Reduce the precision of a bundle's network: `fp16` halves the file, `int8` also runs faster on CPUs with VNNI."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from ..errors import ConfigurationError
 from ..runtime.sampler import OnnxSampler
 
 CALIBRATION_SAMPLES, CALIBRATION_STEPS = 16, 25
-MIN_SIZE = 1024  # of weights worth halving: the frequencies of the timestep's embedding, say, need their digits
+MIN_SIZE = 1024  # smaller tensors, such as the timestep embedding's frequencies, stay in float32
 
 
 def reduce_precision(bundle: str | os.PathLike[str], precision: str) -> float:
-    """Replace a bundle's network with one of fewer bits.
+    """Reduce the precision of a bundle's network, and replace its `unet.onnx`.
 
-    `fp16` keeps the weights in half precision; ONNX Runtime turns them back when it loads them, so that samples take
-    as long, and are the same but for the weights' rounding. `int8` quantises the convolutions' weights and inputs, by
-    ONNX Runtime's own tool, with the ranges that the inputs have along the bundle's sampling trajectory.
+    `fp16` stores the weights in half precision. ONNX Runtime converts them to float32 when it loads them, so sampling
+    takes as long as before, and samples change by the weights' rounding only. `int8` quantizes the convolutions'
+    weights and inputs with ONNX Runtime's quantizer, calibrated on the bundle's own sampling trajectory.
+
+    Args:
+        bundle: a bundle folder.
+        precision: `"fp16"` or `"int8"`.
 
     Returns:
-        The root mean square error of the network's outputs along that trajectory, relative to their own.
+        The root mean square error of the network's outputs along that trajectory, relative to their root mean square.
 
     Raises:
-        ConfigurationError: if a network without convolutions is to be int8.
+        ConfigurationError: if `precision` is `"int8"` and the network has no convolutions.
     """
     sampler = OnnxSampler(bundle)
     path = Path(bundle) / "unet.onnx"
@@ -41,14 +45,14 @@ def reduce_precision(bundle: str | os.PathLike[str], precision: str) -> float:
     elif any(node.op_type == "Conv" for node in onnx.load(path).graph.node):
         _quantize(path, feeds)
     else:
-        raise ConfigurationError("int8 pays for convolutions only, and this network has none")
+        raise ConfigurationError("int8 is for convolutions, and this network has none: use fp32 or fp16")
     reduced = OnnxSampler(bundle)
     error = np.stack([reduced.predict(feed["sample"], feed["timestep"].item()) for feed in feeds]) - expected
     return float(np.sqrt((error**2).mean() / (expected**2).mean()))
 
 
 def _trajectory(sampler: OnnxSampler) -> Iterator[dict[str, np.ndarray]]:
-    """What the network is given on the way from noise to samples."""
+    """Yield the network's inputs along a sampling trajectory."""
     every = max(1, len(sampler) // CALIBRATION_STEPS)
     x = sampler.first_input(CALIBRATION_SAMPLES)
     for step in sampler.steps(CALIBRATION_SAMPLES):
@@ -79,8 +83,8 @@ def _quantize(path: Path, feeds: list[dict[str, np.ndarray]]) -> None:
             return next(self.remaining, None)
 
     quant_pre_process(path, path, skip_symbolic_shape=True)
-    # Signed inputs (S8S8) are slower than float32 on CPUs with VNNI instructions, which multiply unsigned with signed.
-    # Transposed convolutions, which have no 8-bit kernel, stay as they are.
+    # VNNI instructions multiply unsigned with signed numbers: signed inputs (S8S8) are slower than float32.
+    # Transposed convolutions have no 8-bit kernel and stay in float32.
     quantize_static(
         path,
         path,

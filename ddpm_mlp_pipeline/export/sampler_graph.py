@@ -1,9 +1,8 @@
-"""`build_sampler`: a bundle's network, table and noise as one ONNX graph, to be run with nothing of ours.
+"""`build_sampler`: build one ONNX graph from a bundle's network, table and noise, for any ONNX Runtime.
 
-The graph does what `OnnxSampler` does: it draws the initial sample, and a `Loop` over the table's rows calls the
-network and takes the steps. ONNX's own random operators can't be seeded when a graph is run, so Philox is part of the
-graph: its 32-bit words lie in uint64 tensors, as in noise.py. What the network makes of the timestep alone is known
-beforehand, and is a table, too.
+The graph does the same as `OnnxSampler`: it draws the initial sample, and a `Loop` over the table's rows evaluates the
+network and takes the steps. ONNX's random operators take no seed at run time, so the graph contains Philox, with its
+32-bit words in uint64 tensors, as in noise.py. Values that depend on the timestep alone are precomputed as tables.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def build_sampler(
     Returns:
         A model with the inputs `seed` and `num_samples`, int64 `[]`, and the output `samples`: points in the data's
         units, `[num_samples, dimension]`, or images, `[num_samples, height, width, channels]`, in [0, 1] or 0 to 255.
-        They are the samples that `OnnxSampler` draws for the same seed, up to the rounding of float32.
+        The samples are those of `OnnxSampler` for the same seed, up to the rounding of float32.
 
         Where the network takes them, it also has the inputs `class_labels`, int64 `[num_samples]`, with the null label
         for none; `condition`, float32 `[num_samples, condition_dim]`, in its own units, with NaN for none; and
@@ -86,12 +85,12 @@ def build_sampler(
         return op.Where(mask, op.Add(op.Mul(signal, y), op.Mul(sigma, z)), x)
 
     step = _Step(table, network, _after_timestep(path, table.timesteps), further, null, guidance, replace_known)
-    state = [x, *step.initial_past(op, x)]
+    state = [x, *(op.Mul(x, 0.0) for _ in step.past)]  # zeros, where there is no past
     calls = op.Constant(value_int=len(table))
     if not table.is_stochastic.any():
         x, *_ = _loop(op, calls, state, step)
     else:
-        # Noise is drawn for many steps at once: where samples are small, that costs as little as drawing it for one.
+        # Draw noise for many steps at once: for small samples, that takes no longer than for one.
         chunk = op.Div(NOISE_CHUNK, op.Mul(num_samples, math.prod(shape)))
         chunk = op.Min(op.Max(chunk, 1), calls)
 
@@ -114,7 +113,7 @@ def build_sampler(
             samples = op.Cast(op.Round(op.Mul(samples, 255.0)), to=ir.DataType.UINT8)
     builder.add_output(samples, "samples")
     model = ir.Model(graph, ir_version=network.ir_version, producer_name="ddpm-mlp-pipeline")
-    NameFixPass()(model)  # the network's names, and ours
+    NameFixPass()(model)  # names of the network and of the sampler may collide
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -164,7 +163,7 @@ def _known_inputs(builder: GraphBuilder, info: dict[str, Any]) -> tuple[ir.Value
 
 
 def _loop(op: OpBuilder, trip_count: ir.Value, state: Values, body: Callable[..., Values]) -> Values:
-    """`state = body(op, i, *state)`, so many times."""
+    """Repeat `state = body(op, i, *state)` for i = 0 … trip_count − 1; return the last state."""
     inputs = [ir.val("i", ir.DataType.INT64, []), ir.val("go_on", ir.DataType.BOOL, [])]
     inputs += [ir.val(f"before_{j}", value.dtype, value.shape) for j, value in enumerate(state)]
     outputs = [ir.val("goes_on", ir.DataType.BOOL, [])]
@@ -180,14 +179,14 @@ def _loop(op: OpBuilder, trip_count: ir.Value, state: Values, body: Callable[...
 
 
 class _Noise:
-    """Draws of standard normals, as `noise.normal` makes them."""
+    """Draw standard normals as `noise.normal` does."""
 
     def __init__(self, op: OpBuilder, seed: ir.Value, num_samples: ir.Value, dimension: int):
         self.dimension, self.num_samples = dimension, num_samples
         index = op.Range(0, num_samples, 1)
         self.index = op.Unsqueeze(op.Cast(index, to=ir.DataType.UINT64), [1])
         seed = op.Cast(seed, to=ir.DataType.UINT64)
-        self.keys = [(_low(op, seed), _high(op, seed))]  # of each round
+        self.keys = [(_low(op, seed), _high(op, seed))]  # one for each round
         for _ in range(ROUNDS - 1):
             key = zip(self.keys[-1], KEY_INCREMENTS, strict=True)
             self.keys.append(tuple(_low(op, op.Add(word, int(increment))) for word, increment in key))
@@ -226,7 +225,7 @@ def _high(op: OpBuilder, words: ir.Value) -> ir.Value:
 
 
 def _box_muller(op: OpBuilder, a: ir.Value, b: ir.Value) -> Values:
-    """Two 32-bit words to two standard normals, as `noise._box_muller` does it."""
+    """Turn two 32-bit words into two standard normals, as `noise._box_muller` does."""
     a, b = (op.BitShift(word, 8, direction="RIGHT") for word in (a, b))
     u = op.Mul(op.Cast(op.Add(a, 1), to=ir.DataType.FLOAT), 2.0**-24)
     angle = op.Mul(op.Cast(b, to=ir.DataType.FLOAT), 2.0**-24 * 2 * math.pi)
@@ -235,7 +234,7 @@ def _box_muller(op: OpBuilder, a: ir.Value, b: ir.Value) -> Values:
 
 
 class _Step:
-    """A row of the table: the body of the loop. Of what came before, the loop carries what a row looks back to."""
+    """A step of the table, the loop's body. The loop carries the earlier values that a row uses, `past`."""
 
     def __init__(
         self,
@@ -251,10 +250,6 @@ class _Step:
         self.further, self.null, self.guidance, self.replace_known = further, null, guidance, replace_known
         lags = {term: max(i for i, other in table.terms if other == term) for _, term in table.terms}
         self.past = [(i, term) for term, lag in lags.items() for i in range(1, lag + 1)]
-
-    def initial_past(self, op: OpBuilder, x: ir.Value) -> Values:
-        """What the first row looks back to: zeros, which its coefficients multiply with zero."""
-        return [op.Mul(x, 0.0) for _ in self.past]
 
     def __call__(self, op: OpBuilder, k: ir.Value, x: ir.Value, *past: ir.Value, z: ir.Value | None = None) -> Values:
         table = self.table
@@ -329,10 +324,10 @@ def _table(op: OpBuilder, rows: np.ndarray) -> ir.Value:
 
 
 def _after_timestep(path: Path, timesteps: np.ndarray) -> dict[str, np.ndarray]:
-    """The values that a network makes of the timestep alone and then brings together with the sample.
+    """Precompute the values that depend on the timestep alone and are combined with the sample.
 
     Returns:
-        Each one's name, and what it is at each of the timesteps, `[calls, …]`.
+        For each value's name, its values at the timesteps, `[calls, …]`.
     """
     model = onnx.load(path)
     of_timestep, of_sample, met = {"timestep"}, {"sample", *OPTIONAL_INPUTS}, set()

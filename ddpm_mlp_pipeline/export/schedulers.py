@@ -1,4 +1,4 @@
-"""The stock schedulers by the names that the commands take: without diffusers, which a sampler needs not import."""
+"""Names of the stock schedulers for the commands. Importing them does not import diffusers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SCHEDULERS = {
 
 
 def scheduler_option(text: str) -> tuple[str, Any]:
-    """An argparse type: an option of a scheduler and its value, such as `use_karras_sigmas=true`."""
+    """Parse a scheduler option, such as `use_karras_sigmas=true`, as an argparse type."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
     try:
         return key, json.loads(value)
     except ValueError:
-        return key, value  # a word needs no quotation marks
+        return key, value  # a word without quotation marks

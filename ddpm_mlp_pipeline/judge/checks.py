@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ..data.batches import Batch
 from ..data.images import image_shapes
@@ -65,6 +67,11 @@ class Patient:
     raw: torch.nn.Module | None = None
     options: TrainingArguments | None = None
     dataset_size: int = 0
+
+    @property
+    def unet(self) -> Callable[..., UNet2DOutput]:
+        """The network as a function of x_t and t."""
+        return without_label(self.pipeline, self.pipeline.unet)
 
     @property
     def scheduler(self) -> DDPMScheduler:
@@ -173,7 +180,7 @@ def check_timesteps(scheduler: DDPMScheduler) -> Finding:
 @torch.no_grad()
 def check_precision(patient: Patient) -> Finding:
     """Compare the network's output in fp16 and bf16 with that in float32."""
-    unet, scheduler, x_0 = patient.pipeline.unet, patient.scheduler, patient.x_0[:64]
+    unet, scheduler, x_0 = patient.unet, patient.scheduler, patient.x_0[:64]
     t = _timesteps(scheduler, len(x_0))
     x_t = scheduler.add_noise(x_0, _noise(x_0), t)
     exact = unet(x_t, t).sample
@@ -195,7 +202,7 @@ def check_conventions(patient: Patient) -> Finding:
 
     Those that the network was trained with should give the lowest.
     """
-    unet, scheduler, x_0 = patient.pipeline.unet, patient.scheduler, patient.x_0
+    unet, scheduler, x_0 = patient.unet, patient.scheduler, patient.x_0
     declared = loss_share(unet, scheduler, x_0)
     shares = {}
     for schedule, prediction_type in itertools.product(SCHEDULES, PREDICTION_TYPES):
@@ -217,7 +224,7 @@ def check_conventions(patient: Patient) -> Finding:
 
 def check_fit(patient: Patient) -> Finding:
     """Check that the network has learned more than the data's mean and variances."""
-    share = loss_share(patient.pipeline.unet, patient.scheduler, patient.x_0)
+    share = loss_share(patient.unet, patient.scheduler, patient.x_0)
     message = f"the loss is {share:.2f} times that of a Gaussian with the data's mean and variances"
     remedy = "if these are the training data, train longer or change the learning rate"
     return Finding("underfitting", message, remedy if share > 0.95 else None)
@@ -229,7 +236,7 @@ def check_generalisation(patient: Patient) -> Finding:
         return Finding("overfitting", "there are no held-out data to compare with", is_open=True)
     means, errors = [], []
     for x_0 in (patient.x_0, patient.held_out):
-        bins = losses(patient.pipeline.unet, patient.scheduler, x_0).tensor_split(NUM_BINS)
+        bins = losses(patient.unet, patient.scheduler, x_0).tensor_split(NUM_BINS)
         means.append(torch.stack([values.mean() for values in bins]))
         errors.append(torch.stack([values.std() / len(values) ** 0.5 for values in bins]))
     rows = (" ".join(f"{value:.2g}" for value in values) for values in means)
@@ -246,7 +253,10 @@ def check_ema(patient: Patient) -> Finding:
     """Check that the averaged weights are about as good as the raw ones."""
     if patient.raw is None:
         return Finding("EMA", "the folder holds no checkpoint-<step> with raw weights to compare", is_open=True)
-    averaged, raw = (loss_share(unet, patient.scheduler, patient.x_0) for unet in (patient.pipeline.unet, patient.raw))
+    averaged, raw = (
+        loss_share(unet, patient.scheduler, patient.x_0)
+        for unet in (patient.unet, without_label(patient.pipeline, patient.raw))
+    )
     message = f"the loss of the averaged weights is {averaged / raw:.2f} times that of the raw ones"
     remedy = "the average lags behind: train longer, or lower --ema_max_decay"
     return Finding("EMA", message, remedy if averaged > 1.05 * raw else None)
@@ -269,14 +279,22 @@ def check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding:
 
 
 @torch.no_grad()
-def losses(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor) -> torch.Tensor:
+def without_label(pipeline: DDPMMLPPipeline, unet: torch.nn.Module) -> Callable[..., UNet2DOutput]:
+    """Return a network of a pipeline as a function of x_t and t: without a label, or with the first where it must."""
+    if not pipeline.num_classes:
+        return unet
+    label = 0 if pipeline.null_label is None else pipeline.null_label
+    return functools.partial(unet, class_labels=torch.tensor([label], device=pipeline.device))
+
+
+def losses(unet: Callable[..., UNet2DOutput], scheduler: DDPMScheduler, x_0: torch.Tensor) -> torch.Tensor:
     """Return the simple loss of each sample, `[number]`, at timesteps that rise evenly from 0 to T − 1."""
     samples = x_0, _timesteps(scheduler, len(x_0)), _noise(x_0)
     batches = zip(*(values.split(BATCH_SIZE) for values in samples), strict=True)
     return torch.cat([simple_loss(scheduler, unet, Batch(x_0), t, eps) for x_0, t, eps in batches])
 
 
-def loss_share(unet: torch.nn.Module, scheduler: DDPMScheduler, x_0: torch.Tensor) -> float:
+def loss_share(unet: Callable[..., UNet2DOutput], scheduler: DDPMScheduler, x_0: torch.Tensor) -> float:
     """Return the ratio of the network's loss to the lowest loss for Gaussian data of the same mean and variances.
 
     The ratio is comparable between schedules and prediction types.

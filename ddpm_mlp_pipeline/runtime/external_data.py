@@ -1,10 +1,10 @@
-"""Whether an ONNX file refers to weights in other files: a walk through its bytes, since the runtime has no onnx."""
+"""Find references to weights in other files in the bytes of an ONNX file, without the onnx package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# The messages that lead to tensors, and in which of their fields: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3
+# Messages that contain tensors, by their fields: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3
 TENSORS_IN = {
     "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
     "TrainingInfo": {1: "Graph", 2: "Graph"},
@@ -12,17 +12,14 @@ TENSORS_IN = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Function": {7: "Node", 11: "Attribute"},
     "Node": {5: "Attribute"},
-    "Attribute": {
-        **{5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph"},
-        **{22: "SparseTensor", 23: "SparseTensor"},
-    },
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
     "Tensor": {},
 }
-EXTERNAL_DATA, DATA_LOCATION = 13, 14  # of a tensor: where its numbers are, and whether they are elsewhere
+EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a tensor
 
 
 def has_external_data(model: bytes) -> bool:
-    """Return whether any tensor of an ONNX model says that its numbers are in another file.
+    """Return whether any tensor of an ONNX model has its values in another file.
 
     Raises:
         ValueError: if the bytes are not a protobuf message.
@@ -39,11 +36,11 @@ def has_external_data(model: bytes) -> bool:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield number and value of each field (https://protobuf.dev/programming-guides/encoding)."""
+    """Yield each field's number and value (https://protobuf.dev/programming-guides/encoding)."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)
-        tag %= 2**32  # as parsers in C++ have it
+        tag %= 2**32  # like parsers in C++
         wire_type = tag % 8
         if wire_type == 0:
             number, place = _varint(message, place)
@@ -55,11 +52,11 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             yield tag // 8, message[place : place + size]
             place += size
         else:
-            raise ValueError(f"it has a field of the wire type {wire_type}")
+            raise ValueError(f"it has a field of unknown wire type {wire_type}")
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, the lowest first, and the place after it."""
+    """Read a varint, 7 bits per byte, lowest bits first; return it and the place after it."""
     number = 0
     for shift in range(0, 70, 7):
         if place == len(message):
@@ -69,4 +66,4 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
         number |= (byte & 127) << shift
         if byte < 128:
             return number, place
-    raise ValueError("it has a number of more than 64 bits")
+    raise ValueError("it has a number longer than 64 bits")

@@ -1,7 +1,8 @@
-"""Pictures of samples, with numpy and Pillow only."""
+"""Draw samples as pictures, with numpy and Pillow only."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -14,12 +15,12 @@ INK = (255, 127, 14)
 
 
 def draw_points(points: npt.NDArray[np.floating]) -> Image.Image:
-    """A scatter plot of the first two coordinates, in one scale.
+    """Return a scatter plot of the first two coordinates, with the same scale on both axes.
 
     Args:
-        points: `[number of points, at least 2]`.
+        points: `[number of points, dimension]`, of dimension at least 2.
     """
-    size = 2 * SIZE  # drawn at twice the size, then halved, for smooth dots
+    size = 2 * SIZE  # halved at the end, for smooth dots
     xy = points[:, :2].astype(np.float64)
     low, high = np.percentile(xy, [0.1, 99.9], axis=0)
     span = max((high - low).max() * 1.15, 1e-12)
@@ -35,13 +36,13 @@ def draw_points(points: npt.NDArray[np.floating]) -> Image.Image:
 
 
 def to_pixels(images: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    """Numbers in [0, 1] as uint8."""
+    """Convert numbers in [0, 1] to uint8."""
     pixels: npt.NDArray[np.uint8] = np.rint(images * 255).astype(np.uint8)
     return pixels
 
 
 def to_picture(image: npt.NDArray[np.floating]) -> Image.Image:
-    """An image `[height, width, 1 or 3]` in [0, 1] as a picture."""
+    """Convert an image in [0, 1], `[height, width, 1 or 3]`, to a picture."""
     pixels = to_pixels(image)
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
@@ -49,25 +50,26 @@ def to_picture(image: npt.NDArray[np.floating]) -> Image.Image:
 def image_grid(
     batches: Iterable[npt.NDArray[np.floating]], number: int, gap: int = 0, background: str = "black"
 ) -> Image.Image:
-    """Images side by side, in a grid about as wide as high.
+    """Return images in a roughly square grid.
 
     Args:
-        batches: in [0, 1], each `[batch, height, width, 1 or 3]`.
-        number: of images in all of them.
-        gap: pixels between two of them.
-        background: the colour of gaps, and of places without an image.
+        batches: arrays in [0, 1], each `[batch, height, width, 1 or 3]`.
+        number: number of images in all batches together.
+        gap: pixels between two images.
+        background: colour of gaps and empty places.
+
+    Raises:
+        ValueError: if there are no images.
     """
     columns = math.ceil(math.sqrt(number))
     rows = math.ceil(number / columns)
-    grid, i = None, 0
-    for batch in batches:
-        for image in batch:
-            picture = to_picture(image)
-            width, height = picture.width + gap, picture.height + gap
-            if grid is None:
-                grid = Image.new(picture.mode, (columns * width - gap, rows * height - gap), background)
-            grid.paste(picture, (i % columns * width, i // columns * height))
-            i += 1
+    grid = None
+    for i, image in enumerate(itertools.chain.from_iterable(batches)):
+        picture = to_picture(image)
+        width, height = picture.width + gap, picture.height + gap
+        if grid is None:
+            grid = Image.new(picture.mode, (columns * width - gap, rows * height - gap), background)
+        grid.paste(picture, (i % columns * width, i // columns * height))
     if grid is None:
         raise ValueError("there are no images to show")
     return grid

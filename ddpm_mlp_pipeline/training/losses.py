@@ -8,13 +8,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.training_utils import compute_snr
 
 from ..bound import VariationalBound
 from ..data.batches import Batch
 from ..pipeline import DDPMMLPPipeline
 
-Loss = Callable[[torch.nn.Module, Batch, torch.Tensor, torch.Tensor], torch.Tensor]
+Network = Callable[..., UNet2DOutput]
+Loss = Callable[[Network, Batch, torch.Tensor, torch.Tensor], torch.Tensor]
 """`loss(unet, batch, t, eps)` is each sample's loss, `[batch]`, at the timesteps t, `[batch]`, with the noise ε, of
 x_0's shape."""
 
@@ -30,7 +32,7 @@ def make_loss(pipeline: DDPMMLPPipeline, loss_type: str) -> Loss:
 
 
 def simple_loss(
-    scheduler: DDPMScheduler, unet: torch.nn.Module, batch: Batch, t: torch.Tensor, eps: torch.Tensor
+    scheduler: DDPMScheduler, unet: Network, batch: Batch, t: torch.Tensor, eps: torch.Tensor
 ) -> torch.Tensor:
     """L_simple (Ho et al. 2020, eq. 14), or the same of another target than ε: the mean squared error of each sample,
     `[batch]`."""
@@ -43,7 +45,7 @@ def simple_loss(
 def bound_loss(
     scheduler: DDPMScheduler,
     bound: VariationalBound,
-    unet: torch.nn.Module,
+    unet: Network,
     batch: Batch,
     t: torch.Tensor,
     eps: torch.Tensor,
@@ -54,7 +56,7 @@ def bound_loss(
     return bound.num_timesteps * terms / batch.x_0[0].numel()
 
 
-def _predict(unet: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _predict(unet: Network, x_t: torch.Tensor, t: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Call the network: no other place in training does."""
     return unet(x_t, t, **batch.known).sample.float()
 

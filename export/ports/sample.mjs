@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 /**
- * Draws samples from a bundle with Node and onnxruntime-node, by the page's own sampler:
+ * Draw samples from a bundle with Node and onnxruntime-node, with the web page's sampler:
  *
  *     npm install onnxruntime-node
  *     node sample.mjs BUNDLE --num_samples 1000 --seed 0 [--batch_size 512] [--output heart.csv [--overwrite]]
@@ -20,16 +20,16 @@ import {
   BundleError, oneLine, openBundle, parseCount, parseNumber, parseSeed, toCsv,
 } from "../../ddpm_mlp_pipeline/export/web/ddpm.js";
 
-/** onnxruntime-node from where the command is run, or from NODE_PATH: this file lies in a Python package. */
+/** Load onnxruntime-node from the current folder or NODE_PATH, since this file has no node_modules beside it. */
 function loadRuntime() {
   try {
     return createRequire(join(process.cwd(), "here"))("onnxruntime-node");
   } catch (error) {
-    throw new Error(`onnxruntime-node can't be loaded; npm install onnxruntime-node: ${error.message.split("\n")[0]}`);
+    throw new Error(`onnxruntime-node can't be loaded: ${oneLine(error)}; run npm install onnxruntime-node`);
   }
 }
 
-/** A flat array as nested ones of a shape. */
+/** Return a flat array as nested arrays of a shape. */
 function nest(values, [size, ...rest]) {
   if (rest.length === 0) return Array.from(values, (value) => Number(value.toPrecision(9)));
   const stride = values.length / size;
@@ -91,7 +91,7 @@ async function main() {
     try {
       return await readFile(join(positionals[0], name));
     } catch (error) {
-      throw new BundleError(`${positionals[0]} is no bundle: ${name} can't be read: ${error.code}`);
+      throw new BundleError(`${positionals[0]} is not a bundle: ${name} can't be read: ${error.code}`);
     }
   });
   const [asked, numSamples] = parseAsked(values, number, sampler.classNames);

@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-// Draws samples from a bundle's sampler.onnx (ddpm-export … --sampler), with nothing but onnxruntime-node:
+// Draw samples from a bundle's sampler.onnx (ddpm-export … --sampler) with onnxruntime-node alone:
 //
 //     npm install onnxruntime-node
 //     node sampler.mjs BUNDLE/sampler.onnx NUM_SAMPLES SEED [LABEL [GUIDANCE_SCALE]]

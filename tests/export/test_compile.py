@@ -309,9 +309,9 @@ def test_unknown_schedulers_and_options_are_refused_by_name():
         make_scheduler("ddim", DDPMScheduler(), magic=True)
     with pytest.raises(ConfigurationError, match="DPMSolverMultistepScheduler: magic"):
         make_scheduler("dpmsolver_multistep", DDPMScheduler(), algorithm_type="magic")
-    with pytest.raises(ConfigurationError, match="DDPMScheduler's steps take no eta"):
+    with pytest.raises(ConfigurationError, match=r"DDPMScheduler\.step has no option eta"):
         compile_scheduler(DDPMScheduler(), 10, eta=1.0)
-    with pytest.raises(ConfigurationError, match="LCMScheduler can't take 100 such steps"):
+    with pytest.raises(ConfigurationError, match="LCMScheduler can't take 100 steps"):
         compile_scheduler(LCMScheduler(), 100)
 
 

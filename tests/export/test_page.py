@@ -395,7 +395,10 @@ def test_a_painted_part_is_drawn_anew(visit, pages, labelled_images, by):
 def test_the_page_says_what_the_model_is(visit, pages, ddim_bundle):
     tab = visit(pages(ddim_bundle))
     assert tab.inner_text("h1") == tab.title() == "heart"
-    assert tab.inner_text("#model") == "Points (x, y) · MLPModel with 39,426 parameters · DDIM with 20 network calls"
+    assert (
+        tab.inner_text("#model")
+        == "Points (x, y) · MLPModel with 39,426 parameters · DDIM with 20 network evaluations"
+    )
     assert "Exported on 20" in tab.inner_text("footer")
 
 
@@ -429,7 +432,7 @@ def test_every_control_has_a_name(visit, pages, ddim_bundle):
     for role, names in {
         "textbox": ["Seed", "Samples"],
         "button": ["Draw", "Save as CSV"],
-        "slider": ["Look at a step"],
+        "slider": ["Show step"],
         "progressbar": ["Progress"],
         "img": ["No samples yet"],
     }.items():
@@ -500,8 +503,8 @@ DAMAGES = [
     (delete("bundle/unet.onnx"), "bundle/unet.onnx can't be fetched: the server answers 404"),
     (delete("bundle/step_table.json"), "bundle/step_table.json can't be fetched"),
     (delete("bundle/bundle.json"), "bundle/bundle.json can't be fetched"),
-    (cut("bundle/unet.onnx"), "unet.onnx is damaged, or another bundle's"),
-    (cut("bundle/step_table.json"), "step_table.json is damaged, or another bundle's"),
+    (cut("bundle/unet.onnx"), "unet.onnx is damaged or from another bundle"),
+    (cut("bundle/step_table.json"), "step_table.json is damaged or from another bundle"),
     (cut("bundle/unet.onnx", sealed=True), "unet.onnx can't be loaded"),
     (cut("bundle/step_table.json", sealed=True), "step_table.json is not valid JSON"),
     (edit_step(timestep=float("nan")), "step_table.json is not valid JSON"),
@@ -542,7 +545,7 @@ def test_weights_that_give_nan_are_told(visit, pages, ddim_bundle, tmp_path):
     onnx.save(model, folder / "bundle" / "unet.onnx")
     seal(folder / "bundle")
     tab = visit(folder)
-    assert_one_line(draw(tab, 0, 10), "unet.onnx gives numbers that are not finite at t = 950")
+    assert_one_line(draw(tab, 0, 10), "unet.onnx returns non-finite numbers at t = 950")
 
 
 def test_opened_as_a_file_the_page_says_how_to_serve_it(visit, pages, ddim_bundle):
@@ -560,7 +563,7 @@ def test_a_bundle_of_one_coordinate_without_provenance(visit, onnxruntime_web, h
     (bundle / "bundle.json").write_text(json.dumps(info))
     write_page(bundle, tmp_path / "page", onnxruntime_web)
     tab = visit(tmp_path / "page")
-    assert tab.inner_text("#model") == "Points (x0) · DDIM with 5 network calls"
+    assert tab.inner_text("#model") == "Points (x0) · DDIM with 5 network evaluations"
     assert draw(tab, 4, 20) == ""
     points = np.loadtxt(io.BytesIO(saved(tab)[0]), skiprows=1)
     np.testing.assert_allclose(points, OnnxSampler(bundle).sample(20, seed=4)[:, 0], atol=1e-4)
@@ -642,9 +645,9 @@ def test_a_damaged_bundle_gets_no_page(ddim_bundle, package, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "is no unpacked npm package onnxruntime-web"),
-        (lambda folder: (folder / "package.json").write_text('{"name": "left-pad"}'), "is no unpacked npm package"),
-        (lambda folder: (folder / "package.json").write_text("[]"), "is no unpacked npm package"),
+        (shutil.rmtree, "is not the npm package onnxruntime-web"),
+        (lambda folder: (folder / "package.json").write_text('{"name": "left-pad"}'), "is not the npm package"),
+        (lambda folder: (folder / "package.json").write_text("[]"), "is not the npm package"),
         (lambda folder: (folder / WASM).unlink(), "lacks dist/ort-wasm-simd-threaded.wasm"),
     ],
 )
@@ -684,7 +687,7 @@ def test_the_package_is_downloaded_once(ddim_bundle, registry, package, tmp_path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda archive: archive.write_bytes(archive.read_bytes() + b"\0"), "another SHA-512"),
+        (lambda archive: archive.write_bytes(archive.read_bytes() + b"\0"), "SHA-512"),
         (lambda archive: archive.unlink(), "404"),
     ],
 )

@@ -1,6 +1,6 @@
 /**
- * The sampler of a bundle, as export/FORMAT.md describes it: for a browser with onnxruntime-web, for Node with
- * onnxruntime-node. Nothing here but the arguments tells the two apart.
+ * Sample from a bundle as export/FORMAT.md describes, in a browser with onnxruntime-web or in Node with
+ * onnxruntime-node.
  */
 
 export const MAX_SEED = 2n ** 63n - 1n;
@@ -10,7 +10,7 @@ const INPUTS = ["sample", "timestep"], OPTIONAL_INPUTS = ["class_labels", "condi
 const MAX_SIZE = 2 ** 26; // of a sample, in numbers
 const MAX_FLOAT = 3.4028234e38;
 
-/** A bundle lacks a file, or one can't be read or doesn't fit the others. The message is one line. */
+/** A bundle's file is missing, not readable or doesn't fit the other files. The message is one line. */
 export class BundleError extends Error {}
 
 /**
@@ -39,7 +39,7 @@ export class BundleError extends Error {}
 
 // Noise: Philox-4×32-10 (Salmon et al. 2011) and Box and Muller's transform
 
-/** The upper 32 bits of the product of two 32-bit words, from 16-bit halves: a double holds no 64-bit product. */
+/** Return the upper 32 bits of a product of 32-bit words, from 16-bit halves: a 64-bit product exceeds a double. */
 function multiplyHigh(a, b) {
   const a0 = a & 0xffff, a1 = a >>> 16, b0 = b & 0xffff, b1 = b >>> 16;
   const middle = a1 * b0 + ((a0 * b0) >>> 16);
@@ -47,8 +47,8 @@ function multiplyHigh(a, b) {
 }
 
 /**
- * Philox-4×32-10, from the counter (c0, c1, 0, 0) unless told more.
- * @param {Uint32Array} out where the four words go
+ * Apply Philox-4×32-10 to the key (k0, k1) and the counter (c0, c1, c2, c3).
+ * @param {Uint32Array} out array for the four words of the result
  */
 export function philox(out, k0, k1, c0, c1, c2 = 0, c3 = 0) {
   for (let round = 0; round < 10; round++) {
@@ -70,7 +70,7 @@ export function philox(out, k0, k1, c0, c1, c2 = 0, c3 = 0) {
 const UNIT = 2 ** -24;
 const ANGLE = Math.fround(UNIT * Math.fround(2 * Math.PI));
 
-/** Two words to two normals, rounded to float32 wherever numpy rounds: both see the same angle, bit for bit. */
+/** Turn two words into two normals, rounded to float32 in the same places as in numpy, for the same angle. */
 function boxMuller(a, b, out, place) {
   const u = ((a >>> 8) + 1) * UNIT; // in (0, 1]
   const angle = Math.fround((b >>> 8) * ANGLE);
@@ -80,8 +80,7 @@ function boxMuller(a, b, out, place) {
 }
 
 /**
- * One draw of standard normals for some samples. Sample i has a stream of its own, in which draw k has the places
- * k · dimension to (k + 1) · dimension.
+ * Draw standard normals. Each sample has its own stream, in which draw k is at k · dimension … (k + 1) · dimension − 1.
  * @param {bigint} seed in [0, 2⁶³)
  * @param {number} first index of the first sample
  * @param {number} numSamples
@@ -107,13 +106,9 @@ export function normal(seed, first, numSamples, dimension, draw, stream = 0) {
   return normals;
 }
 
-// What a user types
+// Input of the user
 
-/**
- * @param {string} text
- * @returns {bigint}
- * @throws {RangeError} with one line
- */
+/** Parse a seed as a bigint in 0 … MAX_SEED. @throws {RangeError} */
 export function parseSeed(text) {
   const seed = /^\s*\d{1,30}\s*$/.test(text) ? BigInt(text) : -1n;
   if (seed < 0n || seed > MAX_SEED) {
@@ -122,12 +117,7 @@ export function parseSeed(text) {
   return seed;
 }
 
-/**
- * @param {string} text
- * @param {number} most
- * @returns {number}
- * @throws {RangeError} with one line
- */
+/** Parse a number in 1 … most. @throws {RangeError} */
 export function parseCount(text, most = Number.MAX_SAFE_INTEGER) {
   const count = /^\s*\d{1,30}\s*$/.test(text) ? Number(text) : 0;
   if (count < 1 || count > most) {
@@ -206,7 +196,7 @@ export function parseInfo(bytes) {
     }
   }
   if (typeof sha256 !== "object" || sha256 === null || Array.isArray(sha256)) {
-    fail("sha256 must hold the checksum of each file");
+    fail("sha256 must be an object of file names and checksums");
   }
   const [names, columns] = OPTIONAL_INPUTS.map((name, i) => {
     return inputs.includes(name) ? info[["class_names", "condition_columns"][i]] : [];
@@ -249,7 +239,7 @@ export function parseTable(bytes) {
     }
     if (clipRange === null && toNext.some((row) => row[2] !== 0)) fail(`step ${k} uses x_0, but clip_range is null`);
     if (toNext.slice(k + 1).flat().some((coefficient) => coefficient !== 0)) {
-      fail(`step ${k} can't use what was before the first`);
+      fail(`step ${k} can't use values from before step 0`);
     }
     const { alpha_cumprod: alphaCumprod, guidance_scale: guidanceScale, log_variance: logVariance } = step;
     if (hasAlpha && !(isNumber(alphaCumprod) && alphaCumprod >= 0 && alphaCumprod <= 1)) {
@@ -470,8 +460,8 @@ function concatenated(a, b) {
 }
 
 /**
- * Compare a file with the checksum that bundle.json has for it, if it has one. Pages that come by plain http, from
- * another place than this machine, have no crypto.subtle: there nothing is compared.
+ * Compare a file with its checksum in bundle.json, if there is one. Pages served by plain http from another machine
+ * have no crypto.subtle and skip the check.
  * @throws {BundleError}
  */
 async function checkSum(name, bytes, expected) {
@@ -479,7 +469,7 @@ async function checkSum(name, bytes, expected) {
   if (expected === undefined || subtle === undefined) return;
   const digest = new Uint8Array(await subtle.digest("SHA-256", bytes));
   if (Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") !== expected) {
-    throw new BundleError(`${name} is damaged, or another bundle's: bundle.json has another SHA-256 for it`);
+    throw new BundleError(`${name} is damaged or from another bundle: its SHA-256 differs from bundle.json's`);
   }
 }
 
@@ -504,10 +494,10 @@ function checkNetwork(session, { inputs, sample_shape: sampleShape }, learnsVari
 /**
  * Open a bundle.
  * @param {object} ort onnxruntime-web or onnxruntime-node
- * @param {(name: string) => Promise<Uint8Array>} read gives the content of one of the bundle's files
- * @param {object} options for onnxruntime's session
+ * @param {(name: string) => Promise<Uint8Array>} read reads one of the bundle's files
+ * @param {object} options options of onnxruntime's session
  * @returns {Promise<Sampler>}
- * @throws {BundleError} if a file can't be read, or doesn't fit the others
+ * @throws {BundleError} if a file can't be read or doesn't fit the others
  */
 export async function openBundle(ort, read, options = {}) {
   const info = parseInfo(await read("bundle.json"));
@@ -531,19 +521,16 @@ export async function openBundle(ort, read, options = {}) {
   return new Sampler(ort, session, table, info);
 }
 
-/** An error's message in one line. */
+/** Return an error's message in one line. */
 export function oneLine(error) {
   return String(error?.message ?? error).replace(/\s+/g, " ").trim();
 }
 
-/** Draws points or images. `openBundle` makes one. */
+/** Sampler of points or images. Use `openBundle` to create one. */
 export class Sampler {
   constructor(ort, session, table, info) {
-    this.ort = ort;
-    this.session = session;
-    this.table = table;
-    this.info = info;
-    /** @type {number[]} `[dimension]` of points, `[channels, height, width]` of images */
+    Object.assign(this, { ort, session, table, info });
+    /** @type {number[]} `[dimension]` for points, `[channels, height, width]` for images */
     this.sampleShape = info.sample_shape;
     this.isPoints = this.sampleShape.length === 1;
     this.dimension = sizeOf(this.sampleShape);
@@ -584,7 +571,7 @@ export class Sampler {
   }
 
   /**
-   * Sample one batch, and yield what every call of the network makes of it.
+   * Sample one batch, and yield each denoising step.
    * @param {number} numSamples
    * @param {bigint} seed in [0, 2⁶³)
    * @param {number} first index of the batch's first sample among those of the seed
@@ -616,7 +603,7 @@ export class Sampler {
     };
 
     let x = draw(0).map((value) => value * initialScale);
-    const history = []; // what the coefficients multiply, the newest call's first: [x, ε, x̂_0, z]
+    const history = []; // [x, ε, x̂_0, z] of the last steps, the newest first
     const memory = Math.max(...steps.map(({ toNext }) => toNext.length));
     for (const [index, step] of steps.entries()) {
       const { timestep, toX0, toNext, isStochastic, logVariance } = step;
@@ -640,7 +627,7 @@ export class Sampler {
   }
 
   /**
-   * Draw samples, batch by batch, in data units.
+   * Draw samples in batches, in the data's units.
    * @param {number} numSamples
    * @param {bigint} seed in [0, 2⁶³)
    * @param {number} batchSize bounds the memory and changes no sample
@@ -659,8 +646,8 @@ export class Sampler {
   }
 
   /**
-   * Samples in the network's units, `[numSamples, ...sampleShape]`, to points in the data's own, or to images in
-   * [0, 1], `[numSamples, height, width, channels]`.
+   * Convert samples in the network's units, `[numSamples, ...sampleShape]`, to points in the data's units or to
+   * images in [0, 1], `[numSamples, height, width, channels]`.
    * @param {Float32Array} sample
    * @returns {Float32Array}
    */
@@ -679,11 +666,11 @@ export class Sampler {
   }
 }
 
-// A column's name that needs no quotes: it could not be read as several, as another or as a number.
+// Column names that need no quotes in CSV. Names that look like numbers do.
 const PLAIN_NAME = /^(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*$/i;
 
 /**
- * Points as a CSV file's text, with nine significant digits: enough for every float32 to be read back as it was.
+ * Return points as the text of a CSV file, with nine significant digits, which identify every float32.
  * @param {Float32Array} points `[numPoints, columns.length]`
  * @param {string[]} columns
  */

@@ -1,9 +1,9 @@
-/** Points as a scatter plot, images as a grid, on a canvas. */
+/** Draw points as a scatter plot and images as a grid on a canvas. */
 
 /**
- * The axes of points: the same scale on both, around the data's mean, wide enough for the data.
+ * Return axes around the data's mean, with the same scale on both and space for all data.
  * @param {object} info bundle.json
- * @param {number | null} clipRange of the data, in standard deviations
+ * @param {number | null} clipRange range of the data in standard deviations
  * @returns {{x: [number, number], y: [number, number], columns: string[]}} ranges in the data's units
  */
 export function axesOf({ data_mean: mean, data_std: std, data_columns: columns }, clipRange) {
@@ -13,12 +13,12 @@ export function axesOf({ data_mean: mean, data_std: std, data_columns: columns }
   return { x: range(mean[0]), y: [0, 1], columns: [columns[0], ""] };
 }
 
-/** Coordinates to plot: the first two, or, of points that have but one, any height that keeps neighbours apart. */
+/** Return the first two coordinates of point i; one-dimensional points get a height that separates neighbours. */
 function coordinates(points, dimension, i) {
   return dimension > 1 ? [points[i * dimension], points[i * dimension + 1]] : [points[i], (i * 0.618034 + 0.5) % 1];
 }
 
-/** @returns {number} how many points lie outside the axes */
+/** Return the number of points outside the axes. */
 export function countOutside(points, dimension, axes) {
   let outside = 0;
   for (let i = 0; i < points.length / dimension; i++) {
@@ -28,7 +28,7 @@ export function countOutside(points, dimension, axes) {
   return outside;
 }
 
-/** Round numbers in a range, three to seven of them. */
+/** Return three to seven round numbers in a range. */
 function ticks([low, high]) {
   const rough = (high - low) / 7, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
@@ -37,8 +37,8 @@ function ticks([low, high]) {
 }
 
 /**
- * @param {HTMLCanvasElement} canvas its `data-plot` becomes the plot's place, [left, top, size] in the canvas's pixels
- * @param {Float32Array | null} points `[number, dimension]`, or nothing, for the axes alone
+ * @param {HTMLCanvasElement} canvas its `data-plot` is set to the plot's [left, top, size] in pixels of the canvas
+ * @param {Float32Array | null} points `[number, dimension]`, or null for the axes alone
  * @param {number} dimension
  * @param {ReturnType<typeof axesOf>} axes
  */
@@ -124,7 +124,7 @@ export function paintAt(paint, canvas, [x, y], [, height, width]) {
 }
 
 /**
- * Images side by side, in a grid about as wide as high, one pixel of the canvas for each of theirs.
+ * Draw images in a roughly square grid, one pixel of the canvas for each pixel of an image.
  * @param {HTMLCanvasElement} canvas
  * @param {Float32Array} images in [0, 1], `[number, height, width, channels]`
  * @param {[number, number, number]} sampleShape `[channels, height, width]`, of 1 or 3 channels

@@ -1,4 +1,4 @@
-/** The page: what it shows and asks. The samples are made in worker.js. */
+/** The page's inputs and outputs. Sampling runs in worker.js. */
 
 import { MAX_SEED, parseCount, parseNumber, parseSeed, toCsv } from "./ddpm.js";
 import { axesOf, countOutside, drawImages, drawPoints, paintAt } from "./draw.js";
@@ -12,7 +12,7 @@ const element = (id) => document.getElementById(id);
 const [form, seedInput, countInput, drawButton, stepInput, saveButton, progress, status, canvas] = [
   "form", "seed", "count", "draw", "step", "save", "progress", "status", "canvas",
 ].map(element);
-const showError = window.showError; // of index.html, which shows errors of loading this file, too
+const showError = window.showError; // defined in index.html, which also reports that this file can't be loaded
 const format = (number, digits = 0) =>
   number.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const plural = (number, noun) => `${format(number)} ${noun}${number === 1 ? "" : "s"}`;
@@ -32,7 +32,7 @@ worker.onerror = (event) => {
   for (const { reject } of waiting.values()) reject(error);
 };
 
-/** Have the worker do one of its `answers`. */
+/** Have the worker call one of its `answers`, and return the result. */
 function ask(name, argument) {
   return new Promise((resolve, reject) => {
     const id = ++lastId;
@@ -41,8 +41,8 @@ function ask(name, argument) {
   });
 }
 
-let model; // what the worker's `open` says, and what follows from it; nothing until the bundle is open
-/** @type {{label: string, samples: Float32Array}[]} the steps that can be looked at */
+let model; // the answer to `open`, with properties derived from it
+/** @type {{label: string, samples: Float32Array}[]} the steps that the slider can show */
 let frames = [];
 let drawing = null; // what is being drawn, if anything: { stopped: boolean }
 let finished = null; // what has been drawn to the end, if anything: { seed, asked }, of which a part can be drawn anew
@@ -60,7 +60,7 @@ function describe({ info, scheduler, numCalls }) {
       : `${shape[0] === 1 ? "Grey" : "Colour"} images of ${shape[2]} × ${shape[1]} pixels`,
     unet && `${unet}${Number.isInteger(parameters) ? ` with ${format(parameters)} parameters` : ""}`,
     precision && precision !== "fp32" && precision,
-    `${scheduler.replace(/Scheduler$/, "")} with ${plural(numCalls, "network call")}`,
+    `${scheduler.replace(/Scheduler$/, "")} with ${plural(numCalls, "network evaluation")}`,
   ];
   element("model").textContent = parts.filter(Boolean).join(" · ");
   const version = versions["ddpm-mlp-pipeline"];
@@ -74,7 +74,7 @@ async function open() {
   const { info, clipRange } = opened;
   const shape = info.sample_shape, dimension = shape.reduce((a, b) => a * b), isPoints = shape.length === 1;
   if (!isPoints && shape[0] !== 1 && shape[0] !== 3) {
-    throw new Error(`The page shows images of 1 or 3 channels, but these have ${shape[0]}.`);
+    throw new Error(`The page can show images with 1 or 3 channels, but these have ${shape[0]}.`);
   }
   describe(opened);
   model = {
@@ -86,7 +86,7 @@ async function open() {
     axes: isPoints ? axesOf(info, clipRange) : null,
   };
   countInput.value ||= String(Math.min(model.maxCount, isPoints ? 2000 : 16));
-  element("hint").textContent = `At most ${plural(model.maxCount, model.noun)}. A seed gives the same ones everywhere.`;
+  element("hint").textContent = `At most ${plural(model.maxCount, model.noun)}. The same seed gives the same samples everywhere.`;
   saveButton.textContent = isPoints ? "Save as CSV" : "Save as PNG";
   canvas.className = isPoints ? "points" : "images";
   canvas.dataset.axes = JSON.stringify(model.axes);
@@ -163,7 +163,7 @@ function show(index) {
   }
 }
 
-/** Read an input, or mark it as wrong. */
+/** Parse an input, and mark it if it is not valid. */
 function read(input, parse, ...more) {
   try {
     const value = parse(input.value, ...more);
@@ -176,9 +176,9 @@ function read(input, parse, ...more) {
   }
 }
 
-/** Show the last of the frames there are, and let the slider go that far. */
+/** Show the last frame, and set the slider to it. */
 function showLast() {
-  stepInput.max = Math.max(0, frames.length - 1); // before its value, which it bounds
+  stepInput.max = Math.max(0, frames.length - 1); // set before the value, which it limits
   stepInput.value = stepInput.max;
   show(frames.length - 1);
 }
@@ -368,7 +368,7 @@ saveButton.addEventListener("click", async () => {
   if (model.isPoints) {
     blob = new Blob([toCsv(samples, model.info.data_columns)], { type: "text/csv" });
   } else {
-    const grid = document.createElement("canvas"); // the page's own may show another step
+    const grid = document.createElement("canvas"); // the page's canvas may show another step
     drawImages(grid, samples, model.info.sample_shape);
     blob = await new Promise((resolve) => grid.toBlob(resolve));
   }

@@ -1,4 +1,4 @@
-/** Samples beside the page, which asks for one step after another, and so stays in charge and awake. */
+/** Run the sampler in a worker, one step per request of the page, so that the page stays responsive. */
 
 import { BundleError, oneLine, openBundle, repeated } from "./ddpm.js";
 
@@ -9,13 +9,13 @@ async function fetchBytes(path) {
   try {
     response = await fetch(new URL(path, import.meta.url));
   } catch {
-    throw new BundleError(`${path} can't be fetched: the server does not answer`);
+    throw new BundleError(`${path} can't be fetched: the server doesn't answer`);
   }
   if (!response.ok) throw new BundleError(`${path} can't be fetched: the server answers ${response.status}`);
   return new Uint8Array(await response.arrayBuffer());
 }
 
-/** ONNX Runtime, single-threaded: more threads need headers that few file servers send. */
+/** Load ONNX Runtime for one thread: more threads need headers that few file servers send. */
 async function loadRuntime() {
   let ort;
   try {
@@ -25,14 +25,14 @@ async function loadRuntime() {
   }
   const path = "onnxruntime/ort-wasm-simd-threaded.wasm.gz";
   const bytes = await fetchBytes(path);
-  const isGzip = bytes[0] === 0x1f && bytes[1] === 0x8b; // some servers have the browser unpack .gz files already
+  const isGzip = bytes[0] === 0x1f && bytes[1] === 0x8b; // with some servers, the browser has unpacked it already
   const packed = new Blob([bytes]).stream();
   ort.env.wasm.numThreads = 1;
   try {
     const stream = isGzip ? packed.pipeThrough(new DecompressionStream("gzip")) : packed;
     ort.env.wasm.wasmBinary = await new Response(stream).arrayBuffer();
   } catch {
-    throw new BundleError(`${path} can't be unpacked: it is damaged, or this browser is too old`);
+    throw new BundleError(`${path} can't be unpacked: it is damaged, or this browser is too old (it needs DecompressionStream)`);
   }
   return ort;
 }
