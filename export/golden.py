@@ -2,8 +2,8 @@
 
     python -m export.golden OUTPUT_DIR
 
-exports networks with tables of every kind, and writes one file for each run. export/FORMAT.md describes them. They
-hold what the runtime drew on the machine that made them: another agrees up to the rounding of float32.
+exports networks with step tables of every kind, and writes one file for each run; export/FORMAT.md describes them.
+Other machines agree with the recorded values up to the rounding of float32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUM_SAMPLES = 3
 
 
 class Run(NamedTuple):
-    """A run to record: of which checkpoint (`None`: the tiny network), by which sampler, and what is asked."""
+    """A run to record. Without a `checkpoint`, it is of the tiny network; `asked` are arguments of `sample`."""
 
     checkpoint: str | None
     scheduler: str
@@ -43,9 +43,9 @@ class Run(NamedTuple):
     asked: Asked
 
 
-# The heart: deterministic and clipped; stochastic; multistep, without clipping; of second order. The seeds reach the
-# key's second word, and beyond what a double holds; Heun's takes a point to the clip range. Then what else a row does:
-# a learned variance; labels, conditions and guidance in some of the calls; known values and repeated steps.
+# The heart: deterministic and clipped; stochastic; multistep without clipping; second order. The seeds use both words
+# of the key, and exceed the precision of a double. With Heun's seed, a point reaches the clip range. The other runs
+# have a learned variance; labels, conditions and an interval of guidance; known values and repeated steps.
 RUNS = {
     "ddim_10": Run("heart", "ddim", 10, 0, {}),
     "ddpm_10": Run("heart", "ddpm", 10, 2**32 + 5, {}),
@@ -58,7 +58,7 @@ RUNS = {
         6,
         2**40 + 1,
         {
-            "class_labels": [2, 0, 3],  # the last is "any"
+            "class_labels": [2, 0, 3],  # 3 stands for any class
             "condition": [[12.0], [8.5], [10.0]],
             "guidance_scale": 2.5,
             "guidance_interval": (700, 200),
@@ -71,7 +71,7 @@ RUNS = {
 
 
 def record(bundle: Path, run: Run, num_samples: int = NUM_SAMPLES) -> dict[str, Any]:
-    """A run, call by call, as JSON's types: see export/FORMAT.md."""
+    """Record a run, one network evaluation after another, in JSON's types: see export/FORMAT.md."""
     sampler = OnnxSampler(bundle, num_threads=1)
     request, table = resolve(sampler.info, sampler.table, num_samples, **run.asked)
     told = {name: value for name, value in run.asked.items() if name in ("class_labels", "condition")}
@@ -127,7 +127,7 @@ def record(bundle: Path, run: Run, num_samples: int = NUM_SAMPLES) -> dict[str, 
 
 
 def tiny_pipeline() -> DDPMMLPPipeline:
-    """A network that takes labels and conditions. Nobody trained it: its weights are the runtime's noise."""
+    """Make an untrained network that takes labels and conditions. Its weights are the runtime's noise."""
     import torch
     from diffusers import DDPMScheduler
 
@@ -151,7 +151,7 @@ def tiny_pipeline() -> DDPMMLPPipeline:
 
 
 def _numbers(value: Any) -> Any:
-    """Floats with nine digits, enough to tell every float32 from the next; `None` for NaN, which JSON lacks."""
+    """Round to nine digits, which identify every float32. NaN becomes `None`, since JSON lacks it."""
     if isinstance(value, np.ndarray | list | tuple):
         return [_numbers(entry) for entry in value]
     if isinstance(value, int | np.integer):

@@ -4,7 +4,7 @@
  */
 
 export const MAX_SEED = 2n ** 63n - 1n;
-// The format, and the versions that can be read. The older know neither labels, nor guidance, nor known values.
+// The format and the supported versions
 const FORMATS = { "bundle.json": ["ddpm-bundle", 1, 2], "step_table.json": ["ddpm-step-table", 2, 3] };
 const INPUTS = ["sample", "timestep"], OPTIONAL_INPUTS = ["class_labels", "condition"]; // of the network, in order
 const MAX_SIZE = 2 ** 26; // of a sample, in numbers
@@ -14,19 +14,19 @@ const MAX_FLOAT = 3.4028234e38;
 export class BundleError extends Error {}
 
 /**
- * @typedef {object} DenoisingStep What one call of the network did; arrays are float32 `[numSamples, ...sampleShape]`.
- * @property {number} index of the call, from 0
- * @property {number} timestep what the network was told
- * @property {Float32Array} x what it saw
+ * @typedef {object} DenoisingStep One network evaluation; arrays are float32 `[numSamples, ...sampleShape]`.
+ * @property {number} index number of the step, from 0
+ * @property {number} timestep timestep given to the network
+ * @property {Float32Array} x the network's input
  * @property {Float32Array} eps its output, after guidance
- * @property {Float32Array | undefined} x0 the clipped prediction of x_0, where the table clips
- * @property {Float32Array | undefined} z the noise, where the table uses any; times its learned standard deviation
- * @property {Float32Array | undefined} zKnown the noise of the known values, where there are any, but after the last
- * @property {Float32Array} sample what it sees next, or at last the sample, in the network's units
+ * @property {Float32Array | undefined} x0 the clipped prediction of x_0, if the table clips
+ * @property {Float32Array | undefined} z the noise drawn, if the table uses any, scaled by a learned variance
+ * @property {Float32Array | undefined} zKnown the noise of known values, if there are any; none in the last step
+ * @property {Float32Array} sample the network's next input; after the last step, the sample in the network's units
  */
 
 /**
- * @typedef {object} Asked What to draw; each for all samples, or one for each. Lists may be nested or flat.
+ * @typedef {object} Asked What to draw: one value for all samples, or one for each, in nested or flat lists.
  * @property {string | number | (string | number)[]} [classLabels] names or numbers; by default, any class
  * @property {Object<string, number> | number[]} [condition] in its own units, by name or in the columns' order
  * @property {number} [guidanceScale] w, by default the table's; 1 is no guidance
@@ -168,26 +168,29 @@ export function parseInfo(bytes) {
   const shape = info.sample_shape;
   const isShape = Array.isArray(shape) && [1, 3].includes(shape.length);
   if (!isShape || !shape.every((size) => Number.isInteger(size) && size > 0) || sizeOf(shape) > MAX_SIZE) {
-    fail("sample_shape is no shape of points or images");
+    fail("sample_shape must be [dimension] or [channels, height, width]");
   }
   const checkColumns = (kind, number) => {
     for (const name of [`${kind}_mean`, `${kind}_std`]) {
       if (!areNumbers(info[name], number) || !info[name].every((value) => Math.abs(value) < MAX_FLOAT)) {
-        fail(`${name} must hold finite numbers, ${number} of them`);
+        fail(`${name} must hold ${number} finite numbers`);
       }
     }
     const columns = info[`${kind}_columns`];
     if (!number || !Array.isArray(columns) || columns.length !== number || !columns.every(isName)) {
-      fail(`${kind}_columns must hold names, ${number} of them`);
+      fail(`${kind}_columns must hold ${number} names`);
     }
   };
   if (shape.length === 1) checkColumns("data", shape[0]);
   const { inputs = INPUTS, sha256 = {} } = info;
   const further = OPTIONAL_INPUTS.filter((name) => info.version > 1 && Array.isArray(inputs) && inputs.includes(name));
   if (!Array.isArray(inputs) || inputs.join() !== [...INPUTS, ...further].join()) {
-    fail(`the network needs the inputs ${inputs}, of which this version knows ${[...INPUTS, ...OPTIONAL_INPUTS]}`);
+    fail(`the network has the inputs ${inputs}, but this version supports only ${[...INPUTS, ...OPTIONAL_INPUTS]}`);
   }
-  if (inputs.includes("condition")) checkColumns("condition", info.condition_columns?.length);
+  if (inputs.includes("condition")) {
+    if (!Array.isArray(info.condition_columns)) fail("condition_columns must be a list of names");
+    checkColumns("condition", info.condition_columns.length);
+  }
   if (inputs.includes("class_labels")) {
     const { class_names: names, null_label: label } = info;
     if (!Array.isArray(names) || !names.length || !names.every(isName)) fail("class_names must be a list of names");
@@ -226,7 +229,7 @@ export function parseTable(bytes) {
     fail("clip_range must be a positive number or null");
   }
   if (!Array.isArray(steps) || steps.length === 0) fail("steps must be a list of at least one step");
-  // Keys of version 3, which all steps have, or none.
+  // All steps have a key of version 3, or none has it.
   const [hasAlpha, hasScale, hasVariance] = ["alpha_cumprod", "guidance_scale", "log_variance"].map(
     (key) => content.version > 2 && steps[0]?.[key] !== undefined,
   );
@@ -259,7 +262,7 @@ export function parseTable(bytes) {
   return { scheduler: String(content.scheduler), initialScale, clipRange, steps: withNoise(rows) };
 }
 
-/** The same steps, marked where noise is drawn: where their own step or a later one uses it. */
+/** Set `isStochastic`: a step draws noise if it or a later step uses that noise. */
 function withNoise(steps) {
   const marked = steps.map((step) => ({ ...step, isStochastic: false }));
   steps.forEach(({ toNext }, k) => toNext.forEach((row, i) => { marked[k - i].isStochastic ||= row[3] !== 0; }));
@@ -267,7 +270,7 @@ function withNoise(steps) {
 }
 
 /**
- * The table with another guidance.
+ * Return the table with another guidance.
  * @param {Table} table
  * @param {number} scale
  * @param {[number, number]} interval [tHigh, tLow]
@@ -279,7 +282,7 @@ export function guided(table, scale, [tHigh, tLow] = [Infinity, -Infinity]) {
 }
 
 /**
- * The table that takes each step several times, going back by the noise of its timestep in between: RePaint's
+ * Return the table that takes each step several times, and in between returns to the timestep's noise: RePaint's
  * resampling (Lugmayr et al. 2022, algorithm 1, with jumps of one step).
  * @param {Table} table
  * @param {number} times
@@ -315,7 +318,7 @@ export function repeated(table, times) {
 
 // What one asks of samples
 
-/** Lists of any depth, typed arrays among them, as one list. */
+/** Flatten lists of any depth and typed arrays. */
 function flat(values) {
   if (ArrayBuffer.isView(values)) return Array.from(values);
   return Array.isArray(values) ? values.flatMap(flat) : [values];
@@ -323,7 +326,7 @@ function flat(values) {
 
 const fail = (message) => { throw new RangeError(message); };
 
-/** A label's number. */
+/** Return the number of a class. */
 function classOf({ class_names: names, null_label: nullLabel }, label) {
   if (isName(label)) {
     const shown = names.length <= 20 ? names : [...names.slice(0, 20), "…"];
@@ -336,7 +339,7 @@ function classOf({ class_names: names, null_label: nullLabel }, label) {
   return fail(`class_labels must be names, or numbers from 0 to ${names.length - 1}, got ${label}`);
 }
 
-/** Values by the columns' names, or in their order, as one list; NaN for known columns that aren't named. */
+/** Return values, given by name or in the columns' order, as one list. Known columns without a name are NaN. */
 function byName(values, columns, what) {
   if (Array.isArray(values) || ArrayBuffer.isView(values) || typeof values !== "object") return flat(values);
   const unknown = Object.keys(values).find((name) => !columns.includes(name));
@@ -346,7 +349,7 @@ function byName(values, columns, what) {
   return columns.map((name) => (Object.hasOwn(values, name) ? values[name] : NaN));
 }
 
-/** What the network is told beside x_t and t, with one row for all samples or one for each. */
+/** Return the network's optional inputs, with one row for all samples or one for each. */
 function inputsOf(info, numSamples, classLabels, condition) {
   const inputs = {};
   if (info.inputs.includes("class_labels")) {
@@ -373,7 +376,7 @@ function inputsOf(info, numSamples, classLabels, condition) {
   return inputs;
 }
 
-/** y and m in the network's units, `[rows, ...sampleShape]`, with one row for all samples or one for each. */
+/** Return y in the network's units and m, `[rows, ...sampleShape]`, with one row for all samples or one for each. */
 function knownOf(info, numSamples, known, mask) {
   if (known == null) return mask == null ? {} : fail("a mask needs known values");
   const shape = info.sample_shape, dimension = sizeOf(shape), isPoints = shape.length === 1;
@@ -545,7 +548,7 @@ export class Sampler {
   }
 
   /**
-   * The network alone.
+   * Evaluate the network for x_t.
    * @param {Float32Array} x x_t, `[numSamples, ...sampleShape]`
    * @param {number} timestep
    * @param {object} inputs its further inputs, with a row for each sample: `class_labels` a BigInt64Array of numbers,
@@ -564,7 +567,7 @@ export class Sampler {
     const output = (await this.session.run(feeds)).out_sample.data;
     if (!output.every(Number.isFinite)) {
       throw new BundleError(
-        `unet.onnx gives numbers that are not finite at t = ${timestep}: its weights are no good`,
+        `unet.onnx returns non-finite numbers at t = ${timestep}: export another checkpoint`,
       );
     }
     return output;
@@ -583,7 +586,7 @@ export class Sampler {
     yield* this.#steps(resolve(this.info, this.table, numSamples, asked), numSamples, seed, first, 0);
   }
 
-  /** As `steps`, of what has been resolved; the batch's first sample has its row `row`. */
+  /** Do `steps` of a resolved request. The batch's first sample has the request's row `row`. */
   async *#steps({ table, inputs: all, nulls, y: knowns, m: masks }, numSamples, seed, first, row) {
     const { initialScale, clipRange, steps } = table, { dimension } = this;
     const draw = (k, stream) => normal(seed, first, numSamples, dimension, k, stream);
@@ -630,7 +633,7 @@ export class Sampler {
    * Draw samples in batches, in the data's units.
    * @param {number} numSamples
    * @param {bigint} seed in [0, 2⁶³)
-   * @param {number} batchSize bounds the memory and changes no sample
+   * @param {number} batchSize limits memory use; samples don't depend on it
    * @param {Asked} asked what to draw
    * @returns {AsyncGenerator<Float32Array>}
    * @throws {RangeError} if what is asked doesn't fit the network, with one line
@@ -686,7 +689,7 @@ const sizeOf = (shape) => shape.reduce((a, b) => a * b, 1);
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-/** The two halves of each sample's numbers: of twice the channels, the first as many, and the others. */
+/** Split the output of twice the channels into the first and the second half of each sample's channels. */
 function halves(output, dimension) {
   return [0, dimension].map((start) => {
     const half = new Float32Array(output.length / 2);
@@ -697,7 +700,7 @@ function halves(output, dimension) {
   });
 }
 
-/** A sum of arrays, each times its coefficient, float32. Arrays with the coefficient 0 may be missing. */
+/** Return the float32 sum of arrays times their coefficients. Arrays with the coefficient 0 may be undefined. */
 function combine(coefficients, arrays) {
   const sum = new Float64Array(arrays[0].length);
   coefficients.forEach((coefficient, j) => {

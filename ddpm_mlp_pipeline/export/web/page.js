@@ -4,8 +4,8 @@ import { MAX_SEED, parseCount, parseNumber, parseSeed, toCsv } from "./ddpm.js";
 import { axesOf, countOutside, drawImages, drawPoints, paintAt } from "./draw.js";
 
 const MAX_POINTS = 10_000;
-const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits, 85 of CIFAR's images
-const MAX_KEPT = 2 ** 24; // numbers of all steps that are kept to be looked at again, 64 MB
+const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits or 85 CIFAR images
+const MAX_KEPT = 2 ** 24; // numbers kept for the slider over the steps, 64 MB
 const MAX_BUTTONS = 12; // more classes are a select
 const RESAMPLE = 5; // times that each step is taken where a part is drawn anew, so that it fits the rest
 const element = (id) => document.getElementById(id);
@@ -44,8 +44,8 @@ function ask(name, argument) {
 let model; // the answer to `open`, with properties derived from it
 /** @type {{label: string, samples: Float32Array}[]} the steps that the slider can show */
 let frames = [];
-let drawing = null; // what is being drawn, if anything: { stopped: boolean }
-let finished = null; // what has been drawn to the end, if anything: { seed, asked }, of which a part can be drawn anew
+let drawing = null; // the current run, { stopped: boolean }
+let finished = null; // the last run that was not stopped, { seed, asked, anew }: its images can be painted
 /** @type {Uint8Array | null} `[images, height, width]`, 1 where they are painted over */
 let paint = null;
 const paintButtons = ["upper", "lower", "clear"].map(element), redrawButton = element("redraw");
@@ -101,7 +101,7 @@ const create = (name, properties, ...children) => {
   return node;
 };
 
-/** Show what one can ask for: classes, a condition's numbers, guidance, parts to be drawn anew. */
+/** Show the controls that this bundle supports: class, condition, guidance, painting. */
 function offerChoices({ info, guidanceScale, isGuidable, takesKnown }) {
   const { class_names: names = [], null_label: nullLabel = null, condition_columns: columns = [] } = info;
   const choices = names.map((name, i) => [name, i]).filter(([, i]) => i !== nullLabel);
@@ -136,7 +136,7 @@ function offerChoices({ info, guidanceScale, isGuidable, takesKnown }) {
   element("paint").hidden = model.isPoints || !takesKnown;
 }
 
-/** What the form asks for. */
+/** Read the class, the condition and the guidance. */
 function readAsked() {
   const { class_names: names = [], condition_columns: columns = [] } = model.info;
   const asked = {}, slider = element("guidance");
@@ -183,7 +183,7 @@ function showLast() {
   show(frames.length - 1);
 }
 
-/** Begin with nothing painted, or end painting. */
+/** Start painting with an empty mask, or end it. */
 function setPaint(isOn) {
   const [, height, width] = model.info.sample_shape;
   const canPaint = isOn && !element("paint").hidden;
@@ -202,7 +202,7 @@ function showPaint() {
 /**
  * Draw samples step by step, and show them.
  * @param {{seed: bigint, count: number, asked: object, numCalls: number}} what
- * @param {(samples: Float32Array) => Float32Array} whole makes what is shown of what is drawn
+ * @param {(samples: Float32Array) => Float32Array} whole turns the run's samples into all that are shown
  * @returns {Promise<string>} how long it took
  */
 async function draw({ seed, count, asked, numCalls }, whole) {
@@ -210,7 +210,7 @@ async function draw({ seed, count, asked, numCalls }, whole) {
   progress.max = numCalls;
   frames = [];
   let stride, seconds = 0, shown = performance.now();
-  // Where steps take no time, they are slowed down to be seen, by two seconds in all at most.
+  // Slow down fast steps to make them visible, by two seconds in all at most.
   const pause = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(150, 2000 / numCalls);
   await ask("start", { numSamples: count, seed, asked });
   for (let k = 0; k < numCalls && !(run.stopped && frames.length); k++) {
@@ -270,7 +270,7 @@ async function drawAnew() {
   finish({ seed, asked, anew }, `${plural(images.length, model.noun)} drawn anew where painted, in ${took}`);
 }
 
-/** Prepare the page for a drawing. */
+/** Prepare the page for a run. */
 function begin() {
   drawButton.textContent = "Stop";
   saveButton.disabled = stepInput.disabled = true;
@@ -279,7 +279,7 @@ function begin() {
   setPaint(false);
 }
 
-/** Show what a drawing has come to. */
+/** Show the result of a run. */
 function finish(what, summary) {
   const { stopped } = drawing;
   if (!stopped) {
@@ -293,7 +293,7 @@ function finish(what, summary) {
   saveButton.dataset.name = `${model.info.provenance?.checkpoint ?? "samples"}-seed-${what.seed}${anew}`;
 }
 
-/** Do a drawing, unless one is being done, and show its errors. */
+/** Start a run, unless there is one, and show its errors. */
 async function attempt(draws) {
   if (drawing) return;
   drawing = { stopped: false };
