@@ -171,7 +171,7 @@ DAMAGES = [
     ("step_table.json", edit_step(3, to_next=[]), "step 3's to_next must hold rows of 4"),
     ("step_table.json", edit_step(3, to_next=[[1, 2, 3]]), "step 3's to_next must hold rows of 4"),
     ("step_table.json", edit_step(3, to_next=[[1, 2, 3, None]]), "step 3's to_next must hold rows of 4"),
-    ("step_table.json", edit_step(0, to_next=NINE * 2), "step 0 can't use what was before the first"),
+    ("step_table.json", edit_step(0, to_next=NINE * 2), "step 0 can't use values from before step 0"),
     ("step_table.json", edit_step(3, alpha_cumprod=1.5), "step 3's alpha_cumprod must be a number from 0 to 1"),
     ("step_table.json", edit_step(3, alpha_cumprod=None), "step 3's alpha_cumprod must be a number from 0 to 1"),
     ("step_table.json", edit_step(0, guidance_scale=2), "step 1's guidance_scale must be a finite number"),
@@ -193,8 +193,8 @@ DAMAGES = [
         "null_label must be a whole number from 0",
     ),
     ("bundle.json", edit(inputs=CONDITIONED), "condition_mean must hold finite numbers"),
-    ("bundle.json", edit(sha256=None), "sha256 must hold the checksum of each file"),
-    ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must hold the checksum of each file"),
+    ("bundle.json", edit(sha256=None), "sha256 must be an object"),
+    ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must be an object"),
 ]
 
 

@@ -564,7 +564,7 @@ export class Sampler {
     const output = (await this.session.run(feeds)).out_sample.data;
     if (!output.every(Number.isFinite)) {
       throw new BundleError(
-        `unet.onnx gives numbers that are not finite at t = ${timestep}: its weights are no good`,
+        `unet.onnx returns non-finite numbers at t = ${timestep}: its weights are damaged`,
       );
     }
     return output;
