@@ -567,7 +567,7 @@ export class Sampler {
     const output = (await this.session.run(feeds)).out_sample.data;
     if (!output.every(Number.isFinite)) {
       throw new BundleError(
-        `unet.onnx returns non-finite numbers at t = ${timestep}: export another checkpoint`,
+        `unet.onnx returns non-finite numbers at t = ${timestep}: its weights are damaged`,
       );
     }
     return output;
