@@ -19,7 +19,7 @@ from .runtime.sampler import Sampler
 from .training.processes import this_process
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 
 class CheckpointSampler(Sampler):

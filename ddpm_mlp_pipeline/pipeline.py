@@ -224,8 +224,10 @@ class DDPMMLPPipeline(DiffusionPipeline):
         """
         if batch_size is None:
             batch_size = 1 if latents is None else len(latents)
-        if batch_size < 1 or resample < 1:
-            raise ValueError(f"batch_size and resample must be at least 1, got {batch_size} and {resample}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if resample < 1:
+            raise ValueError(f"resample must be at least 1, got {resample}")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         shape, device, dtype = (batch_size, *self.sample_shape), self._execution_device, self.unet.dtype

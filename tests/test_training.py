@@ -355,7 +355,7 @@ def test_wrong_trainings_end_in_one_line(run, run_forked, tmp_path):
         (("--config",), ["--config"]),
         (("--hidden_dim", "wide"), ["hidden_dim", "'wide'"]),
         (("--config", "harts"), ["no preset 'harts'", "heart, ", "swiss_roll"]),
-        (("--config", tmp_path / "unknown.yaml"), ["learning_rat", "no option"]),
+        (("--config", tmp_path / "unknown.yaml"), ["learning_rat", "which this command does not have"]),
         (("--config", tmp_path / "list.yaml"), ["option: value"]),
         (("--config", tmp_path / "type.yaml"), ["hidden_dim", "'wide'"]),
         (("--output_dir", "/proc/run"), ["/proc/run"]),

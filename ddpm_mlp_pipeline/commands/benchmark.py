@@ -193,10 +193,11 @@ def _sampling_seconds(contender: ProcessPoolExecutor, num_samples: int) -> float
 
 
 def _ddpm(like: SchedulerMixin) -> SchedulerMixin:
-    """Return a DDPM scheduler with the noise schedule of `like`."""
+    """Return a DDPM scheduler with the noise schedule of `like`, and a fixed variance, which both sides can sample."""
     from ..export.compile import make_scheduler
 
-    return make_scheduler("ddpm", like)
+    learns_variance = "learned" in like.config.get("variance_type", "")
+    return make_scheduler("ddpm", like, **({"variance_type": "fixed_large"} if learns_variance else {}))
 
 
 def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:

@@ -115,7 +115,7 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
         noise = args.dataset_noise if number is not None else None
         dataset = load_points(args.dataset, number, noise, seed, columns=source.columns, label_column=label_column)
         points, _, labels, names = split_columns(dataset, label_column)
-        numbers = np.zeros(len(points)) if labels is None else _numbers_of(source, args.dataset, names)[labels.numpy()]
+        numbers = np.zeros(len(points)) if labels is None else _numbers_of(source, args.dataset, names)[labels]
         return np.append(points, numbers[:, None], axis=1)
 
     if args.dataset in POINT_SETS:

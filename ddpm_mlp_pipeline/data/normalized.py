@@ -78,7 +78,7 @@ def normalize(values: np.ndarray, mean: Sequence[float] | None, std: Sequence[fl
 
 
 def _numbers_of(
-    pipeline: DDPMMLPPipeline, name: str, labels: torch.Tensor | None, names: list[str]
+    pipeline: DDPMMLPPipeline, name: str, labels: torch.Tensor | np.ndarray | None, names: list[str]
 ) -> torch.Tensor | None:
     """Return the labels by the pipeline's own numbers of the classes."""
     if labels is None:
@@ -87,4 +87,4 @@ def _numbers_of(
     unknown = [label for label in names if label not in known]
     if unknown:
         raise DatasetError(f"{name} has the label {unknown[0]!r}, which the network doesn't know: {', '.join(known)}")
-    return torch.tensor([known.index(label) for label in names])[labels]
+    return torch.tensor([known.index(label) for label in names])[torch.as_tensor(labels)]

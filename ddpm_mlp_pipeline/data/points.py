@@ -15,7 +15,6 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
 from ..errors import DatasetError
@@ -176,7 +175,7 @@ def to_array(dataset: Dataset) -> np.ndarray:
 
 def split_columns(
     dataset: Dataset, label_column: str | None = None, condition_columns: Sequence[str] = ()
-) -> tuple[np.ndarray, np.ndarray, torch.Tensor | None, list[str]]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[str]]:
     """Split what `load_points` returns.
 
     Returns:
@@ -187,7 +186,7 @@ def split_columns(
     points, conditions = (to_array(dataset.select_columns(names)) for names in (coordinates, list(condition_columns)))
     if label_column is None:
         return points, conditions, None, []
-    return points, conditions, torch.tensor(dataset[label_column][:]), dataset.features[label_column].names
+    return points, conditions, np.array(dataset[label_column][:], dtype=np.int64), dataset.features[label_column].names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,7 +151,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
 
 def _wrong_options(name: str, num_inference_steps: int, error: Exception) -> ConfigurationError:
     reason = str(error) or "it breaks its own assertions"
-    return ConfigurationError(f"{name} can't take {num_inference_steps} such steps: {reason}")
+    return ConfigurationError(f"{name} can't take {num_inference_steps} steps with these options: {reason}")
 
 
 def _alphas_cumprod(scheduler: SchedulerMixin, timesteps: list[float]) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from ..runtime.pictures import to_pixels
 from ..runtime.request import Asked
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512
 

@@ -24,7 +24,7 @@ from .request import Asked, Request, resolve
 from .step_table import EPS, X_0, StepTable, X, Z
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack
 
 MAX_SAMPLES = 2**32  # a sample's index is one word of the noise's counter
 
@@ -411,15 +411,18 @@ class OnnxSampler(Sampler):
         inputs = self.info["inputs"]
         if set(found) != {*inputs, "out_sample"}:
             raise BundleError(
-                f"{self.folder / 'unet.onnx'} must have the inputs {', '.join(inputs)} and the output out_sample, "
+                f"{self.folder / 'unet.onnx'} must have the inputs {', '.join(inputs[:-1])} and {inputs[-1]} and the "
+                "output out_sample, "
                 f"but has {', '.join(found)}"
             )
         channels, *size = self.sample_shape
-        self._channels = 2 * channels if self.table.log_variance is not None else channels  # of the output
+        self._channels = channels  # of the output: twice as many where the network predicts the variance, too
+        if self.table.log_variance is not None or tuple(found["out_sample"].shape[1:]) == (2 * channels, *size):
+            self._channels = 2 * channels
         for name, expected in (("sample", self.sample_shape), ("out_sample", (self._channels, *size))):
             if tuple(found[name].shape[1:]) != expected:
                 raise BundleError(
-                    f"the bundle's network must have the shape {expected} for each {name}, but has "
+                    f"bundle.json says that a sample has the shape {self.sample_shape}, but the network's {name} has "
                     f"{tuple(found[name].shape[1:])}"
                 )
         if self.table.is_guided.any():

@@ -258,7 +258,7 @@ class StepTable:
                 **{
                     name: np.array([step[key] for step in steps], dtype=np.float64)
                     for key, name in OPTIONAL.items()
-                    if table["version"] == VERSION and key in steps[0]
+                    if table["version"] == VERSION and steps and key in steps[0]
                 },
             )
         except BundleError as error:

@@ -66,7 +66,7 @@ def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, 
         condition_mean=condition_mean.tolist() or None,
         condition_std=condition_std.tolist() or None,
     )
-    return pipeline, TensorBatches(x_0, labels, condition)
+    return pipeline, TensorBatches(x_0, None if labels is None else torch.from_numpy(labels), condition)
 
 
 def default_batch_size(dataset_size: int) -> int:

@@ -258,11 +258,11 @@ def test_a_long_table_looks_back_as_little_as_a_short_one():
     [
         (DDPMScheduler(thresholding=True), 10, "DDPMScheduler with thresholding"),
         (DDPMScheduler(variance_type="learned"), 10, "DDPMScheduler with a learned variance"),
-        (EDMEulerScheduler(), 10, "EDMEulerScheduler can't be compiled: it is for networks of another kind"),
+        (EDMEulerScheduler(), 10, "EDMEulerScheduler can't be compiled: it is not for DDPM networks"),
         (
             FlowMatchEulerDiscreteScheduler(),
             10,
-            "FlowMatchEulerDiscreteScheduler can't be compiled: it is for",
+            "FlowMatchEulerDiscreteScheduler can't be compiled: it is not for DDPM networks",
         ),
         # with this many evenly spaced steps, two are rounded to the same timestep
         (DPMSolverMultistepScheduler(), 1000, "its step at t = 500 divides by zero"),
@@ -311,7 +311,7 @@ def test_unknown_schedulers_and_options_are_refused_by_name():
         make_scheduler("dpmsolver_multistep", DDPMScheduler(), algorithm_type="magic")
     with pytest.raises(ConfigurationError, match=r"DDPMScheduler\.step has no option eta"):
         compile_scheduler(DDPMScheduler(), 10, eta=1.0)
-    with pytest.raises(ConfigurationError, match="LCMScheduler can't take 100 steps"):
+    with pytest.raises(ConfigurationError, match="LCMScheduler can't take 100 steps with these options"):
         compile_scheduler(LCMScheduler(), 100)
 
 
