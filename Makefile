@@ -6,7 +6,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machine
 	--num_cpu_threads_per_process 2
 FAST_TESTS := tests/data tests/models tests/test_files.py tests/test_metrics.py tests/test_package.py tests/test_sources.py \
 	tests/export/test_golden.py tests/export/test_noise.py tests/export/test_runtime.py tests/export/test_step_table.py
-SHIPPED := heart swiss_roll swiss_roll_2015 mnist
+SHIPPED := heart moons swiss_roll swiss_roll_2015 mnist
 MNIST ?= ylecun/mnist
 CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1

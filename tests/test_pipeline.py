@@ -219,7 +219,8 @@ def test_a_stock_pipelines_checkpoint_of_ours_loads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("heart", "mlp"), ("swiss_roll", "mlp"), ("swiss_roll_2015", "mlp"), ("mnist", "unet")]
+    ("name", "module"),
+    [("heart", "mlp"), ("moons", "mlp"), ("swiss_roll", "mlp"), ("swiss_roll_2015", "mlp"), ("mnist", "unet")],
 )
 def test_shipped_checkpoints_load_with_diffusers_too(name, module, tmp_path, run):
     load = "DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)"

@@ -58,12 +58,12 @@ def load_normalized(
         label_column=config.label_column,
         condition_columns=config.condition_columns or (),
     )
-    points, conditions, labels, names = split_columns(dataset, config.label_column, config.condition_columns or ())
+    points, conditions, numbers, names = split_columns(dataset, config.label_column, config.condition_columns or ())
     if points.shape[1:] != shape:
         raise DatasetError(f"{name} has {points.shape[1]} coordinates, but the network takes {shape[0]}")
     samples = normalize(points, config.data_mean, config.data_std)
     condition = normalize(conditions, config.condition_mean, config.condition_std) if conditions.size else None
-    batches = TensorBatches(samples, _numbers_of(pipeline, name, labels, names), condition)
+    batches = TensorBatches(samples, _numbers_of(pipeline, name, numbers, names), condition)
     if number is not None and len(points) > number:
         chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:number]
         return TensorBatches(*batches.__getitems__(chosen.tolist()))
