@@ -303,11 +303,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
     def _rates(self, t: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The shares of x_0 and of noise in the scheduler's sample at a timestep, which may lie between two of
         training's; of `None`, after the last step, 1 and 0."""
-        alphas_cumprod = self.scheduler.alphas_cumprod.double()
         if t is None:
-            return alphas_cumprod.new_tensor(1.0), alphas_cumprod.new_tensor(0.0)
-        log_snr = torch.logit(alphas_cumprod).cpu().numpy()
-        alpha_cumprod = torch.sigmoid(torch.tensor(np.interp(float(t), np.arange(len(log_snr)), log_snr)))
+            return torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        (alpha_cumprod,) = alphas_cumprod_at(self.scheduler, [float(t)])
         # What the network sees is of variance 1; some schedulers keep another multiple of it.
         scale = self.scheduler.scale_model_input(torch.ones((), dtype=torch.float64), t)
         return alpha_cumprod.sqrt() / scale, (1 - alpha_cumprod).sqrt() / scale
@@ -483,6 +481,13 @@ class DDPMMLPPipeline(DiffusionPipeline):
 def _unwrap(names: list[str] | list[list[str]] | None) -> Any:
     """The names as they were before `save_config` put them into a list of their own."""
     return names[0] if names and isinstance(names[0], list) else names
+
+
+def alphas_cumprod_at(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> torch.Tensor:
+    """Return ᾱ at timesteps that may lie between two of training's, float64 `[timesteps]`: the logarithm of the
+    signal-to-noise ratio is interpolated."""
+    log_snr = torch.logit(scheduler.alphas_cumprod.double()).cpu().numpy()
+    return torch.sigmoid(torch.from_numpy(np.interp(timesteps, np.arange(len(log_snr)), log_snr)))
 
 
 def _state_of(scheduler: SchedulerMixin) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import ConfigurationError, UnsupportedSchedulerError
+from ..pipeline import alphas_cumprod_at
 from ..runtime.step_table import EPS, X_0, StepTable, X, Z
 from .schedulers import SCHEDULERS
 
@@ -119,7 +119,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     except WRONG_OPTION as error:
         raise _wrong_options(name, num_inference_steps, error) from None
     # Where rounding hides the sum on replaced samples, it may still be found on the scheduler's own: see `_steps`.
-    for is_replaced, (fit_tolerance, replay_tolerance) in itertools.product((True, False), TOLERANCES):  # noqa: B007
+    for is_replaced in (True, False):
         try:
             with torch.random.fork_rng(devices=[]):  # some of the steps draw from the global generator
                 probes = _Probes(scheduler, num_inference_steps, clip_range)
@@ -128,7 +128,8 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
             raise
         except WRONG_OPTION as error:
             raise _wrong_options(name, num_inference_steps, error) from None
-        to_next = _to_next(steps, probes.x_0, fit_tolerance)
+        fits = ((_to_next(steps, probes.x_0, tolerance), replay) for tolerance, replay in TOLERANCES)
+        to_next, replay_tolerance = next((fit for fit in fits if fit[0] is not None), (None, 0.0))
         if to_next is not None:
             break
     else:
@@ -136,6 +137,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
             f"{name} can't be compiled: its steps are not linear in samples, network outputs and noise"
         )
     timesteps = [step.timestep for step in steps]
+    takes_known = is_replaced and hasattr(scheduler, "alphas_cumprod")
     table = StepTable(
         scheduler=name,
         initial_scale=steps[0].initial_scale,
@@ -143,7 +145,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
         to_x_0=np.array(probes.to_x_0) if clip_range is not None else np.zeros((len(steps), 2)),
         to_next=to_next,
         clip_range=clip_range,
-        alphas_cumprod=_alphas_cumprod(scheduler, timesteps) if is_replaced else None,
+        alphas_cumprod=alphas_cumprod_at(scheduler, timesteps).numpy() if takes_known else None,
     )
     _check_by_replay(table, scheduler, num_inference_steps, step_options, replay_tolerance)
     return table
@@ -152,15 +154,6 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
 def _wrong_options(name: str, num_inference_steps: int, error: Exception) -> ConfigurationError:
     reason = str(error) or "it breaks its own assertions"
     return ConfigurationError(f"{name} can't take {num_inference_steps} steps with these options: {reason}")
-
-
-def _alphas_cumprod(scheduler: SchedulerMixin, timesteps: list[float]) -> np.ndarray | None:
-    """Return ᾱ of what the network sees at some timesteps, which may lie between two of training's."""
-    if not hasattr(scheduler, "alphas_cumprod"):
-        return None
-    log_snr = torch.logit(scheduler.alphas_cumprod.double()).numpy()
-    interpolated = np.interp(timesteps, np.arange(len(log_snr)), log_snr)
-    return torch.sigmoid(torch.from_numpy(interpolated)).numpy()
 
 
 def _compile_learned_range(scheduler: DDPMScheduler, num_inference_steps: int) -> StepTable:
