@@ -29,6 +29,11 @@ def progress_bar(**options: Any) -> tqdm[Any]:
     return tqdm(**options, file=_Lines(sys.stderr), mininterval=SECONDS_BETWEEN_LINES, miniters=1)
 
 
+def sampling_bar(total: int) -> tqdm[Any]:
+    """Return a `progress_bar` of sampling, whose `total` is the number of samples times that of their steps."""
+    return progress_bar(total=total, desc="sampling", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+
+
 class _Lines:
     """A stream that replaces tqdm's cursor movements by line breaks."""
 

@@ -37,7 +37,7 @@ def test_the_notebook_shows_results_and_nothing_of_a_machine():
 def test_files_and_options_that_pages_name_exist(page):
     """Check links to files (mkdocs checks the site's, but not the README's) and options of the commands."""
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+    for target in re.findall(r"(?:\]\(|\b(?:src|href)=\"?)(?!https?:|#)([^)#\"\s>]+)", text):
         assert (page.parent / target).exists(), target
     for path in re.findall(r"`((?:ddpm_mlp_pipeline|export|train_scripts|tests|docs)/[\w/.-]+)`", text):
         assert (ROOT / path).exists(), path

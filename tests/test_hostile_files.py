@@ -255,7 +255,7 @@ def test_every_flipped_bit_of_network_and_table_is_found(ddim_bundle, tmp_path):
 def test_files_of_another_bundle_are_found(ddim_bundle, ddpm_bundle, tmp_path):
     folder = shutil.copytree(ddim_bundle, tmp_path / "bundle")
     shutil.copy(ddpm_bundle / "step_table.json", folder)
-    with pytest.raises(BundleError, match="another bundle's"):
+    with pytest.raises(BundleError, match="damaged or from another bundle"):
         OnnxSampler(folder)
 
 

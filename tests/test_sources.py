@@ -37,6 +37,11 @@ def test_points_are_drawn_without_repetition(tmp_path):
         np.testing.assert_allclose(np.sort(source.draw(30, 0), axis=0), np.sort(points, axis=0))
 
 
+def test_drawing_from_a_sampler_shows_its_progress(ddim_bundle, capsys):
+    open_source(ddim_bundle).draw(10, seed=0)
+    assert "sampling: 100%" in capsys.readouterr().err
+
+
 IMAGES = np.full((4, 2, 2, 1), 0.5)
 WITH_NAN = np.where(np.arange(4)[:, None, None, None] == 2, np.nan, IMAGES)
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import ConfigurationError
 from ..export.schedulers import SCHEDULERS
 from ..files import check_file, check_folder, whole_file, whole_folder
-from ..progress import progress_bar
+from ..progress import sampling_bar
 from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
 from .asking import add_asking_options, read_asked
@@ -24,7 +24,6 @@ MAX_POINTS, MAX_GRID = 10**6, 2**28  # points, and bytes of a grid of images, in
 is_picture = re.compile(r"[0-9]+\.png").fullmatch  # the files of a folder that this command writes
 PLAIN_NAME = re.compile(r'(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*', re.IGNORECASE | re.ASCII)
 Writer = Callable[[Path, Iterable[np.ndarray], int, Sampler], None]
-PROGRESS_BAR = "{l_bar}{bar}| {elapsed}<{remaining}"
 
 
 @command
@@ -61,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with (
         whole(args.output, overwrite=args.overwrite) as path,
-        progress_bar(
-            total=number * len(sampler) * args.resample, desc="sampling", bar_format=PROGRESS_BAR
-        ) as progress,
+        sampling_bar(number * len(sampler) * args.resample) as progress,
         closing(sampler.batches(number, args.seed, args.batch_size, progress.update, **asked)) as batches,
     ):
         write(path, batches, number, sampler)

@@ -18,7 +18,7 @@ with command_imports("training", __name__):
     from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
     from torch.utils.data import DataLoader, TensorDataset
 
-    from ..data.images import load_images, load_labels
+    from ..data.images import load_labelled_images
     from ..files import PARTIAL, check_names, move_into
     from ..judge.features import FeatureNetwork
     from ..progress import progress_bar
@@ -31,6 +31,7 @@ class FeatureTrainingArguments:
     """The options of the classifier's training."""
 
     dataset_name: str = option(help="a data set with images and labels, and the splits train and test")
+    label_column: str = option("label", "column of the labels")
     output_dir: str = option(help="folder for the network")
     overwrite_output_dir: bool = option(False, "replace an existing network")
     train_batch_size: int = option(128, "batch size")
@@ -51,20 +52,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     check_names(output_dir, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME], args.overwrite_output_dir)
     set_seed(args.seed)
-    splits = {
-        split: TensorDataset(load_images(args.dataset_name, split), load_labels(args.dataset_name, split))
-        for split in ("train", "test")
-    }
-    images, labels = splits["train"].tensors
+    images, labels, class_names = load_labelled_images(args.dataset_name, args.label_column, "train")
+    test_images, test_labels, _ = load_labelled_images(args.dataset_name, args.label_column, "test")
     if images.shape[2] != images.shape[3]:
         raise DatasetError(f"the images of {args.dataset_name} must be square, got {tuple(images.shape[2:])}")
-    network = FeatureNetwork(images.shape[2], images.shape[1], num_classes=int(labels.max()) + 1)
+    network = FeatureNetwork(images.shape[2], images.shape[1], num_classes=len(class_names))
 
     output_dir.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate)
-    loader = DataLoader(splits["train"], args.train_batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(TensorDataset(images, labels), args.train_batch_size, shuffle=True, drop_last=True)
     steps = args.num_epochs * len(loader)
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=steps)
     with progress_bar(total=steps, desc="training") as progress:
@@ -80,14 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     network.eval()
     with torch.no_grad():
-        test_loader = DataLoader(splits["test"], 500)
-        right = sum(
-            (network.logits(batch.to(device)).argmax(1).cpu() == targets).sum() for batch, targets in test_loader
-        )
+        batches = zip(test_images.split(500), test_labels.split(500), strict=True)
+        right = sum((network.logits(batch.to(device)).argmax(1).cpu() == targets).sum() for batch, targets in batches)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
         network.save_pretrained(folder)
         move_into(Path(folder), output_dir, last=CONFIG_NAME)
-    print(f"{args.output_dir}: {int(right)} of {len(splits['test'])} test images classified correctly")
+    print(f"{args.output_dir}: {int(right)} of {len(test_images)} test images classified correctly")
 
 
 if __name__ == "__main__":

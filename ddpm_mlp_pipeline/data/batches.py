@@ -1,4 +1,4 @@
-"""What the training loop gets from a data set: samples, and what is known of each."""
+"""Batches of a data set: samples with their labels and conditions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 
 class Batch(NamedTuple):
-    """Some samples as the network is to see them.
+    """Samples in the network's units, with their labels and conditions.
 
     Attributes:
         x_0: float32 `[batch, *sample_shape]`, normalised points or images in [-1, 1].
@@ -24,14 +24,14 @@ class Batch(NamedTuple):
 
     @property
     def known(self) -> dict[str, torch.Tensor]:
-        """What the network is told beside x_t and t, by the names of its arguments."""
+        """The network's arguments besides x_t and t."""
         given = {"class_labels": self.class_labels, "condition": self.condition}
         return {name: values for name, values in given.items() if values is not None}
 
     def forget(self, is_forgotten: torch.Tensor, null_label: int | None) -> Batch:
-        """Take labels and conditions from the samples that `is_forgotten`, bool `[batch]`, chooses.
+        """Remove labels and conditions where `is_forgotten`, bool `[batch]`, is true.
 
-        The network learns from them to do without, as classifier-free guidance needs it (Ho & Salimans 2022,
+        Classifier-free guidance needs a network that is also trained without them (Ho & Salimans 2022,
         https://arxiv.org/abs/2207.12598, algorithm 1).
         """
         labels, condition = self.class_labels, self.condition
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class BatchDataset(Protocol):
-    """A data set that hands out whole batches."""
+    """A data set that returns whole batches."""
 
     def __len__(self) -> int: ...
 
@@ -51,10 +51,10 @@ class BatchDataset(Protocol):
 
 
 class TensorBatches(Dataset[Batch]):
-    """Samples in memory, of which a batch is one indexing instead of one for each sample.
+    """A data set in memory, from which one indexing operation takes a whole batch.
 
     Args:
-        samples, class_labels, condition: of the whole data set, as `Batch` has them of a batch.
+        samples, class_labels, condition: the whole data set, with the shapes of a `Batch`.
     """
 
     def __init__(

@@ -100,10 +100,9 @@ def load_labelled_images(
         raise DatasetError(f"resolution must be at least 1, got {min(size)}")
     if channels is not None and channels not in MODES:
         raise DatasetError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), got {channels}")
-    rows, column, indices = _open_rows(name, split, number, seed)
-
-    labels, names = _labels_of(name, split, label_column)
-
+    everything = _load(name, split)
+    rows, column, indices = _choose_images(everything, name, split, number, seed)
+    labels, names = (None, []) if label_column is None else _labels_of(everything, name, label_column)
     images: np.ndarray | None = None
     kept: list[int] = []
     for row, index in zip(progress_bar(iterable=rows, desc="decoding", leave=False), indices, strict=True):
@@ -136,12 +135,9 @@ def load_labelled_images(
 
 
 def _labels_of(
-    name: str | os.PathLike[str], split: str, label_column: str | None
-) -> tuple[torch.Tensor | None, list[str]]:
-    """Return the labels of a split's rows, int64, and the classes' names."""
-    if label_column is None:
-        return None, []
-    rows = _load(name, split)
+    rows: datasets.Dataset, name: str | os.PathLike[str], label_column: str
+) -> tuple[torch.Tensor, list[str]]:
+    """Return the labels of a data set's rows, int64, and the classes' names."""
     if label_column not in rows.features:
         raise DatasetError(f"{name} has no column {label_column!r} of labels, only {', '.join(rows.features)}")
     if not isinstance(rows.features[label_column], datasets.ClassLabel):
@@ -167,7 +163,7 @@ def image_shapes(
         DatasetError: if the data set can't be loaded, is empty or has no column of images.
     """
     shapes: Counter[tuple[int, int, int]] = Counter()
-    rows, column, _ = _open_rows(name, split, number)
+    rows, column, _ = _choose_images(_load(name, split), name, split, number)
     for row in rows:
         try:
             image = _open(row[column])
@@ -183,7 +179,7 @@ def count_images(name: str | os.PathLike[str], split: str) -> int:
     Raises:
         DatasetError: if the data set can't be loaded, is empty or has no column of images.
     """
-    return len(_open_rows(name, split)[0])
+    return len(_choose_images(_load(name, split), name, split)[0])
 
 
 def choose_split(name: str | os.PathLike[str], wanted: Sequence[str]) -> str:
@@ -194,16 +190,6 @@ def choose_split(name: str | os.PathLike[str], wanted: Sequence[str]) -> str:
     """
     splits = list(_load(name, None))
     return next((split for split in wanted if split in splits), splits[0])
-
-
-def load_labels(name: str | os.PathLike[str], split: str = "train") -> torch.Tensor:
-    """Load the class labels of a data set: int64, `[number of rows]`, from its first column of type `ClassLabel`.
-
-    Raises:
-        DatasetError: if the data set can't be loaded, is empty or has no such column.
-    """
-    rows, column = _load_column(name, split, datasets.ClassLabel, "labels")
-    return torch.tensor(rows[:][column])
 
 
 def to_network_units(images: torch.Tensor) -> torch.Tensor:
@@ -224,25 +210,16 @@ def mirror_half(x_0: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.where(u[:, None, None, None] < 0.5, x_0.flip(-1), x_0)
 
 
-def _load_column(
-    name: str | os.PathLike[str], split: str, feature_type: type, what: str
-) -> tuple[datasets.Dataset, str]:
-    """Return a data set's first column of a feature type, and its name."""
-    rows = _load(name, split)
-    columns = [column for column, feature in rows.features.items() if isinstance(feature, feature_type)]
-    if not columns:
-        raise DatasetError(f"{name} has no column of {what}, only {', '.join(rows.features)}")
+def _choose_images(
+    rows: datasets.Dataset, name: str | os.PathLike[str], split: str, number: int | None = None, seed: int = 0
+) -> tuple[datasets.Dataset, str, np.ndarray]:
+    """Return undecoded images of a split's rows, at most `number`; their column; and the indices of their rows."""
+    column = next((column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None:
+        raise DatasetError(f"{name} has no column of images, only {', '.join(rows.features)}")
     if len(rows) == 0:
         raise DatasetError(f"the split {split!r} of {name} is empty")
-    return rows.select_columns(columns[:1]), columns[0]
-
-
-def _open_rows(
-    name: str | os.PathLike[str], split: str, number: int | None = None, seed: int = 0
-) -> tuple[datasets.Dataset, str, np.ndarray]:
-    """Return undecoded images of a split, at most `number`; their column; and their rows in the split."""
-    rows, column = _load_column(name, split, datasets.Image, "images")
-    indices = np.arange(len(rows))
+    rows, indices = rows.select_columns([column]), np.arange(len(rows))
     if number is not None and number < len(rows):
         indices = np.random.default_rng(seed).permutation(len(rows))[:number]
         rows = rows.select(indices)

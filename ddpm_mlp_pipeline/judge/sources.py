@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.arrays import read_array
 from ..errors import ConfigurationError, DatasetError, explain_missing_extra
+from ..progress import sampling_bar
 from ..runtime.pictures import to_pixels
 from ..runtime.request import Asked
 
@@ -91,10 +92,12 @@ def _open_sampler(path: Path, scheduler: str | None, num_inference_steps: int | 
     sampler = open_sampler(path, scheduler, num_inference_steps)
 
     def draw(number: int, seed: int, **asked: Unpack[Asked]) -> np.ndarray:
-        batches = sampler.batches(number, seed, POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE, **asked)
-        if sampler.is_points:
-            return np.concatenate([*batches])
-        return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])
+        size = POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE
+        with sampling_bar(number * len(sampler)) as progress:
+            batches = sampler.batches(number, seed, size, progress.update, **asked)
+            if sampler.is_points:
+                return np.concatenate([*batches])
+            return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])
 
     info = {"scheduler": sampler.scheduler, "sampling_steps": len(sampler)}
     columns = sampler.data_columns if sampler.is_points else None

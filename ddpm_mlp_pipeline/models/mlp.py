@@ -1,6 +1,6 @@
-"""`MLPModel`, an ε-network for points and for flattened images.
+"""`MLPModel`, a noise prediction network for points and for flattened images.
 
-This file needs torch and diffusers only, because a checkpoint carries a copy of it.
+Checkpoints carry a copy of this file, so it needs only torch and diffusers.
 """
 
 import math
@@ -17,11 +17,11 @@ from torch import nn
 class FourierFeatures(nn.Module):
     r"""
     Sinusoidal embedding of coordinates, γ(v) = [sin(Bv), cos(Bv)] (Tancik et al. 2020, https://arxiv.org/abs/2006.10739,
-    section 5, with positional encoding's axis-aligned B): an MLP alone learns only the low frequencies of a function
-    of few variables, and a thin curve is made of high ones.
+    section 5, with the axis-aligned B of positional encoding). Without it, an MLP of few inputs learns only low
+    frequencies; thin curves need high ones.
 
-    All coordinates are embedded by one matrix product and one sine, cos(z) being sin(z + π/2): at these sizes,
-    the number of operations is what an embedding costs.
+    One matrix product and one sine embed all coordinates, with cos(z) = sin(z + π/2): at these sizes, the cost is the
+    number of operations.
 
     Args:
         num_coordinates: number of coordinates, D.
@@ -44,25 +44,25 @@ class FourierFeatures(nn.Module):
         self.register_buffer("phases", phases.repeat(num_coordinates), persistent=False)
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
-        """[batch, D] to [batch, D * embedding_dim]"""
+        """Embed `[batch, D]` to `[batch, D * embedding_dim]`."""
         return torch.sin(F.linear(v, self.B, self.phases))
 
 
 class ResidualBlock(nn.Module):
-    """h + silu(W h + b(t)): a residual block whose bias is the timestep's, different in every block."""
+    """Residual block h + silu(W h + b(t)), whose bias b is computed from the timestep, separately for each block."""
 
     def __init__(self, hidden_dim: int):
         super().__init__()
         self.linear = nn.Linear(hidden_dim, hidden_dim, bias=False)
 
     def forward(self, h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        # addmm adds the bias, [1 or batch, hidden_dim], within the matrix product. In sampling the timestep is the
-        # same for the whole batch, so that its bias is one row, and costs as little as a layer's own.
+        # addmm adds the bias, [1 or batch, hidden_dim], within the matrix product. In sampling, all samples share one
+        # timestep, so that the bias is one row and costs no more than that of an ordinary layer.
         return h + F.silu(torch.addmm(bias, h, self.linear.weight.t()))
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding of a condition, `[batch, condition_dim]` to `[batch, out_dim]`, and of its absence, a row of NaN."""
+    """Embed conditions, `[batch, condition_dim]`, to `[batch, out_dim]`. A row of NaN has a learned embedding."""
 
     def __init__(self, condition_dim: int, out_dim: int, embedding_dim: int = 16):
         super().__init__()
@@ -78,12 +78,12 @@ class ConditionEmbedding(nn.Module):
 
 class MLPModel(ModelMixin, ConfigMixin):
     r"""
-    An ε-network for vectors of any dimension, 2-D points above all, and for flattened images.
+    A noise prediction network for vectors of any dimension, mainly 2-D points, and for flattened images.
 
-    The sample, and the timestep by the sinusoidal embedding of Ho et al. 2020 (https://arxiv.org/abs/2006.11239,
-    appendix B), meet in residual blocks. Coordinates of points are embedded too ([`FourierFeatures`]); pixels are not.
-    A label or a condition is embedded and added where the sample enters: in sampling, the timestep's embedding is one
-    row for the whole batch, and stays one.
+    Residual blocks combine the sample with the timestep's sinusoidal embedding (Ho et al. 2020,
+    https://arxiv.org/abs/2006.11239, appendix B). Coordinates of points are embedded by `FourierFeatures`; pixels are
+    used as they are. Embeddings of labels and conditions are added to the input of the first block, so that in
+    sampling the timestep's embedding remains one row for the whole batch.
 
     Parameters:
         in_channels (`int`, defaults to 2):
@@ -97,13 +97,13 @@ class MLPModel(ModelMixin, ConfigMixin):
         num_hidden_layers (`int`, defaults to 4):
             Number of residual blocks.
         out_channels (`int`, *optional*):
-            Dimension of the prediction, or number of its channels; by default as many as the samples have. With twice
-            as many, the network also predicts the variance, as a `DDPMScheduler` with `learned_range` wants it.
+            Dimension of the prediction, or number of its channels; defaults to `in_channels`. With twice as many, the
+            network also predicts the variance, as a `DDPMScheduler` with `learned_range` needs it.
         num_class_embeds (`int`, *optional*):
             Number of classes. The class `num_class_embeds` itself, one beyond the last, stands for "no label"; it is
             learned like the others.
         condition_dim (`int`, *optional*):
-            Size of the condition. A row of NaN stands for "no condition", which has a learned embedding of its own.
+            Size of the condition. A row of NaN stands for "no condition", which has a learned embedding.
     """
 
     @register_to_config
@@ -155,16 +155,16 @@ class MLPModel(ModelMixin, ConfigMixin):
 
         Args:
             sample (`torch.Tensor`): x_t, `[batch, in_channels]` or `[batch, in_channels, height, width]`.
-            timestep (`torch.Tensor` or `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
+            timestep (`torch.Tensor`, `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
             class_labels (`torch.Tensor`, *optional*): int64, `[batch]`; `num_class_embeds` for samples without one.
             condition (`torch.Tensor`, *optional*): `[batch, condition_dim]`; rows of NaN for samples without one.
             return_dict (`bool`, defaults to `True`): whether to return a `UNet2DOutput` rather than a tuple.
 
         Returns:
-            `UNet2DOutput` or `tuple`: its `sample` is ε, of the shape of the input but for the number of channels.
+            `UNet2DOutput` or `tuple`: its `sample` is ε, shaped like the input except for the number of channels.
 
         Raises:
-            ValueError: if there are labels or conditions that the network has no embedding for.
+            ValueError: if the network has no embedding for the labels or conditions given.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         t_emb = self.time_proj(timestep).to(self.dtype)  # [1 or batch, embedding_dim], computed in float32

@@ -1,6 +1,6 @@
-"""`SmallUNet2DModel`, an ε-network for small images that is quick on CPUs.
+"""`SmallUNet2DModel`, a noise prediction network for small images that is fast on CPUs.
 
-This file needs torch and diffusers only, because a checkpoint carries a copy of it.
+Checkpoints carry a copy of this file, so it needs only torch and diffusers.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import nn
 
 
 class ConditionEmbedding(nn.Module):
-    """Embedding of a condition, `[batch, condition_dim]` to `[batch, out_dim]`, and of its absence, a row of NaN."""
+    """Embed conditions, `[batch, condition_dim]`, to `[batch, out_dim]`. A row of NaN has a learned embedding."""
 
     def __init__(self, condition_dim: int, out_dim: int):
         super().__init__()
@@ -31,40 +31,40 @@ class ConditionEmbedding(nn.Module):
 
 class SmallUNet2DModel(ModelMixin, ConfigMixin):
     r"""
-    A U-Net for images of any size and any number of channels, shaped for speed on CPUs.
+    A U-Net for images of any size and any number of channels, designed for speed on CPUs.
 
-    Most of what a stock `UNet2DModel` costs on small images are its 3×3 convolutions at full resolution. Here, the
-    first convolution has a stride of `patch_size`, and the last, transposed one undoes it, so that all others run at a
-    lower resolution; and what the way down hands to the way up is added rather than concatenated, which halves the
-    convolutions there.
+    On small images, a stock `UNet2DModel` spends most of its time in 3×3 convolutions at full resolution. Here, the
+    first convolution has a stride of `patch_size` and the last, transposed one restores the resolution, so that all
+    others run at a lower one. Skip connections are added rather than concatenated, which halves the convolutions of
+    the up blocks.
 
     Parameters:
         sample_size (`int` or `tuple[int, int]`, defaults to 28):
-            Height and width of the images. Any will do: the model pads and crops inside.
+            Height and width of the images, of any size: the model pads and crops internally.
         in_channels (`int`, defaults to 1):
-            Number of the images' channels.
+            Number of channels of the images.
         out_channels (`int`, *optional*):
-            Number of the prediction's channels; as many as the images have by default.
+            Number of channels of the prediction; defaults to `in_channels`.
         patch_size (`int`, defaults to 2):
-            Stride of the first and the last convolution, whose kernels see 3×3 patches of this size.
+            Stride of the first and the last convolution, whose kernels cover 3×3 patches of this size.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128)`):
             Width at each resolution, from the highest; each has half the height and width of the one before.
         layers_per_block (`int`, defaults to 1):
-            Residual blocks at each resolution, on the way down and on the way up.
+            Number of residual blocks at each resolution, in the down and again in the up blocks.
         attention (`bool`, defaults to `True`):
-            Whether the middle, at the lowest resolution, has self-attention.
+            Whether there is self-attention in the middle, at the lowest resolution.
         attention_head_dim (`int`, defaults to 32):
             Width of an attention head.
         time_conditioning (`"every_block"` or `"once"`, defaults to `"every_block"`):
             Where the timestep enters: in every residual block, or once, after the stem.
         norm_num_groups (`int`, defaults to 8):
-            Groups of the group norms; divides every width.
+            Number of groups of the group norms; divides every width.
         num_class_embeds (`int`, *optional*):
             Number of classes. The class `num_class_embeds` itself, one beyond the last, stands for "no label"; it is
-            learned like the others. Labels join the timestep's embedding, as in `UNet2DModel`.
+            learned like the others. Labels are added to the timestep's embedding, as in `UNet2DModel`.
         condition_dim (`int`, *optional*):
-            Size of the condition, which joins the timestep's embedding. A row of NaN stands for "no condition", which
-            has a learned embedding of its own.
+            Size of the condition, which is added to the timestep's embedding. A row of NaN stands for "no condition",
+            which has a learned embedding.
     """
 
     @register_to_config
@@ -153,16 +153,16 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
         Args:
             sample (`torch.Tensor`): x_t, `[batch, in_channels, height, width]`, of any height and width.
-            timestep (`torch.Tensor` or `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
+            timestep (`torch.Tensor`, `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
             class_labels (`torch.Tensor`, *optional*): int64, `[batch]`; `num_class_embeds` for samples without one.
             condition (`torch.Tensor`, *optional*): `[batch, condition_dim]`; rows of NaN for samples without one.
             return_dict (`bool`, defaults to `True`): whether to return a `UNet2DOutput` rather than a tuple.
 
         Returns:
-            `UNet2DOutput` or `tuple`: its `sample` is ε, of the height and width of the input.
+            `UNet2DOutput` or `tuple`: its `sample` is ε, with the height and width of the input.
 
         Raises:
-            ValueError: if there are labels or conditions that the network has no embedding for.
+            ValueError: if the network has no embedding for the labels or conditions given.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         temb = self.time_embedding(self.time_proj(timestep).to(self.dtype))  # [1 or batch, time_dim]
@@ -207,7 +207,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
 
 def _zero(layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> None:
-    """What a residual block adds begins at zero, and so does ε_θ (as in the code of Ho et al. 2020)."""
+    """Set a layer's weights to zero, so that blocks start as the identity and ε_θ at 0 (code of Ho et al. 2020)."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

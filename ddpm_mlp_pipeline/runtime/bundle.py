@@ -1,10 +1,11 @@
-"""A bundle's `bundle.json`: what it says of the samples, and the checksums of the other files."""
+"""Read and write `bundle.json`, which describes a bundle's samples and holds the checksums of its other files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,18 @@ import numpy as np
 from ..errors import BundleError
 
 FORMAT, VERSION = "ddpm-bundle", 2
-READ_VERSIONS = (1, VERSION)  # of version 1, the network takes neither labels nor conditions
-FILES = {"unet.onnx": "network", "step_table.json": "step table"}  # which samples come out depends on these
-INPUTS = ("sample", "timestep")  # of every network
-OPTIONAL_INPUTS = ("class_labels", "condition")  # which follow in this order
-MAX_SIZE = 2**26  # of a sample, in numbers
+READ_VERSIONS = (1, VERSION)  # version 1 has no labels and no conditions
+FILES = {"unet.onnx": "network", "step_table.json": "step table"}  # the files that determine the samples
+INPUTS = ("sample", "timestep")  # every network takes these
+OPTIONAL_INPUTS = ("class_labels", "condition")  # some networks take these after them, in this order
+MAX_SIZE = 2**26  # values in a sample
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """Read what a `bundle.json` says of the samples.
+    """Read and check a `bundle.json`.
 
     Raises:
-        BundleError: if it can't be read, or describes no bundle of this version.
+        BundleError: if it can't be read or doesn't describe a bundle of a known version.
     """
     try:
         info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -36,14 +37,14 @@ def read_info(path: Path) -> dict[str, Any]:
             or not all(type(size) is int and size > 0 for size in shape)
             or math.prod(shape) > MAX_SIZE
         ):
-            raise BundleError(f"{path}: {shape} is no shape of points or images")
+            raise BundleError(f"{path}: {shape} is not a shape of points or images")
         if len(shape) == 1:
             _check_columns(info, path, "data", shape[0])
         inputs = info.setdefault("inputs", list(INPUTS))
         further = [name for name in OPTIONAL_INPUTS if name in inputs] if info["version"] == VERSION else []
         if inputs != [*INPUTS, *further]:
             known = ", ".join((*INPUTS, *OPTIONAL_INPUTS))
-            raise BundleError(f"{path}: the network needs the inputs {inputs}, of which this version knows {known}")
+            raise BundleError(f"{path}: the network takes the inputs {inputs}, but this version knows only {known}")
         if "condition" in inputs:
             _check_columns(info, path, "condition", len(info["condition_columns"]))
         if "class_labels" in inputs:
@@ -58,7 +59,7 @@ def read_info(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         folder = path.parent
         raise BundleError(
-            f"{folder} is no bundle: it has no {path.name}" if folder.is_dir() else f"there is no folder {folder}"
+            f"{folder} is not a bundle: it has no {path.name}" if folder.is_dir() else f"there is no folder {folder}"
         ) from None
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}") from None
@@ -69,7 +70,7 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def _check_columns(info: dict[str, Any], path: Path, kind: str, number: int) -> None:
-    """Check the names, means and standard deviations of the data's or of the condition's columns."""
+    """Check the names, means and standard deviations of the columns of the data or of the condition."""
     for name in (f"{kind}_mean", f"{kind}_std"):
         numbers = np.asarray(info[name], dtype=np.float64)
         if numbers.shape != (number,) or not (np.abs(numbers) < np.finfo(np.float32).max).all():
@@ -80,7 +81,7 @@ def _check_columns(info: dict[str, Any], path: Path, kind: str, number: int) -> 
 
 
 def seal(bundle: Path) -> None:
-    """Write the SHA-256 of a bundle's network and table into its `bundle.json`, when they are as they should be."""
+    """Write the SHA-256 of a bundle's network and step table into its `bundle.json`."""
     path = bundle / "bundle.json"
     info = json.loads(path.read_text(encoding="utf-8"))
     info["sha256"] = {name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in FILES}
@@ -88,24 +89,33 @@ def seal(bundle: Path) -> None:
 
 
 def read_file(bundle: Path, name: str, info: dict[str, Any]) -> bytes:
-    """What a file of a bundle holds.
+    """Return the content of one of a bundle's `FILES`.
 
     Args:
         bundle: the folder.
-        name: of the file.
-        info: what `bundle.json` says. If it has no checksum for the file, none is compared.
+        name: name of the file.
+        info: content of `bundle.json`, whose checksum for the file, if there is one, is compared.
 
     Raises:
-        BundleError: if the file can't be read, or has another checksum.
+        BundleError: if the file can't be read, or the checksum differs.
     """
     path = bundle / name
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise BundleError(f"the bundle lacks its {FILES[name]}, {path}") from None
-    except OSError as error:
-        raise BundleError(f"can't read {path}: {error.strerror}") from None
+    content = read_bytes(path, FILES[name])
     digest = hashlib.sha256(content).hexdigest()
     if info.get("sha256", {}).get(name, digest) != digest:
-        raise BundleError(f"{path} is damaged, or another bundle's: bundle.json has another SHA-256 for it")
+        raise BundleError(f"{path} is damaged or from another bundle: its SHA-256 differs from the one in bundle.json")
     return content
+
+
+def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
+    """Return the content of a file; errors call it `what`.
+
+    Raises:
+        BundleError: if the file can't be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"the bundle lacks its {what}, {path}") from None
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}") from None

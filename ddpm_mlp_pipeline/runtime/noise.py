@@ -1,11 +1,11 @@
-"""The runtime's noise: a counter-based generator, so that any number of it can be had without those before it.
+"""Generate the runtime's noise. The generator is counter-based: any value can be computed without those before it.
 
-Philox-4×32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11) turns the key, which is the
-seed, and a counter, which says where the number stands, into four uniform 32-bit words; Box and Muller's transform
-turns those into four standard normals. Sample i has a stream of its own: block b of it is Philox(key = seed, counter =
-(b, i, 0, 0)), and the normals of all its blocks in a row are, `dimension` at a time, the initial sample and then the
-noise of step 0, 1, 2 … So a sample depends on the seed and on its index alone, not on the batch that it is drawn in.
-The counter's third word numbers further streams of the same sample: stream 1 is the noise of its known values.
+Philox-4×32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11) maps a key, the seed, and a
+counter, the position, to four uniform 32-bit words. The Box–Muller transform maps these to four standard normals.
+Each sample has its own stream: block b of sample i is Philox(key = seed, counter = (b, i, 0, 0)). The normals of its
+blocks, `dimension` at a time, are the initial sample and then the noise of step 0, 1, 2 … A sample therefore depends
+only on the seed and its index, whatever the batch. The counter's third word numbers further streams of the sample:
+stream 1 is the noise of its known values.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _MASK = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
 Words: TypeAlias = npt.NDArray[np.uint64]
-"""32-bit words in 64-bit arrays, so that products are whole."""
+"""32-bit words in 64-bit arrays, which hold their products."""
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
-    """Philox-4×32-10.
+    """Return Philox-4×32-10's output for a counter and a key.
 
     Args:
         counter: four uint64 arrays that broadcast together, of values below 2³².
@@ -38,7 +38,6 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
     c0, c1, c2, c3 = counter
     k0, k1 = (np.uint64(k) for k in key)
     for _ in range(ROUNDS):
-        # 32-bit words in 64-bit arrays: the product is whole, and its halves are a shift and a mask away.
         p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _MASK, (p0 >> _32) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & _MASK, (k1 + KEY_INCREMENTS[1]) & _MASK
@@ -46,7 +45,7 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
 
 
 def _box_muller(a: Words, b: Words) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Two 32-bit words to two standard normals. Of each word the upper 24 bits count, which float32 holds exactly."""
+    """Map two 32-bit words to two standard normals. The upper 24 bits of each are used: float32 holds them exactly."""
     unit = np.float32(2.0**-24)
     u = ((a >> np.uint64(8)) + np.uint64(1)).astype(np.float32) * unit  # in (0, 1], so that the logarithm is finite
     angle = (b >> np.uint64(8)).astype(np.float32) * (unit * np.float32(2 * np.pi))
@@ -55,15 +54,15 @@ def _box_muller(a: Words, b: Words) -> tuple[npt.NDArray[np.float32], npt.NDArra
 
 
 def normal(seed: int, samples: range, dimension: int, draws: range, stream: int = 0) -> npt.NDArray[np.float32]:
-    """Standard normals for some draws of some samples.
+    """Return the standard normals of some draws of some samples.
 
     Args:
         seed: in [0, 2⁶³).
         samples: indices of the samples, below 2³².
-        dimension: how many numbers a sample has.
+        dimension: number of values in a sample.
         draws: in stream 0, 0 is the initial sample and k + 1 the noise of step k; in stream 1, k is the noise of the
             known values after step k.
-        stream: of the sample.
+        stream: number of the sample's stream.
 
     Returns:
         float32, `[len(draws), len(samples), dimension]`.

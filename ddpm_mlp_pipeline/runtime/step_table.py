@@ -1,4 +1,4 @@
-"""A step table: a scheduler, compiled to the numbers that its sampling steps consist of. Needs numpy only."""
+"""`StepTable`, a scheduler compiled to the coefficients of its sampling steps. Needs numpy only."""
 
 from __future__ import annotations
 
@@ -13,50 +13,52 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BundleError
+from .bundle import FILES, read_bytes
 
 FORMAT, VERSION = "ddpm-step-table", 3
 READ_VERSIONS = (2, VERSION)  # version 2 has no guidance, no learned variance and no ᾱ
-X, EPS, X_0, Z = range(4)  # the terms of a step, in the order of its coefficients
+X, EPS, X_0, Z = range(4)  # the terms of a step, in the order of their coefficients
 TERMS = ("x", "ε", "x̂_0", "z")
 OPTIONAL = {"alpha_cumprod": "alphas_cumprod", "guidance_scale": "guidance_scale", "log_variance": "log_variance"}
-MAX_ROWS = 2**22  # of all steps together: enough for 2,000 of them that look back to the first
+MAX_ROWS = 2**22  # of all steps together: 2,000 steps may look back to the first
 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
     r"""
-    A sampler as a table, one row for each call of the network. Call k turns x_k, what the network sees, and ε_k, its
-    output for it at `timesteps[k]`, into what it sees next:
+    A sampler as a table with one row for each call of the network. Row k turns the network's input x_k and its output
+    ε_k at `timesteps[k]` into the next input:
 
         x̂_0,k  = clip(to_x_0[k] · (x_k, ε_k), −clip_range, clip_range)
         x_k+1  = Σ_i to_next[k, i] · (x_k−i, ε_k−i, x̂_0,k−i, z_k−i)
 
-    where z_k is standard normal noise, and i goes back over as many calls as the scheduler remembers: one for DDPM,
-    DDIM and Euler, two or more for multistep solvers and those of second order. x_0 is `initial_scale` times standard
-    normal noise, and the last x is the sample. Without clipping, x̂_0 is not needed: its coefficients are 0.
+    z_k is standard normal noise. The sum goes back over `history` calls: one for DDPM, DDIM and Euler, two or more for
+    multistep and second-order solvers. The first x is `initial_scale` times standard normal noise; the last is the
+    sample. Without clipping, the coefficients of x̂_0 are 0. Where a scheduler scales the network's input, as Euler's
+    does, the coefficients contain the scale.
 
-    (A scheduler that scales what the network sees, as Euler's does, keeps another sample than that. The table has the
-    scales in its coefficients.)
+    A row may do three more things:
 
-    A row may do three more things. Guidance: ε_k is w · ε(x_k, t, c) + (1 − w) · ε(x_k, t, ∅) with the row's w (Ho &
-    Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6, whose w is one less). A learned variance: z_k is multiplied
-    by exp(½ (a v + b)), where v is the second half of the network's output (Nichol & Dhariwal 2021,
-    https://arxiv.org/abs/2102.09672, eq. 15). Known values: at last, x_k+1 ← m (√ᾱ′ y + √(1 − ᾱ′) z′) + (1 − m) x_k+1
-    with the next call's ᾱ, or 1 after the last (Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, eq. 8).
+    - Guidance: ε_k = w · ε(x_k, t, c) + (1 − w) · ε(x_k, t, ∅) with the row's w (Ho & Salimans 2022,
+      https://arxiv.org/abs/2207.12598, eq. 6, whose w is one less).
+    - Learned variance: z_k is multiplied by exp(½ (a v + b)), where v is the second half of the network's output
+      (Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, eq. 15).
+    - Known values, after the sum: x_k+1 ← m (√ᾱ′ y + √(1 − ᾱ′) z′) + (1 − m) x_k+1, where ᾱ′ is the next call's ᾱ, or
+      1 after the last call (Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, eq. 8).
 
     Attributes:
         scheduler: name of the scheduler's class.
-        initial_scale: of the first x.
-        timesteps: float32 `[calls]`, what the network is told.
+        initial_scale: standard deviation of the first x.
+        timesteps: float32 `[calls]`, the timesteps given to the network.
         to_x_0: float64 `[calls, 2]`, coefficients of the predicted x_0 (Ho et al. 2020, eq. 15).
         to_next: float64 `[calls, history, 4]`, coefficients of the next x.
         clip_range: largest magnitude of the predicted x_0, in the network's units, or `None`.
-        alphas_cumprod: float64 `[calls]`, ᾱ of what the network sees, or `None` where it isn't recorded.
+        alphas_cumprod: float64 `[calls]`, ᾱ of the network's input, or `None` if not recorded.
         guidance_scale: float64 `[calls]`, w, or `None` for 1 everywhere.
         log_variance: float64 `[calls, 2]`, a and b, or `None` without a learned variance.
 
     Raises:
-        BundleError: if the arrays' shapes or values can't be a table.
+        BundleError: if an array has the wrong shape or a value is out of range.
     """
 
     scheduler: str
@@ -92,11 +94,11 @@ class StepTable:
             raise BundleError(f"a step table of {calls} rows can't look back over {history}")
         for k in range(history):
             if self.to_next[k, k + 1 :].any():
-                raise BundleError(f"a step table's row {k} can't use what was before the first")
+                raise BundleError(f"a step table's row {k} can't look back beyond the first")
         if not 0 < self.initial_scale < np.inf:
             raise BundleError(f"a step table's initial_scale must be positive, got {self.initial_scale}")
         if self.clip_range is None and self.to_next[..., X_0].any():
-            raise BundleError("a step table that does not clip can't use the clipped x_0")
+            raise BundleError("a step table without a clip_range can't use the clipped x_0")
         if self.clip_range is not None and not 0 < self.clip_range < np.inf:
             raise BundleError(f"a step table's clip_range must be positive, got {self.clip_range}")
 
@@ -105,17 +107,17 @@ class StepTable:
 
     @property
     def history(self) -> int:
-        """Over how many calls of the network a step looks back, its own among them."""
+        """Number of calls of the network that a step uses, its own included."""
         return self.to_next.shape[1] if self.to_next.ndim == 3 else 0
 
     @property
     def terms(self) -> list[tuple[int, int]]:
-        """What the steps use: how many calls back, and `X`, `EPS`, `X_0` or `Z` of that call."""
+        """Terms with a coefficient other than 0: how many calls back, and `X`, `EPS`, `X_0` or `Z` of that call."""
         return [(i, term) for i in range(self.history) for term in range(4) if self.to_next[:, i, term].any()]
 
     @property
     def is_stochastic(self) -> npt.NDArray[np.bool_]:
-        """bool `[calls]`: whether the noise of the call is used, by its own step or a later one."""
+        """bool `[calls]`: whether this step or a later one uses the call's noise."""
         used = np.zeros(len(self), dtype=bool)
         for i in range(self.history):
             used[: len(self) - i] |= self.to_next[i:, i, Z] != 0
@@ -123,30 +125,31 @@ class StepTable:
 
     @property
     def is_guided(self) -> npt.NDArray[np.bool_]:
-        """bool `[calls]`: whether the call is guided, and so costs two evaluations of the network."""
+        """bool `[calls]`: whether the call is guided, which costs two network evaluations."""
         return np.zeros(len(self), dtype=bool) if self.guidance_scale is None else self.guidance_scale != 1
 
     def guided(self, scale: float, interval: tuple[float, float] | None = None) -> StepTable:
-        """Return the table with another guidance.
+        """Return a copy with this guidance.
 
         Args:
             scale: w.
-            interval: `(t_high, t_low)`, the timesteps to guide at, by default all (Kynkäänniemi et al. 2024,
-                https://arxiv.org/abs/2404.07724).
+            interval: `(t_high, t_low)`, the range of timesteps to guide at (Kynkäänniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724); by default all.
         """
         t_high, t_low = interval or (np.inf, -np.inf)
         is_inside = (self.timesteps <= t_high) & (self.timesteps >= t_low)
         return dataclasses.replace(self, guidance_scale=np.where(is_inside, float(scale), 1.0))
 
     def repeated(self, times: int) -> StepTable:
-        """Return the table that takes each step several times, going back by the noise of its timestep in between.
+        """Return a table that takes each step `times` times, and adds the step's noise back in between.
 
-        That is RePaint's resampling (Lugmayr et al. 2022, algorithm 1, with jumps of one step): with known values, the
-        drawn part comes to fit the known one. q(x_t | x_t′) = N(√(ᾱ_t / ᾱ_t′) x_t′, …) is linear in x and z, so that a
-        repeated table is a table like any other.
+        This is RePaint's resampling (Lugmayr et al. 2022, algorithm 1, with jumps of one step), which fits the drawn
+        values to the known ones. q(x_t | x_t′) = N(√(ᾱ_t / ᾱ_t′) x_t′, …) is linear in x and z, so the result is a
+        table, too.
 
         Raises:
-            BundleError: if the table has no `alphas_cumprod`, a learned variance, or steps that use an older noise.
+            BundleError: if the table has no `alphas_cumprod`, has a learned variance, or uses the noise of earlier
+                calls.
         """
         if times == 1:
             return self
@@ -154,7 +157,7 @@ class StepTable:
             raise BundleError("a step table without alphas_cumprod can't be resampled: export the bundle again")
         if self.log_variance is not None or self.to_next[:, 1:, Z].any():
             raise BundleError(
-                f"{self.scheduler}'s steps can't be resampled: their noise is more than a number times z"
+                f"{self.scheduler}'s steps can't be resampled: their noise is learned or comes from earlier steps"
             )
         alphas, alphas_next = self.alphas_cumprod, np.append(self.alphas_cumprod[1:], 1.0)
         share = np.sqrt(alphas / alphas_next)
@@ -163,11 +166,11 @@ class StepTable:
         to_next = np.zeros((calls, times, (history - 1) * times + 1, 4))
         for j in range(times):
             to_next[:, j, 0] = self.to_next[:, 0]
-            for i in range(1, history):  # the last time that the call i before this one was made
+            for i in range(1, history):  # the last repetition of the call that was i before this one
                 to_next[:, j, (i - 1) * times + j + 1] = self.to_next[:, i]
         again = to_next[:, :-1]
         again *= share[:, None, None, None]
-        again[:, :, 0, Z] = np.sqrt(again[:, :, 0, Z] ** 2 + variance[:, None])  # two independent noises are one
+        again[:, :, 0, Z] = np.sqrt(again[:, :, 0, Z] ** 2 + variance[:, None])  # the variances add
         rows: dict[str, Any] = {
             name: np.repeat(value, times, axis=0)
             for name in ("timesteps", "to_x_0", "alphas_cumprod", "guidance_scale")
@@ -177,7 +180,7 @@ class StepTable:
 
     @property
     def summary(self) -> str:
-        """What sampler this is, in a few words."""
+        """Scheduler, number of network calls, and options, in one line."""
         clip = "no clipping" if self.clip_range is None else f"x̂_0 clipped to ±{self.clip_range:.4g}"
         more = ", a learned variance" if self.log_variance is not None else ""
         more += f", {self.is_guided.sum()} of them guided" if self.is_guided.any() else ""
@@ -218,22 +221,16 @@ class StepTable:
         """Read a table that `save` wrote.
 
         Raises:
-            BundleError: if the file is missing, or is not such a table.
+            BundleError: if the file can't be read or holds no valid table.
         """
-        try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise BundleError(f"the bundle lacks its step table, {path}") from None
-        except OSError as error:
-            raise BundleError(f"can't read {path}: {error.strerror}") from None
-        return cls.parse(content, path)
+        return cls.parse(read_bytes(path, FILES["step_table.json"]), path)
 
     @classmethod
     def parse(cls, content: bytes, path: str | os.PathLike[str]) -> StepTable:
-        """Turn what the file at `path` holds into a table.
+        """Parse the content of a table's file; errors name it by `path`.
 
         Raises:
-            BundleError: if it is not a table that `save` wrote.
+            BundleError: if the content is no valid table.
         """
         try:
             table = json.loads(content.decode("utf-8"))
@@ -242,7 +239,7 @@ class StepTable:
             steps = table["steps"]
             rows = [np.array(step["to_next"], dtype=np.float64).reshape(-1, 4) for step in steps]
             history = max((len(row) for row in rows), default=0)
-            # A small file can list few rows for each of many steps, and many for one.
+            # The array is padded to the longest history, so that a small file could demand a large array.
             if len(rows) * history > MAX_ROWS:
                 raise BundleError(f"it looks back over {history} rows in each of {len(rows)} steps, which is too much")
             to_next = np.zeros((len(rows), history, 4))
@@ -263,5 +260,5 @@ class StepTable:
             )
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # no JSON, or other JSON
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:  # no or other JSON
             raise BundleError(f"{path} is not a step table: {type(error).__name__}: {error}") from None

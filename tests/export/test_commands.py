@@ -200,7 +200,7 @@ def test_wrong_samplings_end_in_one_line(run_forked, ddim_bundle, tmp_path):
         ((ddim_bundle, "--output", tmp_path / "cwd"), ["a folder is for images"]),
         ((ddim_bundle, "--output", "/proc/a.png"), ["/proc/a.png"]),
         ((tmp_path / "nowhere", "--output", ok), ["there is no folder"]),
-        ((tmp_path / "cwd", "--output", ok), ["is no bundle"]),
+        ((tmp_path / "cwd", "--output", ok), ["is not a bundle"]),
         ((ddim_bundle, "--output", tmp_path / "folder"), ["a folder is for images"]),
         ((ddim_bundle, "--output", ok, "--scheduler", "ddpm"), ["step table"]),
         ((pretrained("heart"), "--output", ok, "--num_inference_steps", 1001), ["from 1 to 1000"]),

@@ -10,7 +10,7 @@ import torch
 from helpers import MNIST, ROOT, needs_mnist
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
-from ddpm_mlp_pipeline.data.images import load_images, load_labels
+from ddpm_mlp_pipeline.data.images import load_images, load_labelled_images
 from ddpm_mlp_pipeline.errors import CheckpointError, MissingExtraError
 from ddpm_mlp_pipeline.judge.features import FeatureNetwork, load_features
 from ddpm_mlp_pipeline.judge.metrics import frechet_distance, image_features
@@ -26,7 +26,7 @@ def test_images_of_any_size_have_features():
 def test_the_shipped_network_knows_digits_and_tells_data_from_noise():
     features = load_features(FEATURES)
     assert sum(file.stat().st_size for file in FEATURES.iterdir()) < 1e6
-    images, labels = load_images(MNIST, "test"), load_labels(MNIST, "test")
+    images, labels, _ = load_labelled_images(MNIST, "label", "test")
     with torch.no_grad():
         right = (features.logits(images).argmax(dim=1) == labels).float().mean()
     assert right > 0.99

@@ -297,7 +297,7 @@ export function repeated(table, times) {
   }
   if (steps.some(({ toNext, logVariance }) => logVariance || toNext.slice(1).some((row) => row[3] !== 0))) {
     throw new BundleError(
-      `${table.scheduler}'s steps can't be resampled: their noise is more than a number times z`,
+      `${table.scheduler}'s steps can't be resampled: their noise is learned or comes from earlier steps`,
     );
   }
   const rows = steps.flatMap((step, k) => {
