@@ -687,7 +687,10 @@ def test_the_package_is_downloaded_once(ddim_bundle, registry, package, tmp_path
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda archive: archive.write_bytes(archive.read_bytes() + b"\0"), "the SHA-512 of the archive differs from the published package's"),
+        (
+            lambda archive: archive.write_bytes(archive.read_bytes() + b"\0"),
+            "the SHA-512 of the archive differs from the published package's",
+        ),
         (lambda archive: archive.unlink(), "404"),
     ],
 )

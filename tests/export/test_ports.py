@@ -181,7 +181,11 @@ DAMAGES = [
     ("bundle.json", edit(sample_shape=[0]), "sample_shape must be [dimension] or [channels, height, width]"),
     ("bundle.json", edit(data_mean=[1]), "data_mean must hold 2 finite numbers"),
     ("bundle.json", edit(data_columns=["x"]), "data_columns must hold 2 names"),
-    ("bundle.json", edit(sample_shape=[2**14, 2**7, 2**7]), "sample_shape must be [dimension] or [channels, height, width]"),
+    (
+        "bundle.json",
+        edit(sample_shape=[2**14, 2**7, 2**7]),
+        "sample_shape must be [dimension] or [channels, height, width]",
+    ),
     ("bundle.json", edit(data_std=[1, 1e39]), "data_std must hold 2 finite numbers"),
     ("bundle.json", edit(inputs=["sample", "timestep", "prompt"]), "the network has the inputs"),
     ("bundle.json", edit(inputs=LABELLED, version=1), "the network has the inputs"),

@@ -163,7 +163,10 @@ def cut(name):
         (edit_info(sample_shape=[]), r"bundle\.json: \[\] is not a shape of points or images"),
         (edit_info(data_mean=[1.0]), r"data_mean must hold 2 numbers"),
         (edit_info(data_columns=["x"]), r"data_columns must hold 2 names"),
-        (edit_info(inputs=["sample", "timestep", "image"]), r"inputs .*'image'\], but this version knows only sample,"),
+        (
+            edit_info(inputs=["sample", "timestep", "image"]),
+            r"inputs .*'image'\], but this version knows only sample,",
+        ),
         (edit_info(inputs=["sample", "timestep", "class_labels"]), r"does not describe a bundle: .*class_names"),
         (edit_info(data_std="wide"), r"does not describe a bundle"),
         (rename_output, r"must have the inputs sample and timestep and the output out_sample"),
