@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from .errors import ConfigurationError, DivergenceError
 from .export.compile import check_num_inference_steps, make_scheduler
 from .loading import load_checkpoint
-from .pipeline import DDPMMLPPipeline
+from .pipeline import DDPMMLPPipeline, default_num_inference_steps
 from .runtime.request import Asked
 from .runtime.sampler import Sampler
 from .training.processes import this_process
@@ -31,7 +31,8 @@ class CheckpointSampler(Sampler):
     Args:
         checkpoint: the checkpoint folder.
         scheduler: a key of `SCHEDULERS`; by default the checkpoint's own.
-        num_inference_steps: number of denoising steps; by default the number of training timesteps.
+        num_inference_steps: number of denoising steps; by default the number of training timesteps, or of calls of a
+            fitted table.
 
     Raises:
         CheckpointError: if the checkpoint can't be loaded.
@@ -44,7 +45,7 @@ class CheckpointSampler(Sampler):
         self.pipeline = load_checkpoint(checkpoint)
         if scheduler is not None:
             self.pipeline.scheduler = make_scheduler(scheduler, self.pipeline.scheduler)
-        self.num_inference_steps = num_inference_steps or self.pipeline.scheduler.config.num_train_timesteps
+        self.num_inference_steps = num_inference_steps or default_num_inference_steps(self.pipeline.scheduler)
         check_num_inference_steps(self.pipeline.scheduler, self.num_inference_steps)
         self.sample_shape = self.pipeline.sample_shape
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import CheckpointError, DDPMPipelineError
 from .pipeline import DDPMMLPPipeline
+from .table_scheduler import StepTableScheduler
 
 MAX_TIMESTEPS, MAX_SIZE = 10**6, 2**26  # limits of a scheduler's integers, and of the numbers in one sample
 
@@ -54,13 +56,15 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> DDPMMLPPipeline:
 
 
 def fingerprint(pipeline: DDPMMLPPipeline, **tensors: torch.Tensor) -> tuple[str, dict[str, Any]]:
-    """Return the SHA-256 of the network's weights and of further named tensors, and the scheduler's configuration.
+    """Return the SHA-256 of the network's weights, of step tables and of further named tensors, and the scheduler's
+    configuration.
 
     They tell two pipelines apart that were saved into the same folder.
     """
     sha = hashlib.sha256()
     for name, value in (*pipeline.unet.state_dict().items(), *tensors.items()):
         sha.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    sha.update(json.dumps(getattr(pipeline.scheduler, "tables", None)).encode())
     return sha.hexdigest(), {key: v for key, v in pipeline.scheduler.config.items() if not key.startswith("_")}
 
 
@@ -119,7 +123,8 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
     if math.prod(shape) > MAX_SIZE:
         raise ValueError(f"its samples have the shape {shape}, beyond the limit of {MAX_SIZE} numbers")
     predicted = network(torch.zeros(1, *shape, device="meta"), 0).sample.shape[1]
-    scheduler.set_timesteps(min(10, scheduler.config.num_train_timesteps))
+    has_tables = isinstance(scheduler, StepTableScheduler)
+    scheduler.set_timesteps(None if has_tables else min(10, scheduler.config.num_train_timesteps))
     x = torch.zeros(1, shape[0])
     model_output = torch.zeros(1, predicted if pipeline.learns_variance else shape[0])
     with torch.random.fork_rng(devices=[]):

@@ -25,8 +25,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-# What model_index.json says of the plugin's own models: the module in unet/ that a checkpoint carries, and its class.
-CARRIED_MODELS = [["mlp", "MLPModel"], ["unet", "SmallUNet2DModel"]]
+# What model_index.json says of the plugin's own classes: the module that a checkpoint carries, and the class; and where
+# the plugin has it.
+_INSTALLED = {
+    ("mlp", "MLPModel"): "ddpm_mlp_pipeline.models.mlp",
+    ("unet", "SmallUNet2DModel"): "ddpm_mlp_pipeline.models.unet",
+    ("table_scheduler", "StepTableScheduler"): "ddpm_mlp_pipeline.table_scheduler",
+}
 _COMPONENTS = {"unet": ModelMixin, "scheduler": SchedulerMixin}
 _IS_CARRIED = __name__ != "ddpm_mlp_pipeline.pipeline"  # this is a checkpoint's copy: there may be no plugin
 
@@ -55,7 +60,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
             The ε-network: an [`MLPModel`], or a stock `UNet2DModel`. It samples points if its configuration has no
             `sample_size`, else images.
         scheduler (`SchedulerMixin`):
-            A stock `DDPMScheduler`, or any other, made by `X.from_config(pipe.scheduler.config)`.
+            A stock `DDPMScheduler`, or any other, made by `X.from_config(pipe.scheduler.config)`; or the plugin's
+            [`StepTableScheduler`].
         data_mean, data_std (`list[float]`, *optional*):
             For points: mean and standard deviation of each coordinate of the data, which the network knows only
             as (point - mean) / std.
@@ -180,7 +186,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 What makes the samples reproducible: one for the batch, or one for each sample.
             num_inference_steps (`int`, *optional*):
-                The number of denoising steps; by default as many as the scheduler was trained with.
+                The number of denoising steps; by default as many as the scheduler was trained with, or the number of
+                calls of a [`StepTableScheduler`]'s first table.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"`, `"np"` or `"pt"`. Points have no picture: for them, `"pil"` is as `"np"`.
             return_dict (`bool`, defaults to `True`):
@@ -246,7 +253,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
         scheduler = self.scheduler
         if num_inference_steps is None:
-            num_inference_steps = scheduler.config.num_train_timesteps
+            num_inference_steps = default_num_inference_steps(scheduler)
         scheduler.set_timesteps(num_inference_steps, device=device)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
@@ -483,9 +490,16 @@ def _unwrap(names: list[str] | list[list[str]] | None) -> Any:
     return names[0] if names and isinstance(names[0], list) else names
 
 
+def default_num_inference_steps(scheduler: SchedulerMixin) -> int:
+    """Return the number of sampling steps that a scheduler takes unless told otherwise."""
+    return getattr(scheduler, "default_num_inference_steps", None) or scheduler.config.num_train_timesteps
+
+
 def alphas_cumprod_at(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> torch.Tensor:
     """Return ᾱ at timesteps that may lie between two of training's, float64 `[timesteps]`: the logarithm of the
-    signal-to-noise ratio is interpolated."""
+    signal-to-noise ratio is interpolated, unless the scheduler says what it is."""
+    if hasattr(scheduler, "alphas_cumprod_at"):
+        return scheduler.alphas_cumprod_at(timesteps)
     log_snr = torch.logit(scheduler.alphas_cumprod.double()).cpu().numpy()
     return torch.sigmoid(torch.from_numpy(np.interp(timesteps, np.arange(len(log_snr)), log_snr)))
 
@@ -521,14 +535,14 @@ def _to_channels_first(images: Any, channels: int) -> torch.Tensor:
 
 def _installed(entry: Any, kind: type) -> list[str] | None:
     """The module and class that an entry of `model_index.json` stands for; `None` if there is none of that kind."""
-    for module, name in CARRIED_MODELS:
-        installed = [f"ddpm_mlp_pipeline.models.{module}", name]
-        if kind is ModelMixin and entry in ([module, name], installed):
-            importlib.import_module(installed[0])
-            return installed
-    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or not isinstance(entry[1], str):
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(name, str) for name in entry):
         return None
-    cls = getattr(diffusers, entry[1], None)
+    module, name = entry
+    for (carried, cls_name), installed in _INSTALLED.items():
+        if module in (carried, installed) and name == cls_name:
+            cls = getattr(importlib.import_module(installed), name)
+            return [installed, name] if issubclass(cls, kind) else None
+    cls = getattr(diffusers, name, None) if module == "diffusers" else None
     return entry if isinstance(cls, type) and issubclass(cls, kind) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..errors import ConfigurationError, UnsupportedSchedulerError
 from ..pipeline import alphas_cumprod_at
 from ..runtime.step_table import EPS, X_0, StepTable, X, Z
+from ..table_scheduler import StepTableScheduler
 from .schedulers import SCHEDULERS
 
 NUM_PROBES = 128  # equations for each step, with at most 4 · MAX_HISTORY unknowns
@@ -86,7 +88,7 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     network.
 
     Args:
-        scheduler: a stock scheduler. It is not changed.
+        scheduler: a stock scheduler, which is not changed, or a `StepTableScheduler`, whose table is returned.
         num_inference_steps: number of sampling steps. (Second-order schedulers evaluate the network twice in most.)
         step_options: keyword arguments of the scheduler's `step`, such as `eta`.
 
@@ -95,6 +97,10 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
         UnsupportedSchedulerError: if the scheduler's steps are not such sums.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    if isinstance(scheduler, StepTableScheduler):  # it holds tables already
+        check_num_inference_steps(scheduler, num_inference_steps)
+        table = json.dumps(scheduler.tables[num_inference_steps])
+        return StepTable.parse(table.encode(), f"the checkpoint's table of {num_inference_steps} calls")
     if "trained_betas" not in config:
         raise UnsupportedSchedulerError(f"{name} can't be compiled: it is not for DDPM networks; choose another one")
     check_num_inference_steps(scheduler, num_inference_steps)
@@ -177,7 +183,16 @@ def _compile_learned_range(scheduler: DDPMScheduler, num_inference_steps: int) -
 
 
 def check_num_inference_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Raise a `ConfigurationError` unless the number of steps is from 1 to the number of training timesteps."""
+    """Raise a `ConfigurationError` unless the number of steps is from 1 to the number of training timesteps; or that
+    of a table, where the scheduler has tables."""
+    if isinstance(scheduler, StepTableScheduler):
+        if num_inference_steps not in scheduler.tables:
+            numbers = ", ".join(map(str, sorted(scheduler.tables)))
+            raise ConfigurationError(
+                f"the checkpoint's tables have {numbers} calls, none has {num_inference_steps}: name one of them, or a "
+                "scheduler"
+            )
+        return
     trained = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= trained:
         raise ConfigurationError(

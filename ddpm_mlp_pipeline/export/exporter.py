@@ -28,6 +28,7 @@ from ..pipeline import DDPMMLPPipeline
 from ..runtime.bundle import FORMAT, INPUTS, OPTIONAL_INPUTS, VERSION, seal
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
+from ..table_scheduler import StepTableScheduler
 from .compile import compile_scheduler, make_scheduler, split_options
 from .parity import ParityReport, compare, compare_sampler
 from .precision import reduce_precision
@@ -95,7 +96,7 @@ def export_bundle(
     Args:
         checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
         bundle: the folder to write.
-        scheduler: a key of `SCHEDULERS`. By default, DDIM for points, which clips its predictions to the data's range,
+        scheduler: a key of `SCHEDULERS`. By default the checkpoint's fitted table if it has one; else DDIM for points, which clips its predictions to the data's range,
             so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
             https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps. Where the default
             diverges, as it does on a network that is hardly trained, DDPM takes its place, and the report says so.
@@ -143,6 +144,9 @@ def export_bundle(
         pipeline.register_to_config(null_label=null_label)
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
+    if isinstance(pipeline.scheduler, StepTableScheduler) and scheduler is None and not scheduler_options:
+        num_inference_steps = num_inference_steps or pipeline.scheduler.default_num_inference_steps
+        table = table or compile_scheduler(pipeline.scheduler, num_inference_steps)
     trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options and table is None
     if table is not None:
         steps = num_inference_steps or len(table)

@@ -201,20 +201,24 @@ class StepTable:
             rows.append(f"{k:>4} {self.timesteps[k]:>7g} │{cells}")
         return "\n".join(rows)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, one line for each call."""
-        head = {"format": FORMAT, "version": VERSION, "scheduler": self.scheduler}
-        head |= {"initial_scale": self.initial_scale, "clip_range": self.clip_range}
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `step_table.json` holds."""
         values = {key: getattr(self, name) for key, name in OPTIONAL.items()}
         optional = {key: value for key, value in values.items() if value is not None}
-        rows: list[str] = []
-        for t, to_x_0, to_next in zip(self.timesteps, self.to_x_0, self.to_next, strict=True):
+        steps: list[dict[str, Any]] = []
+        for k, to_next in enumerate(self.to_next):
             used = max([1, *(np.flatnonzero(to_next.any(axis=1)) + 1)])
-            row = {"timestep": float(t), "to_x_0": list(to_x_0), "to_next": to_next[:used].tolist()}
-            row |= {key: values[len(rows)].tolist() for key, values in optional.items()}
-            rows.append(json.dumps(row))
-        text = json.dumps(head)[:-1] + ', "steps": [\n' + ",\n".join(rows) + "\n]}\n"
-        Path(path).write_text(text, encoding="utf-8")
+            step = {"timestep": float(self.timesteps[k]), "to_x_0": self.to_x_0[k].tolist()}
+            step["to_next"] = to_next[:used].tolist()
+            steps.append(step | {key: value[k].tolist() for key, value in optional.items()})
+        head = {"format": FORMAT, "version": VERSION, "scheduler": self.scheduler}
+        return head | {"initial_scale": self.initial_scale, "clip_range": self.clip_range, "steps": steps}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, one line for each call."""
+        table = self.to_dict()
+        rows = ",\n".join(map(json.dumps, table.pop("steps")))
+        Path(path).write_text(f'{json.dumps(table)[:-1]}, "steps": [\n{rows}\n]}}\n', encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:

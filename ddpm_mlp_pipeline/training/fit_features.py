@@ -1,0 +1,156 @@
+"""What samples and data are compared on while a table is fitted: coordinates, or the network's own activations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from ..data.batches import Batch
+from ..errors import ConfigurationError
+from ..models.mlp import ResidualBlock
+from ..pipeline import DDPMMLPPipeline
+
+LOG_SNRS = (4.0, 0.7)  # log(ᾱ / (1 − ᾱ)) of the noised images: of little noise, and of as much noise as image
+CLASS_DISTANCE = 2.0  # between the points of two classes, in standard deviations
+
+
+class FitFeatures(Protocol):
+    """A differentiable φ."""
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
+        """Return groups of features, each `[batch, features]`, whose distances are added up."""
+
+
+class PointFeatures:
+    """Coordinates in the network's units, with the label and the condition beside them.
+
+    The distance then compares the joint distributions, so that a table is fitted to what the data are under each
+    condition.
+
+    Args:
+        num_classes: number of classes; 0 for data without labels.
+    """
+
+    def __init__(self, num_classes: int = 0):
+        self.num_classes = num_classes
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
+        columns = [batch.x_0.flatten(1)]
+        if batch.class_labels is not None:
+            one_hot = nn.functional.one_hot(batch.class_labels, self.num_classes + 1).to(batch.x_0)
+            columns.append(one_hot * (CLASS_DISTANCE / 2**0.5))
+        if batch.condition is not None:
+            columns.append(batch.condition)
+        return [torch.cat(columns, dim=1)]
+
+
+class NetworkFeatures:
+    """Inner activations of the checkpoint's own network, on noised images and with their labels.
+
+    No other network is needed: a network that has learned to denoise images knows what they are made of (Baranchuk et
+    al. 2021, https://arxiv.org/abs/2112.03126).
+
+    Args:
+        pipeline: the pipeline. The features are of the last residual blocks before the resolution rises again: one at
+            each of the two lowest resolutions. Of an `MLPModel`, they are of its last two blocks.
+
+    Raises:
+        ConfigurationError: if the network has no such blocks.
+    """
+
+    def __init__(self, pipeline: DDPMMLPPipeline):
+        log_snr = torch.logit(pipeline.scheduler.alphas_cumprod.double())
+        self.network = pipeline.unet
+        self.timesteps = [int((log_snr - level).abs().argmin()) for level in LOG_SNRS]
+        self.alphas_cumprod = [float(pipeline.scheduler.alphas_cumprod[t]) for t in self.timesteps]
+        self.blocks = self._choose(pipeline)
+
+    def _choose(self, pipeline: DDPMMLPPipeline) -> list[nn.Module]:
+        blocks = [module for module in self.network.modules() if isinstance(module, ResnetBlock2D | ResidualBlock)]
+        x = torch.zeros(1, *pipeline.sample_shape)
+        with torch.no_grad(), _outputs(blocks) as outputs:
+            self.network(x, 0, **_null(pipeline))
+        shapes = [tuple(output.shape[2:]) for output in outputs]
+        lowest = min(shapes, default=None)
+        if lowest is None:
+            raise ConfigurationError(
+                f"{type(self.network).__name__} has no blocks whose activations could serve as features: pass --features"
+            )
+        if not lowest:  # an MLP's
+            return blocks[-2:]
+        end = len(shapes) - shapes[::-1].index(lowest)  # the blocks run in this order
+        resolutions = sorted(set(shapes[:end]))[:2]
+        return [blocks[end - 1 - shapes[:end][::-1].index(resolution)] for resolution in resolutions]
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
+        features = []
+        for t, alpha_cumprod in zip(self.timesteps, self.alphas_cumprod, strict=True):
+            noise = torch.randn(batch.x_0.shape, generator=generator)
+            x_t = alpha_cumprod**0.5 * batch.x_0 + (1 - alpha_cumprod) ** 0.5 * noise
+            with _outputs(self.blocks) as outputs:
+                self.network(x_t, t, **batch.known)
+            features += [output.flatten(1) for output in outputs]
+        return features
+
+
+class Preprocessed:
+    """The features of another network, such as a classifier's, on images in the network's units.
+
+    Args:
+        network: `[batch, channels, height, width]` in [-1, 1] to `[batch, features]`, differentiable.
+    """
+
+    def __init__(self, network: Any):
+        self.network = network
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
+        return [self.network(batch.x_0)]
+
+
+def energy_distance(
+    x: Sequence[torch.Tensor], y: Sequence[torch.Tensor], y_distances: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, unbiased, relative to the last term, summed over groups of features.
+
+    Source: Székely and Rizzo 2013, "Energy statistics". It is 0 if, and only if, the distributions are the same.
+
+    Args:
+        x, y: groups of features, each `[number, features]`.
+        y_distances: `mean_distance` of each group of y.
+    """
+    distances = [
+        (2 * torch.cdist(own, other).mean() - mean_distance(own)) / scale - 1
+        for own, other, scale in zip(x, y, y_distances, strict=True)
+    ]
+    return torch.stack(distances).sum()
+
+
+def mean_distance(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean distance of two different rows of x."""
+    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+
+
+@contextlib.contextmanager
+def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Collect the outputs of some blocks, in the order in which they run."""
+    outputs: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda block, args, output: outputs.append(output)) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _null(pipeline: DDPMMLPPipeline) -> dict[str, torch.Tensor]:
+    known = {}
+    if pipeline.num_classes:
+        known["class_labels"] = torch.zeros(1, dtype=torch.int64)
+    if pipeline.condition_columns:
+        known["condition"] = torch.zeros(1, len(pipeline.condition_columns))
+    return known
