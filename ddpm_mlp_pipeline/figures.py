@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -23,7 +24,7 @@ from .files import whole_file
 from .pipeline import DDPMMLPPipeline
 from .progress import progress_bar
 from .runtime.pictures import image_grid
-from .runtime.step_table import TERMS, StepTable
+from .runtime.step_table import TERMS, StepTable, Z
 
 # Enough to show a density of points or the variety of images, few enough to see single ones
 NUM_POINTS, NUM_IMAGES = 3000, 25
@@ -190,6 +191,44 @@ def plot_table(table: StepTable) -> Figure:
         axes.plot(calls, table.to_next[:, i, term], **style, label=label)
     axes.axhline(0, color="gray", linewidth=0.5)
     figure.legend(loc="outside right center", fontsize="small", ncols=1 + len(table.terms) // 16)
+    return figure
+
+
+def plot_fits(tables: Sequence[StepTable], scheduler: SchedulerMixin) -> Figure:
+    """Plot where each of some tables steps, what timestep it tells the network, and how much noise its steps add.
+
+    Args:
+        tables: tables with `alphas_cumprod`.
+        scheduler: the scheduler that the network was trained with.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    log_snr = torch.logit(scheduler.alphas_cumprod.double()).numpy()
+    for i, table in enumerate(tables):
+        calls = np.arange(1, len(table) + 1)
+        seen = np.asarray(table.alphas_cumprod)
+        style = {"color": f"C{i}", "marker": "o", "markersize": 4}
+        left.plot(calls, np.log(seen / (1 - seen)), **style, label=f"{len(table)} calls")
+        told = np.interp(table.timesteps, np.arange(len(log_snr)), log_snr)
+        left.plot(calls, told, color=f"C{i}", linestyle=":", linewidth=1)
+        sigma = np.sqrt(1 - seen[1:])  # of the noise in what the network sees next
+        right.plot(calls[:-1], np.abs(table.to_next[:-1, 0, Z]) / sigma, **style)
+    left.set(xlabel="network call", ylabel="log SNR (dotted: of the timestep that the network is told)")
+    right.set(xlabel="network call", ylabel="share of fresh noise in the next x's", ylim=(0, None))
+    left.legend(fontsize="small")
+    return figure
+
+
+def plot_panels(panels: Mapping[str, np.ndarray], columns: int = 3) -> Figure:
+    """Plot sets of points or of images side by side, by their titles."""
+    limits = _limits(panels.values())
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * min(columns, len(panels)), 3.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, min(columns, len(panels)), squeeze=False).ravel()
+    for axes, (title, x) in zip(grid, panels.items(), strict=False):
+        _panel(axes, x, limits, DATA_COLOR if title == "data" else SAMPLE_COLOR, title)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     return figure
 
 

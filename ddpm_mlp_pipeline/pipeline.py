@@ -25,8 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-# What model_index.json says of the plugin's own classes: the module that a checkpoint carries, and the class; and where
-# the plugin has it.
+# The plugin's own classes, by the module that a checkpoint carries and its class; and where the plugin has them
 _INSTALLED = {
     ("mlp", "MLPModel"): "ddpm_mlp_pipeline.models.mlp",
     ("unet", "SmallUNet2DModel"): "ddpm_mlp_pipeline.models.unet",

@@ -3,10 +3,11 @@
 This file needs torch, numpy and diffusers only, because a checkpoint carries a copy of it.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,8 +68,8 @@ class _Table:
             len(to_x_0) == 2 and 1 <= len(to_next) <= k + 1 and all(len(row) == 4 for row in to_next)
             for k, (to_x_0, to_next) in enumerate(zip(rows.to_x_0, rows.to_next, strict=True))
         )
-        numbers = [rows.initial_scale, rows.clip_range or 1.0, *rows.timesteps, *sum(rows.to_x_0, [])]
-        numbers += [number for to_next in rows.to_next for row in to_next for number in row]
+        lists = [rows.timesteps, *rows.to_x_0, *(row for to_next in rows.to_next for row in to_next)]
+        numbers = itertools.chain([rows.initial_scale, rows.clip_range or 1.0], *lists)
         if not steps or not shapes or not all(math.isfinite(number) for number in numbers):
             raise ValueError("a step table must have at least one step, of finite numbers in the shapes of its format")
         return rows
@@ -113,7 +114,7 @@ class StepTableScheduler(SchedulerMixin, ConfigMixin):
         ValueError: if there is no table, or one isn't valid.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
     @register_to_config

@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_seed(args.seed)
     images, labels, class_names = load_labelled_images(args.dataset_name, args.label_column, "train")
     test_images, test_labels, _ = load_labelled_images(args.dataset_name, args.label_column, "test")
+    assert labels is not None  # a column is named
+    assert test_labels is not None
     if images.shape[2] != images.shape[3]:
         raise DatasetError(f"the images of {args.dataset_name} must be square, got {tuple(images.shape[2:])}")
     network = FeatureNetwork(images.shape[2], images.shape[1], num_classes=len(class_names))

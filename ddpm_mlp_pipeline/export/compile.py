@@ -99,8 +99,8 @@ def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **ste
     name, config = type(scheduler).__name__, scheduler.config
     if isinstance(scheduler, StepTableScheduler):  # it holds tables already
         check_num_inference_steps(scheduler, num_inference_steps)
-        table = json.dumps(scheduler.tables[num_inference_steps])
-        return StepTable.parse(table.encode(), f"the checkpoint's table of {num_inference_steps} calls")
+        content = json.dumps(scheduler.tables[num_inference_steps])
+        return StepTable.parse(content.encode(), f"the checkpoint's table of {num_inference_steps} calls")
     if "trained_betas" not in config:
         raise UnsupportedSchedulerError(f"{name} can't be compiled: it is not for DDPM networks; choose another one")
     check_num_inference_steps(scheduler, num_inference_steps)
@@ -189,8 +189,8 @@ def check_num_inference_steps(scheduler: SchedulerMixin, num_inference_steps: in
         if num_inference_steps not in scheduler.tables:
             numbers = ", ".join(map(str, sorted(scheduler.tables)))
             raise ConfigurationError(
-                f"the checkpoint's tables have {numbers} calls, none has {num_inference_steps}: name one of them, or a "
-                "scheduler"
+                f"the checkpoint has no table of {num_inference_steps} calls, only of {numbers}: name one of these, "
+                "or another scheduler"
             )
         return
     trained = scheduler.config.num_train_timesteps

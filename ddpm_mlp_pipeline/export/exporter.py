@@ -96,12 +96,13 @@ def export_bundle(
     Args:
         checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
         bundle: the folder to write.
-        scheduler: a key of `SCHEDULERS`. By default the checkpoint's fitted table if it has one; else DDIM for points, which clips its predictions to the data's range,
-            so that no point strays; for images DPM-Solver++ for the reverse SDE (Lu et al. 2022,
-            https://arxiv.org/abs/2211.01095), which is closest to the data after the fewest steps. Where the default
-            diverges, as it does on a network that is hardly trained, DDPM takes its place, and the report says so.
-        num_inference_steps: number of sampling steps; by default 50, or 20 of the images' default scheduler, and
-            never more than the network was trained with.
+        scheduler: a key of `SCHEDULERS`. By default the checkpoint's own fitted table, if it has one. Else DDIM for
+            points, which clips its predictions to the data's range, so that no point strays; for images DPM-Solver++
+            for the reverse SDE (Lu et al. 2022, https://arxiv.org/abs/2211.01095), which is closest to the data after
+            the fewest steps. Where that default diverges, as it does on a network that is hardly trained, DDPM takes
+            its place, and the report says so.
+        num_inference_steps: number of sampling steps; by default those of the fitted table; else 50, or 20 of the
+            images' default scheduler, and never more than the network was trained with.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
             (where the data have a standard deviation, or for images a range, of about 1), unless every single step
             agrees up to rounding: see `ParityReport`.

@@ -20,7 +20,6 @@ from diffusers import DiffusionPipeline
 from tabulate import tabulate
 
 from ..pipeline import DDPMMLPPipeline
-from ..runtime.request import Asked
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import Z
 from .compile import noise_drawn
@@ -142,7 +141,7 @@ def compare(
     The samples are of several classes and conditions, where the network takes any. `guidance_scale` and
     `guidance_interval` tell the pipeline how the bundle's table is guided.
     """
-    guidance = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
+    guidance: dict[str, Any] = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
     run = functools.partial(_compare, pipeline, OnnxSampler(bundle), num_inference_steps, tolerance, guidance)
     report = run()
     if not report.ok:
@@ -178,9 +177,9 @@ def compare_sampler(bundle: str | os.PathLike[str]) -> float:
     return _largest(scale * (samples - expected))
 
 
-def _asked(sampler: OnnxSampler, number: int) -> Asked:
+def _asked(sampler: OnnxSampler, number: int) -> dict[str, Any]:
     """Return classes in turn, and conditions distributed as the data's, for some samples."""
-    asked: Asked = {}
+    asked: dict[str, Any] = {}
     if sampler.class_names:
         asked["class_labels"] = np.arange(number) % len(sampler.class_names)
     if sampler.condition_columns:
@@ -207,8 +206,9 @@ def _compare(
 
         latents, generator = _start(pipeline, size, NUDGE * tolerance)
         ends: deque[torch.Tensor] = deque(maxlen=1)
-        call = {"latents": latents, "callback_on_step_end": lambda *args: ends.append(args[-1]["latents"])}  # noqa: B023
-        pipeline(size, generator, num_inference_steps, **call, **asked, **guidance)
+        keep_last = functools.partial(_keep_latents, ends)
+        call: dict[str, Any] = {"latents": latents, "callback_on_step_end": keep_last, **asked, **guidance}
+        pipeline(size, generator, num_inference_steps, **call)
         amplifications[size] = _largest(ends[0].numpy() - final)
     return ParityReport(
         differences,
@@ -218,6 +218,10 @@ def _compare(
         np.max(single_steps, axis=0),
         np.max(cancellations, axis=0),
     )
+
+
+def _keep_latents(kept: deque[torch.Tensor], pipe: Any, step: int, t: torch.Tensor, state: dict[str, Any]) -> None:
+    kept.append(state["latents"])
 
 
 def _start(pipeline: DDPMMLPPipeline, batch_size: int, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Generator]:
@@ -252,7 +256,7 @@ def _run_side_by_side(
     sampler: OnnxSampler,
     num_inference_steps: int,
     batch_size: int,
-    asked: Asked,
+    asked: dict[str, Any],
     guidance: dict[str, Any],
 ) -> tuple[np.ndarray, list[tuple[float, float, float]]]:
     """Run the pipeline, and let the bundle take each step twice: from its own sample, and from the pipeline's.
@@ -301,7 +305,7 @@ def _run_side_by_side(
         return {}
 
     with pipeline.unet.register_forward_hook(network_called):
-        call = {"latents": latents, "callback_on_step_end": step_taken}
+        call: dict[str, Any] = {"latents": latents, "callback_on_step_end": step_taken}
         pipeline(batch_size, generator, num_inference_steps, **call, **asked, **guidance)
     compare_step(final)
     return final, rows

@@ -83,7 +83,10 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: `[batch, num_features]`.
         """
-        x = to_network_units(images).to(self.dtype)
+        return self.embed(to_network_units(images).to(self.dtype))
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the features of images in [-1, 1], `[batch, in_channels, height, width]`, with gradients."""
         size = self.config.sample_size
         if x.shape[-2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)

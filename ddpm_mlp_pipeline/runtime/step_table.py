@@ -116,6 +116,11 @@ class StepTable:
         return [(i, term) for i in range(self.history) for term in range(4) if self.to_next[:, i, term].any()]
 
     @property
+    def num_numbers(self) -> int:
+        """The number of timesteps and coefficients that are not 0, of which the sampler consists."""
+        return len(self) + int(np.count_nonzero(self.to_x_0)) + int(np.count_nonzero(self.to_next))
+
+    @property
     def is_stochastic(self) -> npt.NDArray[np.bool_]:
         """bool `[calls]`: whether this step or a later one uses the call's noise."""
         used = np.zeros(len(self), dtype=bool)

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError
 from ..models.mlp import ResidualBlock
 from ..pipeline import DDPMMLPPipeline
 
-LOG_SNRS = (4.0, 0.7)  # log(ᾱ / (1 − ᾱ)) of the noised images: of little noise, and of as much noise as image
+LOG_SNRS = (5.3, 2.2)  # log(ᾱ / (1 − ᾱ)) of the noised images: fine detail, and shape
 CLASS_DISTANCE = 2.0  # between the points of two classes, in standard deviations
 
 
@@ -79,7 +79,7 @@ class NetworkFeatures:
         lowest = min(shapes, default=None)
         if lowest is None:
             raise ConfigurationError(
-                f"{type(self.network).__name__} has no blocks whose activations could serve as features: pass --features"
+                f"{type(self.network).__name__} has no residual blocks to take features from: pass --features"
             )
         if not lowest:  # an MLP's
             return blocks[-2:]

@@ -3,8 +3,8 @@ Fit step tables of few network calls to a checkpoint: the numbers of a sampler, 
 
 A solver approximates an equation, whatever the data are, and needs many calls to do so well. A table of few calls has
 a few dozen numbers that can be fitted as weights are: by gradients, through all calls, of a distance between samples
-and data (Watson et al. 2022, https://arxiv.org/abs/2202.05830, who chose a kernel distance on Inception's features).
-Here it is the energy distance on the network's own activations, which any checkpoint has. The weights stay as they are.
+and data (Watson et al. 2022, https://arxiv.org/abs/2202.05830, with a kernel distance on Inception's features).
+Here it is the energy distance on the network's own activations, which any checkpoint has. The weights don't change.
 """
 
 from __future__ import annotations
@@ -65,17 +65,39 @@ class FittingArguments:
 
     @classmethod
     def of_points(cls, **options: Any) -> FittingArguments:
-        return cls(**{**dict(
-            steps=400, batch_size=1024, num_references=2048, num_held_out=8192, num_drawn=4096, check_steps=50,
-            learning_rate=0.01, first_log_snr=-5.0, last_log_snr=6.0, noise=0.0,
-        ), **options})  # fmt: skip
+        defaults: dict[str, Any] = {
+            "steps": 200,
+            "batch_size": 1024,
+            "num_references": 2048,
+            "num_held_out": 8192,
+            "num_drawn": 4096,
+        }
+        defaults |= {
+            "check_steps": 25,
+            "learning_rate": 0.01,
+            "first_log_snr": -5.0,
+            "last_log_snr": 6.0,
+            "noise": 0.0,
+        }
+        return cls(**(defaults | options))
 
     @classmethod
     def of_images(cls, **options: Any) -> FittingArguments:
-        return cls(**{**dict(
-            steps=60, batch_size=96, num_references=2048, num_held_out=1024, num_drawn=512, check_steps=15,
-            learning_rate=0.02, first_log_snr=-5.0, last_log_snr=4.5, noise=0.5,
-        ), **options})  # fmt: skip
+        defaults: dict[str, Any] = {
+            "steps": 60,
+            "batch_size": 96,
+            "num_references": 2048,
+            "num_held_out": 1024,
+            "num_drawn": 512,
+        }
+        defaults |= {
+            "check_steps": 15,
+            "learning_rate": 0.02,
+            "first_log_snr": -5.0,
+            "last_log_snr": 4.5,
+            "noise": 0.5,
+        }
+        return cls(**(defaults | options))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -182,7 +204,7 @@ class TableParameters:
 
 
 def draw(parameters: TableParameters, network: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """Draw samples by a table, with gradients: `[batch, *sample_shape]`, under the labels and conditions of a batch."""
+    """Draw samples with a table, `[batch, *sample_shape]`, with the labels and conditions of a batch."""
     x, past = torch.randn(batch.x_0.shape, generator=generator), list[Terms]()
     for t, to_x_0, to_next in parameters.rows():
         z = torch.randn(batch.x_0.shape, generator=generator)
@@ -272,21 +294,20 @@ class TableFitter:
         numbers = start.numbers.clone().requires_grad_()
         parameters = dataclasses.replace(start, numbers=numbers)
         optimizer = torch.optim.Adam([numbers], lr=args.learning_rate, betas=(0.9, 0.99))
-        state = self._resumed.pop(number, None) or _Fit(
-            numbers.detach(), optimizer.state_dict(), numbers.detach().clone()
-        )
+        first = _Fit(numbers.detach(), optimizer.state_dict(), numbers.detach().clone())
+        state = self._resumed.pop(number, first)
         with torch.no_grad():
             numbers.copy_(state.numbers)
         optimizer.load_state_dict(state.optimizer)
         if state.step == 0:
             self._check(state, parameters)
         while state.step < args.steps:
-            for group in optimizer.param_groups:  # constant, and linear to zero in the second half
-                group["lr"] = args.learning_rate * min(1.0, 2 * (1 - state.step / args.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - state.step / args.steps)
             loss = self._loss(parameters, state.step)
             optimizer.zero_grad()
             loss.backward()
-            if not loss.isfinite() or not numbers.grad.isfinite().all():
+            if numbers.grad is None or not (loss.isfinite() and numbers.grad.isfinite().all()):
                 raise DivergenceError(f"the distance of {number} calls is not finite at step {state.step}")
             optimizer.step()
             state.step += 1
@@ -331,9 +352,8 @@ class TableFitter:
         for batch in _split(labels):
             samples = batch._replace(x_0=draw(parameters, self.network, batch, generator))
             groups.append(self.features(samples, generator))
-        return float(
-            energy_distance([torch.cat(some) for some in zip(*groups, strict=True)], *self.held_out_references)
-        )
+        features = [torch.cat(some) for some in zip(*groups, strict=True)]
+        return float(energy_distance(features, *self.held_out_references))
 
     @torch.no_grad()
     def _features_of(self, indices: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -396,14 +416,8 @@ class TableFitter:
         moments = {name: torch.tensor(value) for name, value in state["optimizer"].items()}
         optimizer = torch.optim.Adam([numbers.clone().requires_grad_()], lr=self.args.learning_rate, betas=(0.9, 0.99))
         groups = optimizer.state_dict()["param_groups"]
-        return _Fit(
-            numbers,
-            {"state": {0: moments}, "param_groups": groups},
-            average,
-            state["step"],
-            best,
-            state["best_distance"],
-        )
+        optimizer_state = {"state": {0: moments}, "param_groups": groups}
+        return _Fit(numbers, optimizer_state, average, state["step"], best, state["best_distance"])
 
 
 def _split(batch: Batch) -> list[Batch]:
