@@ -46,7 +46,10 @@ NUM_POINTS, NUM_FIT_POINTS = 10_000, 100_000
 NUM_IMAGES = 2_000  # of the report
 POINT_REPEATS, IMAGE_REPEATS = 5, 1
 DATA_SEED = 1000  # of the report's points; the fit's have seed 0
-STOCK = ("ddim", "dpmsolver_multistep:sde-dpmsolver++")
+STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("ddim", {}),
+    ("dpmsolver_multistep", {"algorithm_type": "sde-dpmsolver++"}),
+)
 
 
 def is_own(name: str) -> bool:
@@ -170,21 +173,23 @@ def _judge(
         bundle = Path(folder) / "bundle"
         export_bundle(args.checkpoint, bundle, "ddpm", min(10, trained_with.config.num_train_timesteps))
         judge = TableJudge(OnnxSampler(bundle), pipeline, references, network)
-        rows = [judge.measure_data("real data (floor)", fresh)]
-        pictures: dict[str, np.ndarray] = {"data": _to_show(pipeline, references[0].x_0)}
         name, steps, options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
-        stock = _compile(trained_with, name, min(steps, trained_with.config.num_train_timesteps), options)
-        rows.append(judge.measure(f"default, {name}", stock, number))
+        steps = min(steps, trained_with.config.num_train_timesteps)
+        candidates = [(f"default: {name}", _compile(trained_with, name, steps, options))]
         for calls, table in fitter.tables.items():
             start = TableParameters.start(calls, fitter.args, trained_with).to_table()
-            rows.append(judge.measure("DDIM, equal log SNR", start, number))
-            for text in STOCK:
-                name, _, algorithm = text.partition(":")
-                options = {"algorithm_type": algorithm} if algorithm else {}
-                rows.append(judge.measure(text, _compile(trained_with, name, calls, options), number))
-            rows.append(judge.measure("fitted", table, number))
-            shown = judge.draw(references[0], figures.NUM_POINTS if pipeline.is_points else figures.NUM_IMAGES, 0)
-            pictures[f"{calls} fitted calls"] = _to_show(pipeline, shown)
+            candidates.append(("ddim, equal log SNR", start))
+            for name, options in STOCK:
+                candidates.append((name, _compile(trained_with, name, calls, options)))
+            candidates.append(("fitted", table))
+        rows = [judge.measure_data("real data (floor)", fresh)]
+        pictures: dict[str, np.ndarray] = {"data": _to_show(pipeline, references[0].x_0)}
+        with progress_bar(iterable=candidates, desc="measuring") as progress:
+            for name, table in progress:
+                rows.append(judge.measure(name, table, number))
+                if name == "fitted":
+                    shown = judge.draw(references[0], _number_shown(pipeline), 0)
+                    pictures[f"{len(table)} fitted calls"] = _to_show(pipeline, shown)
         judged = _Judged(title, rows, pictures)
         if not pipeline.is_points:
             _add_nearest(judged, judge, references[0], data, pipeline)
@@ -222,6 +227,10 @@ def _held_out(
 def _compile(trained_with: SchedulerMixin, name: str, calls: int, options: dict[str, Any]) -> StepTable:
     own, of_step = split_options(name, options)
     return compile_scheduler(make_scheduler(name, trained_with, **own), calls, **of_step)
+
+
+def _number_shown(pipeline: DDPMMLPPipeline) -> int:
+    return figures.NUM_POINTS if pipeline.is_points else figures.NUM_IMAGES
 
 
 def _to_show(pipeline: DDPMMLPPipeline, x_0: torch.Tensor) -> np.ndarray:

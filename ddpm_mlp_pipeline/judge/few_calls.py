@@ -11,14 +11,12 @@ import torch
 from ..data.batches import Batch
 from ..errors import DivergenceError
 from ..pipeline import DDPMMLPPipeline
-from ..progress import sampling_bar
 from ..runtime.request import Asked
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
 from .features import Features
 from .metrics import frechet_distance, image_features, share_in_manifold, sliced_wasserstein_distance, to_uint8
-
-BATCH_SIZE = 64
+from .sources import IMAGE_BATCH_SIZE, POINT_BATCH_SIZE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +80,8 @@ class TableJudge:
         if like.condition is not None:
             mean, std = (np.array(self.sampler.info[f"condition_{name}"]) for name in ("mean", "std"))
             asked["condition"] = like.condition[:number].double().numpy() * std + mean
-        with sampling_bar(number * len(self.sampler)) as progress:
-            samples = torch.from_numpy(self.sampler.sample(number, seed, BATCH_SIZE, on_step=progress.update, **asked))
+        batch_size = POINT_BATCH_SIZE if self.pipeline.is_points else IMAGE_BATCH_SIZE
+        samples = torch.from_numpy(self.sampler.sample(number, seed, batch_size, **asked))
         if not self.pipeline.is_points:
             return samples.permute(0, 3, 1, 2) * 2 - 1
         data_mean, data_std = (torch.tensor(self.sampler.info[f"data_{name}"]) for name in ("mean", "std"))
