@@ -5,11 +5,13 @@ seed, and a counter, which says where the number stands, into four uniform 32-bi
 turns those into four standard normals. Sample i has a stream of its own: block b of it is Philox(key = seed, counter =
 (b, i, 0, 0)), and the normals of all its blocks in a row are, `dimension` at a time, the initial sample and then the
 noise of step 0, 1, 2 … So a sample depends on the seed and on its index alone, not on the batch that it is drawn in.
-The counter's third word numbers further streams of the same sample: stream 1 is the noise of its known values.
+The counter's third word numbers further streams of the same sample: stream 1 is the noise of its known values, and
+stream 2 its label where none is asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -69,10 +71,31 @@ def normal(seed: int, samples: range, dimension: int, draws: range, stream: int 
         float32, `[len(draws), len(samples), dimension]`.
     """
     first, last = draws.start * dimension, draws.stop * dimension
-    blocks = np.arange(first // 4, -(-last // 4), dtype=np.uint64)
-    zero = np.zeros((), dtype=np.uint64)
-    index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
-    words = philox((blocks, index, zero + np.uint64(stream), zero), (seed & 0xFFFFFFFF, seed >> 32))
+    words = _words(seed, samples, np.arange(first // 4, -(-last // 4), dtype=np.uint64), stream)
     normals = np.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], axis=-1)
     numbers = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
     return numbers.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)
+
+
+def draw_labels(seed: int, samples: range, class_shares: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Draw the label of some samples, each from its own stream.
+
+    Args:
+        seed: in [0, 2⁶³).
+        samples: indices of the samples, below 2³².
+        class_shares: probability of each class; they sum to 1.
+
+    Returns:
+        int64, `[len(samples)]`.
+    """
+    # In float64, JavaScript has the same thresholds. The last class takes what rounding leaves.
+    thresholds = np.floor(np.cumsum(class_shares, dtype=np.float64) * 2.0**32)[:-1]
+    word = _words(seed, samples, np.zeros(1, dtype=np.uint64), stream=2)[0].ravel()
+    return np.searchsorted(thresholds, word.astype(np.float64), side="right").astype(np.int64)
+
+
+def _words(seed: int, samples: range, blocks: Words, stream: int) -> tuple[Words, Words, Words, Words]:
+    """Return the four words of some blocks of a stream, each `[len(samples), len(blocks)]`."""
+    zero = np.zeros((), dtype=np.uint64)
+    index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
+    return philox((blocks, index, zero + np.uint64(stream), zero), (seed & 0xFFFFFFFF, seed >> 32))
