@@ -397,9 +397,8 @@ def test_commands_draw_what_is_asked_for(run, tmp_path):
     for source, more in ((bundle, ()), (checkpoint, ("--scheduler", "ddim", "--num_inference_steps", 5))):
         argv = ("ddpm-sample", source, "--num_samples", 9, *more, "--output")
         for batch_size in (4, 9):
-            assert (
-                run(*argv, tmp_path / f"{batch_size}.npy", "--overwrite", "--batch_size", batch_size).returncode == 0
-            )
+            output = (tmp_path / f"{batch_size}.npy", "--overwrite")
+            assert run(*argv, *output, "--batch_size", batch_size).returncode == 0
         np.testing.assert_allclose(np.load(tmp_path / "4.npy"), np.load(tmp_path / "9.npy"), atol=1e-5)
         if source == bundle:
             expected = OnnxSampler(bundle).sample(9, class_labels=draw_labels(0, range(9), shares))
