@@ -67,7 +67,8 @@ def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_ste
     }
     of_a_class = ""
     if pipeline.class_names:
-        of_a_class = f"samples = pipeline(batch_size=16, class_labels={json.dumps(pipeline.class_names[0], ensure_ascii=False)})[0]\n"
+        label = json.dumps(pipeline.class_names[0], ensure_ascii=False)
+        of_a_class = f"samples = pipeline(batch_size=16, class_labels={label})[0]\n"
     text = CARD.format(
         metadata=data.to_yaml(),
         name=folder.resolve().name,
