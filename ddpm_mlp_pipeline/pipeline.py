@@ -77,6 +77,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
             The names of the condition's numbers.
         condition_mean, condition_std (`list[float]`, *optional*):
             Mean and standard deviation of each of them, as of the coordinates.
+        class_shares (`list[float]`, *optional*):
+            The share of each class among the training data, in the order of `class_names`. Where nothing is asked,
+            each sample's label is drawn from them.
     """
 
     model_cpu_offload_seq = "unet"
@@ -94,6 +97,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         condition_columns: list[str] | list[list[str]] | None = None,
         condition_mean: list[float] | None = None,
         condition_std: list[float] | None = None,
+        class_shares: list[float] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -107,6 +111,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
             condition_columns=_unwrap(condition_columns),
             condition_mean=condition_mean,
             condition_std=condition_std,
+            class_shares=class_shares,
         )
 
     @property
@@ -194,7 +199,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
             latents (`torch.Tensor`, *optional*):
                 The noise to start from instead of drawing it: standard normal, `[batch_size, *sample_shape]`.
             class_labels (`int`, `str`, or a sequence of them, *optional*):
-                The class of all samples, or of each, by number or by name. Without, samples are of any class.
+                The class of all samples, or of each, by number or by name. Where nothing is asked, neither a label
+                nor a condition nor known values, each label is drawn from `class_shares`, if they are known, before
+                any noise. Else samples without a label have the null label, "any class".
             condition (`dict[str, float]` or array, *optional*):
                 The condition in its own units: by the columns' names, or as `[condition_dim]` for all samples, or
                 `[batch_size, condition_dim]`.
@@ -237,6 +244,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         shape, device, dtype = (batch_size, *self.sample_shape), self._execution_device, self.unet.dtype
+        if self.config.class_shares is not None and class_labels is None and condition is None and known is None:
+            class_labels = self._draw_labels(batch_size, generator)
         asked = self._to_arguments(class_labels, condition, batch_size)
         predict = functools.partial(
             self._predict, asked=asked, null=self._null_of(asked, guidance_scale, guide), guide=guide
@@ -349,6 +358,19 @@ class DDPMMLPPipeline(DiffusionPipeline):
             nothing = torch.full((batch_size, len(columns)), math.nan, dtype=self.unet.dtype, device=device)
             arguments["condition"] = nothing
         return arguments
+
+    def _draw_labels(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> list[int]:
+        """Draw labels from the shares of the classes, with a generator for the batch or one for each sample."""
+        shares = torch.tensor(self.config.class_shares)
+        if len(shares) != len(self.class_names):
+            raise ValueError(f"class_shares must hold {len(self.class_names)} numbers, got {len(shares)}")
+        if isinstance(generator, list):
+            if len(generator) > 1:  # one generator is for the batch, as for the noise
+                return [label for i in range(batch_size) for label in self._draw_labels(1, [generator[i]])]
+            generator = generator[0]
+        device = self._execution_device if generator is None else generator.device
+        labels: list[int] = torch.multinomial(shares.to(device), batch_size, True, generator=generator).tolist()
+        return labels
 
     def _to_class(self, label: Any) -> int:
         if isinstance(label, str):

@@ -45,7 +45,8 @@ class Run(NamedTuple):
 
 # The heart: deterministic and clipped; stochastic; multistep without clipping; second order. The seeds use both words
 # of the key, and exceed the precision of a double. With Heun's seed, a point reaches the clip range. The other runs
-# have a learned variance; labels, conditions and an interval of guidance; known values and repeated steps.
+# have a learned variance; labels, conditions and an interval of guidance; known values and repeated steps; labels that
+# are drawn, since nothing is asked.
 RUNS = {
     "ddim_10": Run("heart", "ddim", 10, 0, {}),
     "ddpm_10": Run("heart", "ddpm", 10, 2**32 + 5, {}),
@@ -67,6 +68,7 @@ RUNS = {
     "known_values": Run(
         None, "ddpm", 4, 3, {"known": [[1.5, math.nan], [math.nan, -2.0], [math.nan, math.nan]], "resample": 2}
     ),
+    "drawn_labels": Run("moons", "ddim", 6, 2**33 + 5, {}),
 }
 
 
@@ -74,7 +76,8 @@ def record(bundle: Path, run: Run, num_samples: int = NUM_SAMPLES) -> dict[str, 
     """Record a run, one network evaluation after another, in JSON's types: see export/FORMAT.md."""
     sampler = OnnxSampler(bundle, num_threads=1)
     request, table = resolve(sampler.info, sampler.table, num_samples, **run.asked)
-    told = {name: value for name, value in run.asked.items() if name in ("class_labels", "condition")}
+    inputs = request.of(range(num_samples), run.seed).inputs
+    told: Asked = {"class_labels": inputs.get("class_labels"), "condition": run.asked.get("condition")}
     dimension = math.prod(sampler.sample_shape)
     x = sampler.first_input(num_samples, run.seed)
     calls = []
@@ -113,7 +116,7 @@ def record(bundle: Path, run: Run, num_samples: int = NUM_SAMPLES) -> dict[str, 
         "seed": str(run.seed),  # many a JSON reader makes doubles of numbers, and rounds beyond 2^53
         "num_samples": num_samples,
         "asked": {name: _numbers(value) for name, value in run.asked.items()},
-        "inputs": {name: _numbers(rows) for name, rows in request.of(range(num_samples)).inputs.items()},
+        "inputs": {name: _numbers(rows) for name, rows in inputs.items()},
         "bundle": {
             name: value
             for name, value in json.loads((bundle / "bundle.json").read_text(encoding="utf-8")).items()

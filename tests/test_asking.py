@@ -1,6 +1,7 @@
 """Labels, conditions, guidance and known values, against closed forms and from one backend to the next."""
 
 import itertools
+import json
 import math
 import sys
 
@@ -16,6 +17,7 @@ from helpers import assert_one_line_error, random_weights
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module
 from ddpm_mlp_pipeline.data.batches import TensorBatches
+from ddpm_mlp_pipeline.data.points import load_points
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export import exporter
 from ddpm_mlp_pipeline.export.compile import compile_scheduler
@@ -24,7 +26,7 @@ from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.models.mlp import MLPModel
 from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
 from ddpm_mlp_pipeline.runtime.bundle import seal
-from ddpm_mlp_pipeline.runtime.noise import normal
+from ddpm_mlp_pipeline.runtime.noise import draw_labels, normal
 from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
 
 COVARIANCE = np.array([[1.0, 0.9, 0.3], [0.9, 1.0, 0.5], [0.3, 0.5, 1.0]])
@@ -63,12 +65,16 @@ class GaussianNetwork(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=eps) if return_dict else (eps,)
 
 
-def make_pipeline(scheduler="ddpm", **options):
+def make_pipeline(scheduler="ddpm", class_shares=None, **options):
     cls, _, own = SCHEDULERS[scheduler]
     stock = DDPMScheduler(clip_sample=False, **options)
     # Without units of its own, so that the network's are the data's
     pipeline = DDPMMLPPipeline(
-        GaussianNetwork(), cls.from_config(stock.config, **own), class_names=["a", "b"], condition_columns=["c"]
+        GaussianNetwork(),
+        cls.from_config(stock.config, **own),
+        class_names=["a", "b"],
+        condition_columns=["c"],
+        class_shares=class_shares,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -96,6 +102,66 @@ def test_samples_follow_label_and_condition(fine, label, c):
     expected = A * c + SHIFTS["ab".index(label)]
     np.testing.assert_allclose(samples.mean(axis=0), expected, atol=3.5 / number**0.5 + 0.01)
     np.testing.assert_allclose(np.cov(samples.T), COVARIANCE, atol=0.08)
+
+
+SHARES = [0.2, 0.8]
+NULL = 2
+
+
+def test_labels_are_drawn_where_nothing_is_asked(tmp_path):
+    drawing, plain = (
+        make_bundle(make_pipeline("ddim", shares), tmp_path / str(shares), 10) for shares in (SHARES, None)
+    )
+    number, seed = 4000, 3
+    samples = drawing.sample(number, seed)
+    np.testing.assert_allclose(samples.mean(axis=0), SHARES @ SHIFTS, atol=3.5 / number**0.5 + 0.01)
+    number = 20
+    labels = draw_labels(seed, range(number), SHARES)
+    assert set(labels) == {0, 1}
+    for asked in ({}, {"guidance_scale": 2.0}):
+        expected = plain.sample(number, seed, class_labels=labels, **asked)
+        for batch_size in (7, 512):
+            np.testing.assert_allclose(drawing.sample(number, seed, batch_size, **asked), expected, atol=1e-5)
+        *_, last = drawing.steps(number, seed, **asked)
+        np.testing.assert_allclose(last.sample, expected, atol=1e-5)
+    # Otherwise the null label stands.
+    for asked in ({"condition": [0.5]}, {"known": {"x0": 1.0}}, {"class_labels": NULL}):
+        expected = plain.sample(number, seed, **asked)
+        np.testing.assert_array_equal(drawing.sample(number, seed, **asked), expected)
+        np.testing.assert_array_equal(drawing.sample(number, seed, **{**asked, "class_labels": NULL}), expected)
+    np.testing.assert_array_equal(drawing.predict(samples[:3], 500), plain.predict(samples[:3], 500))
+
+
+def test_torch_draws_labels_where_nothing_is_asked():
+    pipeline = make_pipeline("ddim", SHARES)
+    seen = []
+    pipeline.unet.register_forward_pre_hook(lambda unet, x, told: seen.append(told["class_labels"]), with_kwargs=True)
+
+    def draw(number, generator, **asked):
+        seen.clear()
+        points = pipeline(number, generator, 3, **asked).points
+        return points, seen[0]
+
+    def generators(samples):
+        return [torch.Generator().manual_seed(i) for i in samples]
+
+    _, labels = draw(10_000, torch.Generator().manual_seed(0))
+    assert abs(labels.double().mean() - SHARES[1]) < 4 * (SHARES[0] * SHARES[1] / 10_000) ** 0.5
+    points, labels = draw(12, generators(range(12)))
+    assert set(labels.tolist()) == {0, 1}
+    parts = [draw(len(part), generators(part)) for part in (range(5), range(5, 6), range(6, 12))]
+    np.testing.assert_allclose(np.concatenate([part for part, _ in parts]), points, atol=1e-5)
+    assert torch.cat([part for _, part in parts]).tolist() == labels.tolist()
+    assert draw(12, generators(range(12)), latents=torch.zeros(12, 3))[1].tolist() == labels.tolist()
+    for asked in ({"condition": [0.5]}, {"known": {"x0": 1.0}}, {"class_labels": NULL}):
+        assert draw(12, generators(range(12)), **asked)[1].tolist() == [NULL] * 12
+    pipeline.register_to_config(class_shares=None)
+    points, labels = draw(12, torch.Generator().manual_seed(1))
+    assert labels.tolist() == [NULL] * 12
+    np.testing.assert_array_equal(draw(12, torch.Generator().manual_seed(1), class_labels=NULL)[0], points)
+    pipeline.register_to_config(class_shares=[1.0])
+    with pytest.raises(ValueError, match="class_shares must hold 2 numbers, got 1"):
+        draw(1, None)
 
 
 def test_known_columns_leave_the_conditional_distribution(fine):
@@ -325,6 +391,18 @@ def test_commands_draw_what_is_asked_for(run, tmp_path):
     )
     assert trained.returncode == 0, trained.stderr
     assert run("ddpm-export", checkpoint, bundle).returncode == 0
+    shares = json.loads((bundle / "bundle.json").read_text())["class_shares"]
+    names = load_points("two_moons", 100_000, label_column="label").to_pandas()["label"]
+    assert shares == [(names == label).mean() for label in (0, 1)]  # lower, upper
+    for source, more in ((bundle, ()), (checkpoint, ("--scheduler", "ddim", "--num_inference_steps", 5))):
+        argv = ("ddpm-sample", source, "--num_samples", 9, *more, "--output")
+        for batch_size in (4, 9):
+            output = (tmp_path / f"{batch_size}.npy", "--overwrite")
+            assert run(*argv, *output, "--batch_size", batch_size).returncode == 0
+        np.testing.assert_allclose(np.load(tmp_path / "4.npy"), np.load(tmp_path / "9.npy"), atol=1e-5)
+        if source == bundle:
+            expected = OnnxSampler(bundle).sample(9, class_labels=draw_labels(0, range(9), shares))
+            np.testing.assert_allclose(np.load(tmp_path / "9.npy"), expected, atol=1e-5)
     asked = ("--class_labels", "upper", 0, "--num_samples", 3, "--guidance_scale", 2)
     assert run("ddpm-sample", bundle, *asked, "--output", tmp_path / "a.npy").returncode == 0
     expected = OnnxSampler(bundle).sample(6, class_labels=["upper"] * 3 + ["lower"] * 3, guidance_scale=2.0)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -153,19 +154,14 @@ def test_the_command_on_a_preset(run, tmp_path):
 
 
 @needs_mnist
-def test_the_command_on_images(run):
+def test_the_command_on_images(run, tmp_path):
     result = run("ddpm-doctor", pretrained("mnist"), "--dataset", MNIST, "--num_samples", 200)
     assert result.returncode == 0, result.stdout + result.stderr
-    result = run(
-        "ddpm-doctor",
-        pretrained("mnist"),
-        "--dataset",
-        MNIST.parent / "cifar10",
-        "--num_samples",
-        100,
-        "--split",
-        "train[:1%]",
-    )
+    others = ("--dataset", MNIST.parent / "cifar10", "--num_samples", 100, "--split", "train[:1%]")
+    assert_one_line_error(run("ddpm-doctor", pretrained("mnist"), *others), "the label 'airplane'")
+    info = json.loads((shutil.copytree(pretrained("mnist"), tmp_path / "mnist") / "model_index.json").read_text())
+    (tmp_path / "mnist" / "model_index.json").write_text(json.dumps(info | {"label_column": None}))
+    result = run("ddpm-doctor", tmp_path / "mnist", *others)
     assert result.returncode == 1
     assert "32×32 of 3 channels" in result.stdout
 

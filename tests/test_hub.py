@@ -70,7 +70,8 @@ def test_a_run_is_pushed_with_its_card(run, hub, tmp_path, monkeypatch):
     for name, value in (("HF_HUB_OFFLINE", "0"), ("HF_ENDPOINT", hub["url"]), ("HF_TOKEN", "hf_test")):
         monkeypatch.setenv(name, value)
     folder = tmp_path / "two-moons"
-    argv = ("--dataset", "two_moons", "--output_dir", folder, *SHORT, "--push_to_hub", "--hub_private_repo")
+    argv = ("--dataset", "two_moons", "--label_column", "label", "--output_dir", folder, *SHORT)
+    argv += ("--push_to_hub", "--hub_private_repo")
     result = run(sys.executable, SCRIPT, *argv)
     assert result.returncode == 0, result.stderr
     assert hub["repo"]["name"] == "two-moons"
@@ -89,6 +90,7 @@ def test_a_run_is_pushed_with_its_card(run, hub, tmp_path, monkeypatch):
     assert card.data.datasets is None  # two_moons is not a data set of the hub
     assert card.data.tags == ["ddpm", "points", "ddpm-mlp-pipeline"]
     assert "![Samples, beside the data](samples.png)" in card.text
+    assert 'samples = pipeline(batch_size=16, class_labels="lower")[0]' in card.text
     assert "max_train_steps: 4" in card.text
     assert str(tmp_path) not in card.text
     assert result.stdout.splitlines()[-1].endswith("/someone/two-moons/commit/1")

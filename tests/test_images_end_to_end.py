@@ -11,8 +11,10 @@ from helpers import LAUNCH, ROOT, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
+from ddpm_mlp_pipeline.commands import benchmark_training
+from ddpm_mlp_pipeline.commands.presets import parse_options
 from ddpm_mlp_pipeline.figures import draw_training_run, reverse_process
-from ddpm_mlp_pipeline.training.options import ImageTrainingArguments
+from ddpm_mlp_pipeline.training.options import PRESETS, ImageTrainingArguments
 
 SCRIPT = ROOT / "train_scripts" / "train_images.py"
 SMALL = ("--block_out_channels", "16,32", "--train_batch_size", 16, "--ddpm_num_steps", 20, "--lr_warmup_steps", 2)
@@ -212,3 +214,16 @@ def test_ways_of_training_are_compared(squares, run, tmp_path):
     assert DDPMMLPPipeline.from_pretrained(tmp_path / "runs" / "1").unet.config.block_out_channels == [8, 8]
     argv = (preset, f"{preset} --mixed_precision bf16")
     assert_one_line_error(run(sys.executable, ROOT / "train_scripts" / "benchmark_training.py", *argv), "share one")
+
+
+def test_compared_variants_learn_the_labels_of_their_preset(tmp_path):
+    for label, number in (("dark", 6), ("light", 2)):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(number):
+            Image.new("L", (8, 8), 20 * i).save(tmp_path / "data" / label / f"{i}.png")
+    argv = ["--config", "mnist", "--dataset_name", str(tmp_path / "data"), "--block_out_channels", "8,32"]
+    argv += ["--train_batch_size", "4", "--report_to", "none", "--output_dir", str(tmp_path / "run")]
+    options = parse_options(ImageTrainingArguments, argv, "", PRESETS)
+    pipeline, _ = benchmark_training._timed_training(options, 1)
+    assert (pipeline.class_names, pipeline.config.class_shares) == (["dark", "light"], [0.75, 0.25])
+    assert parse_options(ImageTrainingArguments, [*argv, "--label_column="], "", PRESETS).label_column is None

@@ -24,7 +24,7 @@ with command_imports("training", __name__):
     import torch
     from accelerate.utils import set_seed
 
-    from ..data.images import ImageBatches, load_images
+    from ..data.images import ImageBatches, load_images, load_labelled_images
     from ..judge.features import load_features
     from ..judge.metrics import frechet_distance, image_features, to_uint8
     from ..pipeline import DDPMMLPPipeline
@@ -37,7 +37,7 @@ with command_imports("training", __name__):
 SHORT, LONG = 10, 40  # steps of two runs, whose difference in time is that of LONG - SHORT steps
 SAMPLING_BATCH_SIZE = 250
 REPORT = "benchmark.json"
-load_images_once = functools.cache(load_images)
+load_images_once, load_labelled_images_once = functools.cache(load_images), functools.cache(load_labelled_images)
 
 
 @command
@@ -109,9 +109,10 @@ def _compare(args: argparse.Namespace, runs: dict[str, ImageTrainingArguments], 
 def _timed_training(run: ImageTrainingArguments, steps: int) -> tuple[DDPMMLPPipeline, float]:
     run.max_train_steps = steps
     set_seed(run.seed)
-    images = load_images_once(run.dataset_name, run.split, run.resolution, run.fit, run.channels)
+    form = run.label_column, run.split, run.resolution, run.fit, run.channels
+    images, labels, class_names = load_labelled_images_once(run.dataset_name, *form)
     start = time.perf_counter()
-    pipeline, _ = train_on_images(run, ImageBatches(images))
+    pipeline, _ = train_on_images(run, ImageBatches(images, labels), class_names)
     return pipeline, time.perf_counter() - start
 
 

@@ -22,7 +22,7 @@ with command_imports("ddpm-fit", __name__):
     from tabulate import tabulate
 
     from .. import figures
-    from ..data.batches import Batch, BatchDataset
+    from ..data.batches import Batch, TensorBatches
     from ..data.images import HELD_OUT_SPLITS, choose_split
     from ..data.normalized import load_normalized
     from ..data.points import POINT_SETS
@@ -162,7 +162,7 @@ def _judge(
     args: Namespace,
     pipeline: DDPMMLPPipeline,
     trained_with: SchedulerMixin,
-    data: BatchDataset,
+    data: TensorBatches,
     fitter: TableFitter,
     form: dict[str, Any],
 ) -> _Judged:
@@ -197,7 +197,7 @@ def _judge(
 
 
 def _held_out(
-    args: Namespace, pipeline: DDPMMLPPipeline, data: BatchDataset, fitter: TableFitter, form: dict[str, Any]
+    args: Namespace, pipeline: DDPMMLPPipeline, data: TensorBatches, fitter: TableFitter, form: dict[str, Any]
 ) -> tuple[list[Batch], list[Batch], str, Any]:
     """Return references and as many fresh data for each seed, a title, and the features that they are compared on."""
     if pipeline.is_points:
@@ -240,7 +240,7 @@ def _to_show(pipeline: DDPMMLPPipeline, x_0: torch.Tensor) -> np.ndarray:
 
 
 def _add_nearest(
-    judged: _Judged, judge: TableJudge, references: Batch, data: BatchDataset, pipeline: DDPMMLPPipeline
+    judged: _Judged, judge: TableJudge, references: Batch, data: TensorBatches, pipeline: DDPMMLPPipeline
 ) -> None:
     """Find the training images that samples of the last table measured are closest to, and real images, too."""
     train = data.__getitems__(list(range(len(data)))).x_0

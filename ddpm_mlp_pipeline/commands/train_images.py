@@ -16,7 +16,7 @@ with command_imports("training", __name__):
     from ..pipeline import DDPMMLPPipeline
     from ..training.loop import train
     from ..training.options import ImageTrainingArguments
-    from ..training.pipelines import make_image_pipeline
+    from ..training.pipelines import class_shares_of, make_image_pipeline
     from ..training.processes import this_process
     from .runs import finish_run, start_run
 
@@ -46,7 +46,8 @@ def train_on_images(
     draw_samples: Callable[..., None] | None = None,
 ) -> tuple[DDPMMLPPipeline, list[float]]:
     """Train a new pipeline on images of some classes; return it and the steps' losses."""
-    pipeline = make_image_pipeline(args, tuple(data.samples.shape[1:]), class_names)
+    shares = class_shares_of(data.class_labels, len(class_names))
+    pipeline = make_image_pipeline(args, tuple(data.samples.shape[1:]), class_names, shares)
     pipeline.set_progress_bar_config(disable=True)
     augment = mirror_half if args.random_flip else None
     return pipeline, train(pipeline, data, args, draw_samples, augment)

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import DatasetError
 from ..pipeline import DDPMMLPPipeline
-from .batches import BatchDataset, TensorBatches
+from .batches import TensorBatches
 from .images import ImageBatches, load_labelled_images
 from .points import POINT_SETS, load_points, split_columns
 
@@ -24,7 +24,7 @@ def load_normalized(
     noise: float | None = None,
     seed: int = 0,
     on_corrupt: Callable[[str], None] | None = None,
-) -> BatchDataset:
+) -> TensorBatches:
     """Load a data set for a trained pipeline: in its shape and, for points, with its columns, mean and deviation.
 
     Args:

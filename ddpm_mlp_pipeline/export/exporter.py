@@ -329,6 +329,8 @@ def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: 
         info["value_range"] = [-1.0, 1.0]
     if "class_labels" in inputs:
         info |= {"class_names": pipeline.class_names, "null_label": pipeline.null_label}
+        if config.class_shares is not None:
+            info["class_shares"] = config.class_shares
     if "condition" in inputs:
         columns = pipeline.condition_columns
         info["condition_mean"] = config.condition_mean or [0.0] * len(columns)

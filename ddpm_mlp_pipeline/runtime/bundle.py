@@ -53,6 +53,11 @@ def read_info(path: Path) -> dict[str, Any]:
                 raise BundleError(f"{path}: class_names must be a list of names")
             if null is not None and not (type(null) is int and 0 <= null <= len(names)):
                 raise BundleError(f"{path}: null_label must be a whole number from 0 to {len(names)}, or null")
+            if info.setdefault("class_shares", None) is not None:
+                shares = np.asarray(info["class_shares"], dtype=np.float64)
+                if shares.shape != (len(names),) or not (shares >= 0).all() or not abs(shares.sum() - 1) < 1e-6:
+                    raise BundleError(f"{path}: class_shares must hold {len(names)} numbers that sum to 1, or be null")
+                info["class_shares"] = shares.tolist()
         if not isinstance(info.get("sha256", {}), dict):
             raise BundleError(f"{path}: sha256 must hold the checksum of each file")
         return info

@@ -5,11 +5,12 @@ counter, the position, to four uniform 32-bit words. The Box–Muller transform 
 Each sample has its own stream: block b of sample i is Philox(key = seed, counter = (b, i, 0, 0)). The normals of its
 blocks, `dimension` at a time, are the initial sample and then the noise of step 0, 1, 2 … A sample therefore depends
 only on the seed and its index, whatever the batch. The counter's third word numbers further streams of the sample:
-stream 1 is the noise of its known values.
+stream 1 is the noise of its known values, stream 2 its label where none is asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -68,10 +69,31 @@ def normal(seed: int, samples: range, dimension: int, draws: range, stream: int 
         float32, `[len(draws), len(samples), dimension]`.
     """
     first, last = draws.start * dimension, draws.stop * dimension
-    blocks = np.arange(first // 4, -(-last // 4), dtype=np.uint64)
-    zero = np.zeros((), dtype=np.uint64)
-    index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
-    words = philox((blocks, index, zero + np.uint64(stream), zero), (seed & 0xFFFFFFFF, seed >> 32))
+    words = _words(seed, samples, np.arange(first // 4, -(-last // 4), dtype=np.uint64), stream)
     normals = np.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], axis=-1)
     numbers = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
     return numbers.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)
+
+
+def draw_labels(seed: int, samples: range, class_shares: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Draw the label of some samples, each from its own stream.
+
+    Args:
+        seed: in [0, 2⁶³).
+        samples: indices of the samples, below 2³².
+        class_shares: probability of each class; they sum to 1.
+
+    Returns:
+        int64, `[len(samples)]`.
+    """
+    # In float64, JavaScript has the same thresholds. The last class takes what rounding leaves.
+    thresholds = np.floor(np.cumsum(class_shares, dtype=np.float64) * 2.0**32)[:-1]
+    word = _words(seed, samples, np.zeros(1, dtype=np.uint64), stream=2)[0].ravel()
+    return np.searchsorted(thresholds, word.astype(np.float64), side="right").astype(np.int64)
+
+
+def _words(seed: int, samples: range, blocks: Words, stream: int) -> tuple[Words, Words, Words, Words]:
+    """Return the four words of some blocks of a stream, each `[len(samples), len(blocks)]`."""
+    zero = np.zeros((), dtype=np.uint64)
+    index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
+    return philox((blocks, index, zero + np.uint64(stream), zero), (seed & 0xFFFFFFFF, seed >> 32))

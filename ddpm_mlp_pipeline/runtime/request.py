@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError
+from .noise import draw_labels
 from .step_table import StepTable
 
 if TYPE_CHECKING:
@@ -39,15 +40,18 @@ class Request:
         null: the same inputs for the second half of guidance.
         known: y, float32 `[rows, *sample_shape]`, or `None`.
         mask: m, float32 that broadcasts with `known`: 1 where y is known, 0 elsewhere.
+        class_shares: probabilities to draw each sample's label by, if nothing is asked. The labels replace those of
+            `inputs`.
     """
 
     inputs: dict[str, npt.NDArray[Any]]
     null: dict[str, npt.NDArray[Any]]
     known: npt.NDArray[np.float32] | None = None
     mask: npt.NDArray[np.float32] | None = None
+    class_shares: list[float] | None = None
 
-    def of(self, samples: range) -> Request:
-        """Return the part that concerns some of the samples, with a row of inputs for each."""
+    def of(self, samples: range, seed: int) -> Request:
+        """Return the part that concerns some of the samples of a seed, with a row of inputs for each."""
 
         def rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return values[samples.start : samples.stop] if len(values) > 1 else values
@@ -59,6 +63,8 @@ class Request:
         inputs, null = (
             {name: for_each(values) for name, values in given.items()} for given in (self.inputs, self.null)
         )
+        if self.class_shares is not None:
+            inputs["class_labels"] = draw_labels(seed, samples, self.class_shares)
         if self.known is None or self.mask is None:
             return Request(inputs, null)
         return Request(inputs, null, rows(self.known), rows(self.mask))
@@ -92,6 +98,11 @@ def resolve(
     """
     if type(resample) is not int or resample < 1:
         raise ConfigurationError(f"resample must be a whole number of at least 1, got {resample}")
+    is_nothing_asked = all(values is None for values in (class_labels, condition, known))
+    takes_labels = "class_labels" in info["inputs"]
+    class_shares = info.get("class_shares") if takes_labels and is_nothing_asked else None
+    if class_shares is not None:
+        class_labels = 0  # in place of the labels that `Request.of` draws
     inputs = _inputs(info, num_samples, class_labels, condition)
     if guidance_scale is not None:
         table = table.guided(_finite(guidance_scale, "guidance_scale"), _interval(guidance_interval))
@@ -108,7 +119,7 @@ def resolve(
     y, m = _known(info, num_samples, known, mask)
     if y is not None and table.alphas_cumprod is None:
         raise ConfigurationError("this bundle's step table takes no known values: export the checkpoint again")
-    return Request(inputs, null, y, m), table.repeated(resample)
+    return Request(inputs, null, y, m, class_shares), table.repeated(resample)
 
 
 def _inputs(info: dict[str, Any], num_samples: int, class_labels: Any, condition: Any) -> dict[str, npt.NDArray[Any]]:

@@ -158,8 +158,9 @@ class OnnxSampler(Sampler):
             batch_size: at most so many go through the network together; it bounds memory and changes no sample.
             on_step: called after each step with the number of samples that it moved, for a progress bar; one call at a
                 time, but from several threads.
-            class_labels: the class of all samples, or of each: names of `class_names`, or numbers. Without, samples
-                are of any class.
+            class_labels: the class of all samples, or of each: names of `class_names`, or numbers. Where nothing is
+                asked, neither a label nor a condition nor known values, each sample's label is drawn from the bundle's
+                `class_shares`, if it has them. Else samples without a label have the null label, "any class".
             condition: in its own units, by the columns' names or as an array, `[condition_dim]` for all samples or
                 `[num_samples, condition_dim]`.
             guidance_scale: w of classifier-free guidance, by default as exported; 1 is none. A guided step costs two
@@ -205,7 +206,7 @@ class OnnxSampler(Sampler):
         session = self._session(max(1, self.num_threads // workers))
 
         def draw(part: range, stop: threading.Event | None = None) -> npt.NDArray[np.float32]:
-            return self._draw(session, table, request.of(part), part, seed, on_step, stop)
+            return self._draw(session, table, request, part, seed, on_step, stop)
 
         if workers == 1:
             yield from map(draw, samples)
@@ -257,7 +258,7 @@ class OnnxSampler(Sampler):
             )
         request, table = resolve(self.info, self.table, num_samples, **asked)
         all_, noises = range(num_samples), None if noises is None else iter(noises)
-        samples = self._steps(self._session(self.num_threads), table, request.of(all_), all_, seed, latents, noises)
+        samples = self._steps(self._session(self.num_threads), table, request, all_, seed, latents, noises)
         replacement = None
         for k, t in enumerate(table.timesteps.tolist()):
             replacement = yield DenoisingStep(k, t, samples.send(replacement))
@@ -279,12 +280,15 @@ class OnnxSampler(Sampler):
         Args:
             sample: x_t, `[batch, *sample_shape]`.
             timestep: t, one for all.
-            asked: `class_labels` and `condition`, as [`sample`][OnnxSampler.sample] takes them.
+            asked: `class_labels` and `condition`, as [`sample`][OnnxSampler.sample] takes them. No label is drawn:
+                the null label stands for none.
         """
-        request, _ = resolve(self.info, self.table.guided(1.0), len(sample), **asked)
+        info = {**self.info, "class_shares": None}
+        request, _ = resolve(info, self.table.guided(1.0), len(sample), **asked)
         feeds = {"sample": sample.astype(np.float32), "timestep": np.array(timestep, dtype=np.float32)}
+        feeds |= request.of(range(len(sample)), seed=0).inputs  # the seed has no effect: nothing is drawn
         output: npt.NDArray[np.float32]
-        (output,) = self._session(self.num_threads).run(["out_sample"], feeds | request.of(range(len(sample))).inputs)
+        (output,) = self._session(self.num_threads).run(["out_sample"], feeds)
         return output
 
     def _draw(
@@ -322,6 +326,7 @@ class OnnxSampler(Sampler):
         """Yield the sample after each step; one that is sent takes its place."""
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
+        request = request.of(samples, seed)
         shape = (len(samples), *self.sample_shape)
         size = math.prod(shape)
         if noises is None:

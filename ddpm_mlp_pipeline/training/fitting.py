@@ -22,7 +22,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from ..data.batches import Batch, BatchDataset
+from ..data.batches import Batch, TensorBatches
 from ..errors import CheckpointError, ConfigurationError, DatasetError, DivergenceError
 from ..files import whole_file
 from ..loading import fingerprint
@@ -249,7 +249,7 @@ class TableFitter:
     def __init__(
         self,
         pipeline: DDPMMLPPipeline,
-        data: BatchDataset,
+        data: TensorBatches,
         features: FitFeatures,
         args: FittingArguments,
         state_path: Path | None = None,
@@ -262,8 +262,12 @@ class TableFitter:
             raise DatasetError(f"{len(data)} samples are too few for a fit: it needs {2 * args.batch_size}")
         held_out = min(args.num_held_out, len(data) // 2) if len(data) < needed else args.num_held_out
         self.held_out, self.fitted = order[:held_out], order[held_out:]
-        chosen = self.fitted[: args.num_references]
-        self.references, self.held_out_references = self._features_of(chosen), self._features_of(self.held_out)
+        if data.class_labels is not None:
+            for indices in (self.held_out, self.fitted):
+                indices.sort(key=data.class_labels.tolist().__getitem__)  # stable
+        number = min(args.num_references, len(self.fitted))
+        self.references = self._features_of(self._some(number, self._generator(0, 3)))
+        self.held_out_references = self._features_of(data.__getitems__(self.held_out))
         self.log: list[dict[str, Any]] = []  # the distance to the held-out data at each check
         self.tables: dict[int, StepTable] = {}
         self._starts: dict[int, TableParameters] = {}
@@ -356,18 +360,22 @@ class TableFitter:
         return float(energy_distance(features, *self.held_out_references))
 
     @torch.no_grad()
-    def _features_of(self, indices: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _features_of(self, data: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the features of data, and their mean distances."""
         generator = self._generator(0, 2)
-        batches = _split(self.data.__getitems__(indices))
+        batches = _split(data)
         groups = [self.features(batch, generator) for batch in batches]
         features = [torch.cat(some) for some in zip(*groups, strict=True)]
         return features, [mean_distance(x) for x in features]
 
     def _some(self, number: int, generator: torch.Generator, indices: list[int] | None = None) -> Batch:
-        indices = self.fitted if indices is None else indices
-        chosen = torch.randint(len(indices), (number,), generator=generator).tolist()
-        return self.data.__getitems__([indices[i] for i in chosen])
+        """Choose some of the data, by default of those that the table is fitted to.
+
+        Each class has its share of them, up to one: chance in the labels would move the distance more than a step.
+        """
+        indices = self.fitted if indices is None else indices  # in the order of their labels
+        places = (torch.arange(number) + torch.rand(number, generator=generator)) * (len(indices) / number)
+        return self.data.__getitems__([indices[int(place)] for place in places.clamp(max=len(indices) - 1)])
 
     def _generator(self, number: int, step: int) -> torch.Generator:
         (seed,) = np.random.SeedSequence([self.args.seed, number, step]).generate_state(1, np.uint64)

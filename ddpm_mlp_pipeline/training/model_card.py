@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)
 samples = pipeline(batch_size=16)[0]
-```
+{of_a_class}```
 
 With the plugin installed, `DDPMMLPPipeline.from_pretrained` does the same and runs no code from this folder;
 `ddpm-export` turns the folder into one that samples without PyTorch.
@@ -64,11 +65,16 @@ def write_model_card(args: TrainingArguments, pipeline: DDPMMLPPipeline, num_ste
     options = {
         name: value for name, value in dataclasses.asdict(args).items() if value is not None and name not in LOCAL
     }
+    of_a_class = ""
+    if pipeline.class_names:
+        label = json.dumps(pipeline.class_names[0], ensure_ascii=False)
+        of_a_class = f"samples = pipeline(batch_size=16, class_labels={label})[0]\n"
     text = CARD.format(
         metadata=data.to_yaml(),
         name=folder.resolve().name,
         picture="![Samples, beside the data](samples.png)\n\n" if (folder / "samples.png").exists() else "",
         repo_id=args.hub_model_id or folder.resolve().name,
+        of_a_class=of_a_class,
         parameters=pipeline.unet.num_parameters(),
         steps=num_steps,
         options=yaml.safe_dump(options),

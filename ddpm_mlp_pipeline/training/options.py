@@ -168,7 +168,9 @@ class ImageTrainingArguments(TrainingArguments):
 
     dataset_name: str = option(help="a data set on the hub, a folder that load_dataset reads, or a folder of images")
     split: str = option("train", "split of the data set")
-    label_column: str | None = option(None, "column of labels to draw samples by; of a folder of folders, 'label'")
+    label_column: str | None = option(
+        None, "column of labels to draw samples by; of a folder of folders, 'label'; '' undoes a preset's"
+    )
     resolution: int | None = option(None, "target height and width of the images; by default they keep their size")
     fit: str = option("resize", "how to reach it: scale, or centre on black", choices=["resize", "pad"])
     channels: int | None = option(None, "1 (grey), 3 (RGB) or 4 (RGBA); by default as the first image")
@@ -191,6 +193,7 @@ class ImageTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = 20
+        self.label_column = self.label_column or None
         super().__post_init__()
         if self.ddpm_num_inference_steps is None:
             self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)

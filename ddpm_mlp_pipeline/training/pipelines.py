@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DModel
 
@@ -65,8 +66,19 @@ def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, 
         condition_columns=condition_columns or None,
         condition_mean=condition_mean.tolist() or None,
         condition_std=condition_std.tolist() or None,
+        # A sample loses its label and its condition together (label_dropout). The network has never seen a label
+        # without a condition, so such a label is not to be drawn.
+        class_shares=None if condition_columns else class_shares_of(labels, len(class_names)),
     )
     return pipeline, TensorBatches(x_0, None if labels is None else torch.from_numpy(labels), condition)
+
+
+def class_shares_of(labels: torch.Tensor | np.ndarray | None, num_classes: int) -> list[float] | None:
+    """Return the share of each class among training samples, in the order of their numbers."""
+    if labels is None:
+        return None
+    shares: list[float] = (np.bincount(labels, minlength=num_classes) / len(labels)).tolist()
+    return shares
 
 
 def default_batch_size(dataset_size: int) -> int:
@@ -75,9 +87,12 @@ def default_batch_size(dataset_size: int) -> int:
 
 
 def make_image_pipeline(
-    args: ImageTrainingArguments, sample_shape: Sequence[int], class_names: Sequence[str] = ()
+    args: ImageTrainingArguments,
+    sample_shape: Sequence[int],
+    class_names: Sequence[str] = (),
+    class_shares: list[float] | None = None,
 ) -> DDPMMLPPipeline:
-    """Make the untrained pipeline, for images of `(channels, height, width)` of some classes."""
+    """Make the untrained pipeline, for images of `(channels, height, width)` of some classes and their shares."""
     channels, *size = sample_shape
     num_classes = len(class_names)
     shared: dict[str, Any] = {
@@ -118,4 +133,5 @@ def make_image_pipeline(
         class_names=list(class_names) or None,
         null_label=num_classes or None,
         label_column=args.label_column,
+        class_shares=class_shares,
     )

@@ -2,15 +2,16 @@
 // Draw samples from a bundle's sampler.onnx (ddpm-export … --sampler) with onnxruntime-node alone:
 //
 //     npm install onnxruntime-node
-//     node sampler.mjs BUNDLE/sampler.onnx NUM_SAMPLES SEED [LABEL [GUIDANCE_SCALE]]
+//     node sampler.mjs BUNDLE/sampler.onnx NUM_SAMPLES SEED [LABELS [GUIDANCE_SCALE]]
 //
-// LABEL is a class's number, of all samples; the bundle's null_label stands for any class.
+// LABELS is a class's number, or a list such as [0,2,1] with one for each sample, and needed if the network takes labels.
+// The bundle's null_label stands for any class. FORMAT.md says how to draw labels as Python does.
 
 import { createRequire } from "node:module";
 import { join } from "node:path";
 
 const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node"); // from where the command is run
-const [network, numSamples, seed, label = "0", guidanceScale = "1"] = process.argv.slice(2);
+const [network, numSamples, seed, labels, guidanceScale = "1"] = process.argv.slice(2);
 const n = Number(numSamples), scalar = (number) => new ort.Tensor("int64", BigInt64Array.of(BigInt(number)), []);
 const filled = (name, value) => {
   const shape = [n, ...session.inputMetadata.find((input) => input.name === name).shape.slice(1)];
@@ -21,7 +22,11 @@ const session = await ort.InferenceSession.create(network);
 const inputs = {
   seed: () => scalar(seed),
   num_samples: () => scalar(numSamples),
-  class_labels: () => new ort.Tensor("int64", new BigInt64Array(n).fill(BigInt(label)), [n]),
+  class_labels: () => {
+    if (labels === undefined) throw new Error("this network takes labels: name LABELS");
+    const each = [JSON.parse(labels)].flat();
+    return new ort.Tensor("int64", BigInt64Array.from({ length: n }, (_, i) => BigInt(each[i % each.length])), [n]);
+  },
   guidance_scale: () => new ort.Tensor("float32", Float32Array.of(Number(guidanceScale)), []),
   condition: () => filled("condition", NaN), // none
   known: () => filled("known", 0),

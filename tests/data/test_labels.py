@@ -1,5 +1,6 @@
 """Labels and conditions on their way from the data to the loss."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -43,6 +44,7 @@ def test_a_files_labels_and_conditions(tmp_path, suffix):
     assert pipeline.data_columns == ["x", "y"]
     assert pipeline.null_label == 3
     assert pipeline.condition_columns == ["t"]
+    assert pipeline.config.class_shares is None  # a label without a condition is never trained
     torch.testing.assert_close(data.class_labels, torch.tensor([1, 0, 1, 2, 0]))
     torch.testing.assert_close(data.condition[:, 0] * np.std(TABLE["t"]) + 30, torch.tensor(TABLE["t"]).float())
     # As the judging commands load it
@@ -51,6 +53,15 @@ def test_a_files_labels_and_conditions(tmp_path, suffix):
     again = load_normalized(DDPMMLPPipeline.from_pretrained(folder), str(path))
     for name in ("samples", "class_labels", "condition"):
         torch.testing.assert_close(getattr(again, name), getattr(data, name))
+
+
+def test_the_shares_of_the_classes_are_recorded(tmp_path):
+    TABLE.to_csv(tmp_path / "data.csv", index=False)
+    args = PointTrainingArguments(dataset=str(tmp_path / "data.csv"), label_column="kind", output_dir="none")
+    make_point_pipeline(args)[0].save_pretrained(tmp_path / "checkpoint")
+    assert DDPMMLPPipeline.from_pretrained(tmp_path / "checkpoint").config.class_shares == [0.4, 0.4, 0.2]
+    unlabelled, _ = make_point_pipeline(dataclasses.replace(args, label_column=None, exclude=["kind"]))
+    assert unlabelled.config.class_shares is None
 
 
 def test_whole_numbers_are_labels_in_their_order(tmp_path):

@@ -40,7 +40,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
-NETWORKS = {"heart": "ddim_bundle", "swiss_roll_2015": "learned_bundle", None: "tiny_bundle"}
+NETWORKS = {"heart": "ddim_bundle", "swiss_roll_2015": "learned_bundle", "moons": "moons_bundle", None: "tiny_bundle"}
 
 
 @pytest.fixture
@@ -110,6 +110,14 @@ def learned_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Points from a network that predicts the variance, too."""
     folder = tmp_path_factory.mktemp("learned") / "bundle"
     export_bundle(pretrained("swiss_roll_2015"), folder, "ddpm", 10)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def moons_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Points of two classes, whose shares are known."""
+    folder = tmp_path_factory.mktemp("moons") / "bundle"
+    export_bundle(pretrained("moons"), folder, "ddim", 6)
     return folder
 
 

@@ -1,5 +1,6 @@
 """The noise against the generator's published test vectors, a scalar reference, and the normal distribution."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from helpers import PHILOX_ANSWERS
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from ddpm_mlp_pipeline.runtime.noise import normal, philox
+from ddpm_mlp_pipeline.runtime.noise import draw_labels, normal, philox
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX_ANSWERS)
@@ -61,3 +62,26 @@ def test_noise_is_standard_normal_and_uncorrelated():
 def test_seeds_differ():
     a, b = normal(1, range(100), 2, range(10)), normal(2**32 + 1, range(100), 2, range(10))
     assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
+
+
+SHARES = [0.1, 0.0, 0.35, 0.05, 0.5]
+
+
+def test_labels_have_the_classes_shares():
+    counts = np.bincount(draw_labels(2**40 + 1, range(10_000), SHARES), minlength=len(SHARES))
+    assert counts[1] == 0
+    is_possible = np.array(SHARES) > 0
+    assert stats.chisquare(counts[is_possible], 10_000 * np.array(SHARES)[is_possible]).pvalue > 1e-3
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), first=st.integers(0, 2**32 - 6), counts=st.lists(st.integers(0, 9), min_size=1))
+def test_each_label_is_as_the_format_says(seed, first, counts):
+    total = max(1, sum(counts))
+    shares = [count / total for count in counts] if sum(counts) else [1.0]
+    labels = draw_labels(seed, range(first, first + 5), shares).tolist()
+    for i, label in enumerate(labels):
+        counter = tuple(np.array([word], dtype=np.uint64) for word in (0, first + i, 2, 0))
+        word = int(philox(counter, (seed % 2**32, seed // 2**32))[0][0])
+        assert label == sum(math.floor(end * 2**32) <= word for end in list(itertools.accumulate(shares))[:-1])
+        assert draw_labels(seed, range(first + i, first + i + 1), shares).tolist() == [label]  # whatever the batch

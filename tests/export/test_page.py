@@ -291,6 +291,19 @@ def test_points_of_a_class_are_pythons(visit, pages, labelled_points, label, gui
     assert tab.locator("#paint").is_hidden()
 
 
+def test_any_class_is_drawn_from_the_shares(visit, pages, moons_bundle):
+    tab, sampler = visit(pages(moons_bundle)), OnnxSampler(moons_bundle)
+    for label, guidance_scale, asked in (
+        ("any", None, {}),
+        ("any", 2, {"guidance_scale": 2}),
+        ("upper", 1, {"class_labels": 1}),
+    ):
+        choose(tab, label, guidance_scale)
+        assert draw(tab, 8, 50) == ""
+        points = np.loadtxt(io.BytesIO(saved(tab)[0]), delimiter=",", skiprows=1)
+        np.testing.assert_allclose(points, sampler.sample(50, seed=8, **asked), atol=1e-4)
+
+
 def test_wrong_conditions_are_refused_in_one_line(visit, pages, labelled_points):
     tab = visit(pages(labelled_points))
     for value in ("warm", ""):

@@ -11,6 +11,7 @@ from helpers import ROOT, assert_one_line_error
 from ddpm_mlp_pipeline import OnnxSampler
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+from ddpm_mlp_pipeline.runtime.noise import draw_labels
 
 DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"
 N = 5
@@ -88,6 +89,11 @@ def test_labels_conditions_and_guidance(draw_in_node, labelled_points):
         {"classLabels": 2, "condition": [12, 1], "guidanceScale": 4, "guidanceInterval": [700, 200]},
     ]
     assert_the_same(draw_in_node, labelled_points, asked)
+
+
+def test_drawn_labels(draw_in_node, moons_bundle):
+    asked = [{}, {"classLabels": 2}, {"guidanceScale": 2}, {"known": {"x": 0.5}}]  # 2 is the null label
+    assert_the_same(draw_in_node, moons_bundle, asked)
 
 
 def test_known_values(draw_in_node, labelled_points, labelled_images):
@@ -193,6 +199,17 @@ def test_sampler_mjs_takes_a_label_and_guidance(run, node, node_folder, labelled
     assert result.returncode == 0, result.stderr
     expected = OnnxSampler(labelled_points).sample(20, 2**62, class_labels=2, guidance_scale=3.0)
     np.testing.assert_allclose(np.reshape(json.loads(result.stdout)["data"], (20, 2)), expected, atol=1e-4)
+
+
+def test_sampler_mjs_takes_a_label_for_each_sample(run, node, node_folder, moons_bundle, tmp_path):
+    onnx.save(build_sampler(moons_bundle), tmp_path / "sampler.onnx")
+    argv = (node, ROOT / "export" / "ports" / "sampler.mjs", tmp_path / "sampler.onnx", 20, 7)
+    labels = draw_labels(7, range(20), [0.4996, 0.5004]).tolist()  # as FORMAT.md says
+    result = run(*argv, labels, cwd=node_folder)
+    assert result.returncode == 0, result.stderr
+    samples = np.reshape(json.loads(result.stdout)["data"], (20, 2))
+    np.testing.assert_allclose(samples, OnnxSampler(moons_bundle).sample(20, 7), atol=1e-4)
+    assert "LABELS" in run(*argv, cwd=node_folder).stderr
 
 
 def test_bundles_of_the_versions_before_open(draw_in_node, ddim_bundle, tmp_path):

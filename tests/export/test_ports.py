@@ -10,7 +10,7 @@ from helpers import PHILOX_ANSWERS, ROOT, assert_one_line_error
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
 from ddpm_mlp_pipeline.commands.sample import csv_header
 from ddpm_mlp_pipeline.runtime.bundle import seal
-from ddpm_mlp_pipeline.runtime.noise import normal
+from ddpm_mlp_pipeline.runtime.noise import draw_labels, normal
 from export.golden import RUNS
 
 DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"
@@ -64,6 +64,21 @@ def test_the_noise_is_pythons(javascript, arguments):
     noise = np.array(javascript(script, [str(seed), *arguments[1:]]), dtype=np.float32)
     expected = normal(seed, range(first, first + num_samples), dimension, range(draw, draw + 1))
     np.testing.assert_allclose(noise, expected.ravel(), atol=1e-6, rtol=1e-6)
+
+
+TENTHS, MNISTS = [0.1] * 10, [n / 60_000 for n in (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)]
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.4996, 0.5004], TENTHS, MNISTS, [0.3, 0.0, 0.7, 0.0]])
+def test_the_labels_are_pythons(javascript, shares):
+    script = """
+        const { seed, first, number, shares } = input;
+        print(Array.from(d.drawLabels(BigInt(seed), first, number, shares), Number));
+    """
+    seed, first, number = 2**63 - 1, 2**32 - 3000, 3000
+    labels = javascript(script, {"seed": str(seed), "first": first, "number": number, "shares": shares})
+    assert labels == draw_labels(seed, range(first, first + number), shares).tolist()
+    assert len(set(labels)) == np.count_nonzero(shares)
 
 
 # A stand-in for ONNX Runtime that returns the golden run's network outputs.
@@ -195,6 +210,14 @@ DAMAGES = [
         "bundle.json",
         edit(inputs=LABELLED, class_names=["a"], null_label=2),
         "null_label must be a whole number from 0",
+    ),
+    *(
+        (
+            "bundle.json",
+            edit(inputs=LABELLED, class_names=["a", "b"], null_label=2, class_shares=shares),
+            "class_shares must hold 2 numbers that sum to 1",
+        )
+        for shares in ([1], [1.5, -0.5], [0.5, 0.4], [0.5, None], "halves")
     ),
     ("bundle.json", edit(inputs=CONDITIONED), "condition_columns must be a list of names"),
     ("bundle.json", edit(sha256=None), "sha256 must be an object"),

@@ -55,6 +55,21 @@ def test_int8_is_in_the_convolutions(checkpoint, expected, tmp_path):
     assert all(set(node.input[:2]) <= of_int8 for node in convolutions)
 
 
+@pytest.mark.parametrize("class_shares", [None, [0.5, 0.25, 0.25]])
+def test_int8_of_a_network_with_labels(checkpoint, tmp_path, class_shares):
+    unet = SmallUNet2DModel(16, block_out_channels=(32, 64), num_class_embeds=3)
+    with torch.no_grad():
+        unet.load_state_dict(DDPMMLPPipeline.from_pretrained(checkpoint).unet.state_dict(), strict=False)
+        unet.class_embedding.weight.normal_()
+    pipeline = DDPMMLPPipeline(unet, DDPMScheduler(), class_names=["a", "b", "c"], class_shares=class_shares)
+    pipeline.save_pretrained(tmp_path / "checkpoint")
+    assert (
+        0
+        < export_bundle(tmp_path / "checkpoint", tmp_path / "int8", "ddim", 5, precision="int8").precision_error
+        < 0.1
+    )
+
+
 def test_a_network_without_convolutions_has_no_int8(ddim_bundle, tmp_path):
     shutil.copytree(ddim_bundle, tmp_path / "bundle")
     with pytest.raises(ConfigurationError, match="convolutions"):

@@ -168,6 +168,16 @@ def cut(name):
             r"inputs .*'image'\], but this version knows only sample,",
         ),
         (edit_info(inputs=["sample", "timestep", "class_labels"]), r"does not describe a bundle: .*class_names"),
+        *(
+            (
+                edit_info(
+                    inputs=["sample", "timestep", "class_labels"],
+                    **{"class_names": ["a", "b"], "null_label": 2, "class_shares": shares},
+                ),
+                r"class_shares must hold 2 numbers that sum to 1",
+            )
+            for shares in ([1], [1.5, -0.5], [0.5, 0.4], [0.5, float("nan")])
+        ),
         (edit_info(data_std="wide"), r"does not describe a bundle"),
         (rename_output, r"must have the inputs sample and timestep and the output out_sample"),
     ],

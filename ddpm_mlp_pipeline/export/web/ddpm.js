@@ -27,7 +27,8 @@ export class BundleError extends Error {}
 
 /**
  * @typedef {object} Asked What to draw: one value for all samples, or one for each, in nested or flat lists.
- * @property {string | number | (string | number)[]} [classLabels] names or numbers; by default, any class
+ * @property {string | number | (string | number)[]} [classLabels] names or numbers; where nothing is asked, drawn from
+ *   the bundle's `class_shares`, if it has them; else by default the null label, "any class"
  * @property {Object<string, number> | number[]} [condition] in its own units, by name or in the columns' order
  * @property {number} [guidanceScale] w, by default the table's; 1 is no guidance
  * @property {[number, number]} [guidanceInterval] [tHigh, tLow], the timesteps to guide at
@@ -104,6 +105,25 @@ export function normal(seed, first, numSamples, dimension, draw, stream = 0) {
     normals.set(numbers.subarray(offset, offset + dimension), i * dimension);
   }
   return normals;
+}
+
+/**
+ * Draw a label for each sample, from stream 2.
+ * @param {bigint} seed in [0, 2⁶³)
+ * @param {number} first index of the first sample
+ * @param {number} numSamples
+ * @param {number[]} classShares probability of each class; they sum to 1
+ * @returns {BigInt64Array} `[numSamples]`
+ */
+export function drawLabels(seed, first, numSamples, classShares) {
+  const k0 = Number(seed & 0xffffffffn), k1 = Number(seed >> 32n), words = new Uint32Array(4);
+  let sum = 0;
+  const thresholds = classShares.map((share) => Math.floor((sum += share) * 2 ** 32));
+  thresholds.pop(); // the last class takes what rounding leaves
+  return BigInt64Array.from({ length: numSamples }, (_, i) => {
+    philox(words, k0, k1, 0, first + i, 2);
+    return BigInt(thresholds.filter((threshold) => threshold <= words[0]).length);
+  });
 }
 
 // Input of the user
@@ -192,10 +212,14 @@ export function parseInfo(bytes) {
     checkColumns("condition", info.condition_columns.length);
   }
   if (inputs.includes("class_labels")) {
-    const { class_names: names, null_label: label } = info;
+    const { class_names: names, null_label: label, class_shares: shares = null } = info;
     if (!Array.isArray(names) || !names.length || !names.every(isName)) fail("class_names must be a list of names");
     if (label !== null && !(Number.isInteger(label) && label >= 0 && label <= names.length)) {
       fail(`null_label must be a whole number from 0 to ${names.length}, or null`);
+    }
+    const areShares = shares === null || (areNumbers(shares, names.length) && shares.every((share) => share >= 0));
+    if (!areShares || (shares && Math.abs(shares.reduce((a, b) => a + b) - 1) >= 1e-6)) {
+      fail(`class_shares must hold ${names.length} numbers that sum to 1, or be null`);
     }
   }
   if (typeof sha256 !== "object" || sha256 === null || Array.isArray(sha256)) {
@@ -410,9 +434,9 @@ function knownOf(info, numSamples, known, mask) {
  * @param {Table} table
  * @param {number} numSamples
  * @param {Asked} asked
- * @returns {{table: Table, inputs: object, nulls: object, y?: Float32Array, m?: Float32Array}} the table to draw by,
- *   and the network's further inputs, what stands for nothing in them, and known values and their mask, with one row
- *   for all samples or one for each
+ * @returns {{table: Table, inputs: object, nulls: object, y?: Float32Array, m?: Float32Array, classShares?: number[]}}
+ *   the table to draw by, and the network's further inputs, what stands for nothing in them, and known values and their
+ *   mask, with one row for all samples or one for each; and the probabilities of the labels that are drawn
  * @throws {RangeError} with one line
  */
 function resolve(info, table, numSamples, asked = {}) {
@@ -421,7 +445,11 @@ function resolve(info, table, numSamples, asked = {}) {
   if (!Number.isInteger(resample) || resample < 1) {
     fail(`resample must be a whole number of at least 1, got ${resample}`);
   }
-  const inputs = inputsOf(info, numSamples, classLabels, condition);
+  const isNothingAsked = [classLabels, condition, known].every((values) => values == null);
+  const takesLabels = info.inputs.includes("class_labels");
+  const classShares = (takesLabels && isNothingAsked && info.class_shares) || undefined;
+  // If labels are drawn, the label 0 is in their place.
+  const inputs = inputsOf(info, numSamples, classShares ? 0 : classLabels, condition);
   if (guidanceScale != null) {
     if (!isNumber(guidanceScale)) fail(`guidance_scale must be a finite number, got ${guidanceScale}`);
     if (guidanceInterval != null) {
@@ -444,7 +472,7 @@ function resolve(info, table, numSamples, asked = {}) {
   if (y && table.steps[0].alphaCumprod === undefined) {
     fail("this bundle's step table takes no known values: export the checkpoint again");
   }
-  return { table: repeated(table, resample), inputs, nulls, y, m };
+  return { table: repeated(table, resample), inputs, nulls, y, m, classShares };
 }
 
 /** The rows of some samples, of values with one row for all samples or one for each. */
@@ -587,13 +615,14 @@ export class Sampler {
   }
 
   /** Do `steps` of a resolved request. The batch's first sample has the request's row `row`. */
-  async *#steps({ table, inputs: all, nulls, y: knowns, m: masks }, numSamples, seed, first, row) {
+  async *#steps({ table, inputs: all, nulls, y: knowns, m: masks, classShares }, numSamples, seed, first, row) {
     const { initialScale, clipRange, steps } = table, { dimension } = this;
     const draw = (k, stream) => normal(seed, first, numSamples, dimension, k, stream);
     const [inputs, none] = [all, nulls].map((rows) => {
       const sizes = { class_labels: 1, condition: this.conditionColumns.length };
       return Object.fromEntries(Object.keys(rows).map((n) => [n, rowsOf(rows[n], sizes[n], row, numSamples)]));
     });
+    if (classShares) inputs.class_labels = drawLabels(seed, first, numSamples, classShares);
     const [y, m] = [knowns, masks].map((rows) => rows && rowsOf(rows, dimension, row, numSamples));
     const both = Object.fromEntries(Object.keys(none).map((n) => [n, concatenated(inputs[n], none[n])]));
     // ε, and v where the network predicts the variance, of a call; guided, with both halves in one batch.

@@ -103,9 +103,10 @@ const create = (name, properties, ...children) => {
 
 /** Show the controls that this bundle supports: class, condition, guidance, painting. */
 function offerChoices({ info, guidanceScale, isGuidable, takesKnown }) {
-  const { class_names: names = [], null_label: nullLabel = null, condition_columns: columns = [] } = info;
+  const { class_names: names = [], null_label: nullLabel = null, class_shares: shares, condition_columns: columns = [] } =
+    info;
   const choices = names.map((name, i) => [name, i]).filter(([, i]) => i !== nullLabel);
-  if (nullLabel !== null) choices.unshift(["any", nullLabel]);
+  if (nullLabel !== null || shares) choices.unshift(["any", ""]); // which asks for no label
   if (names.length > MAX_BUTTONS) {
     element("label").append(...choices.map(([name, value]) => create("option", { value, textContent: name })));
     element("label-field").hidden = false;
@@ -140,8 +141,8 @@ function offerChoices({ info, guidanceScale, isGuidable, takesKnown }) {
 function readAsked() {
   const { class_names: names = [], condition_columns: columns = [] } = model.info;
   const asked = {}, slider = element("guidance");
-  if (names.length > MAX_BUTTONS) asked.classLabels = Number(element("label").value);
-  else if (names.length) asked.classLabels = Number(form.elements.label.value);
+  const label = names.length > MAX_BUTTONS ? element("label").value : form.elements.label?.value;
+  if (label) asked.classLabels = Number(label);
   const inputs = columns.map((_, i) => element(`condition-${i}`));
   inputs.forEach((input) => input.removeAttribute("aria-invalid"));
   if (inputs.some((input) => input.value.trim())) { // none at all: any
