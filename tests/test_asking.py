@@ -13,13 +13,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from helpers import assert_one_line_error, random_weights
+from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module
-from ddpm_mlp_pipeline.data.batches import TensorBatches
+from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export import exporter
 from ddpm_mlp_pipeline.export.compile import compile_scheduler
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+from ddpm_mlp_pipeline.figures import plot_what_was_asked
 from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.models.mlp import MLPModel
 from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
@@ -316,6 +318,18 @@ def test_known_parts_of_images(tmp_path):
         sampler.sample(1, known=known, mask=mask[:5])
 
 
+def test_a_figure_shows_data_and_samples_of_the_same_conditions():
+    c = torch.linspace(-3, 3, 200)[:, None]
+    data = Batch(torch.zeros(200, 3), torch.arange(200) % 2, c)
+    pipeline = make_pipeline(variance_type="fixed_large")
+    shown, drawn = (axes.collections[0] for axes in plot_what_was_asked(pipeline, data).axes)
+    for panel in (shown, drawn):
+        np.testing.assert_array_equal(panel.get_array(), data.class_labels)
+    rest = drawn.get_offsets() - c.numpy() * A[:2] - SHIFTS[data.class_labels][:, :2]
+    np.testing.assert_allclose(rest.mean(axis=0), 0, atol=0.25)
+    np.testing.assert_allclose(rest.std(axis=0), 1, atol=0.2)
+
+
 def test_commands_draw_what_is_asked_for(run, tmp_path):
     checkpoint, bundle = tmp_path / "moons", tmp_path / "bundle"
     trained = run(
@@ -325,6 +339,9 @@ def test_commands_draw_what_is_asked_for(run, tmp_path):
     )
     assert trained.returncode == 0, trained.stderr
     assert run("ddpm-export", checkpoint, bundle).returncode == 0
+    figure = ("--dataset", "two_moons", "--num_samples", 50, "--output", tmp_path / "moons.png")
+    assert run("ddpm-plot", "samples", checkpoint, *figure).returncode == 0
+    assert Image.open(tmp_path / "moons.png").width == 800
     asked = ("--class_labels", "upper", 0, "--num_samples", 3, "--guidance_scale", 2)
     assert run("ddpm-sample", bundle, *asked, "--output", tmp_path / "a.npy").returncode == 0
     expected = OnnxSampler(bundle).sample(6, class_labels=["upper"] * 3 + ["lower"] * 3, guidance_scale=2.0)
