@@ -118,7 +118,8 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
     shape, scheduler = pipeline.sample_shape, pipeline.scheduler
     if math.prod(shape) > MAX_SIZE:
         raise ValueError(f"its samples have the shape {shape}, beyond the limit of {MAX_SIZE} numbers")
-    predicted = network(torch.zeros(1, *shape, device="meta"), 0).sample.shape[1]
+    labels = {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")} if pipeline.num_classes else {}
+    predicted = network(torch.zeros(1, *shape, device="meta"), 0, **labels).sample.shape[1]
     scheduler.set_timesteps(min(10, scheduler.config.num_train_timesteps))
     x = torch.zeros(1, shape[0])
     model_output = torch.zeros(1, predicted if pipeline.learns_variance else shape[0])
@@ -128,6 +129,10 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
             x = scheduler.step(model_output, t, x).prev_sample
     if not x.isfinite().all():
         raise ValueError("its scheduler gives samples that are not finite")
+    for name in ("data_columns", "class_names", "condition_columns"):
+        values = pipeline.config[name]
+        if values is not None and not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            raise ValueError(f"its {name} must be a list of names")
     mean, std = pipeline.config.data_mean, pipeline.config.data_std
     if pipeline.is_points and (mean, std) != (None, None):
         std = torch.tensor(std, dtype=torch.float32)

@@ -8,14 +8,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from helpers import assert_one_line_error, random_weights
 from PIL import Image
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module
+from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module, pretrained
 from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export import exporter
@@ -239,9 +239,9 @@ def test_networks_without_labels_say_so(tmp_path):
             pipeline(2, **asked)
 
 
-def test_a_stock_network_needs_a_named_null_label(tmp_path):
+def stock_network():
     torch.manual_seed(0)
-    unet = UNet2DModel(
+    return UNet2DModel(
         8,
         1,
         1,
@@ -252,6 +252,37 @@ def test_a_stock_network_needs_a_named_null_label(tmp_path):
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,
     )
+
+
+def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, tmp_path):
+    unet, checkpoint, bundle = stock_network(), tmp_path / "stock", tmp_path / "bundle"
+    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(checkpoint)
+    export = ("ddpm-export", checkpoint, bundle, "--scheduler", "ddim", "--num_inference_steps", 5)
+    for null_label in (4, -1):
+        assert_one_line_error(run(*export, "--null_label", null_label), "null_label", "4 labels")
+        assert not bundle.exists()
+    assert run(*export, "--null_label", 3, "--guidance_scale", 1.5).returncode == 0
+    sampler = OnnxSampler(bundle, num_threads=1)
+    np.testing.assert_array_equal(
+        sampler.sample(2, guidance_scale=1), sampler.sample(2, class_labels=3, guidance_scale=1)
+    )
+    named = DDPMMLPPipeline(unet, DDIMScheduler(), null_label=3)
+    asked = {"class_labels": [1, 2], "guidance_scale": 1.5}
+    expected = named(2, None, 5, "np", latents=torch.from_numpy(sampler._latents(range(2), 0)), **asked).images
+    sample = ("ddpm-sample", bundle, "--class_labels", 1, 2, "--num_samples", 1, "--output", tmp_path / "two.npy")
+    assert run(*sample).returncode == 0
+    np.testing.assert_allclose(np.load(tmp_path / "two.npy"), expected, atol=1e-4)
+    # Without it, the bundle can be asked for classes alone.
+    assert run(*export, "--overwrite").returncode == 0
+    assert run(*sample, "--overwrite").returncode == 0
+    assert_one_line_error(run(*sample, "--overwrite", "--guidance_scale", 2), "--null_label")
+    assert_one_line_error(run(*export, "--overwrite", "--guidance_scale", 2), "null label")
+    heart = ("ddpm-export", pretrained("heart"), tmp_path / "heart", "--null_label", 0)
+    assert_one_line_error(run(*heart), "null_label", "knows none")
+
+
+def test_a_stock_network_needs_a_named_null_label(tmp_path):
+    unet = stock_network()
     nameless = DDPMMLPPipeline(unet, DDIMScheduler())
     with pytest.raises(ValueError, match="needs class_labels"):
         nameless(1)
