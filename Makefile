@@ -131,6 +131,7 @@ pictures: runs/swiss_roll_angle/model_index.json | .venv/installed
 	$(BIN)/ddpm-sample runs/mnist-ddpm-onnx --known runs/three.png --mask runs/mask.png --resample 10 --num_samples 12 \
 		--output docs/images/mnist_completed.png --overwrite
 	PAGE_PICTURE=docs/images/page.png $(BIN)/python -m pytest -q tests/export/test_page.py -k picture
+	BACKENDS_TABLE=docs/backends.txt $(BIN)/python -m pytest -q tests/export/test_page.py -k backend
 	SCHEDULERS_TABLE=docs/schedulers.txt $(BIN)/python -m pytest -q tests/export/test_compile.py
 
 # How good each sampler is on MNIST's weights, and how fast: half an hour on two cores, resumed where it was.
