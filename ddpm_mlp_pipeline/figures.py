@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from .bound import BoundEstimate, VariationalBound
+from .data.batches import Batch
 from .errors import ConfigurationError, DivergenceError
 from .files import whole_file
 from .pipeline import DDPMMLPPipeline
@@ -299,14 +300,35 @@ def plot_process(frames: Frames, color: str = SAMPLE_COLOR) -> Figure:
     return figure
 
 
-def plot_samples(data: np.ndarray, samples: np.ndarray, titles: tuple[str, str] = ("data", "samples")) -> Figure:
-    """Plot data and samples side by side."""
+def plot_samples(
+    data: np.ndarray,
+    samples: np.ndarray,
+    titles: tuple[str, str] = ("data", "samples"),
+    values: np.ndarray | None = None,
+) -> Figure:
+    """Plot data and samples side by side, coloured by the values of both, if there are any."""
     figure = Figure(figsize=(8, 4.3), layout="constrained")
     limits = _limits([data, samples])
     left, right = figure.subplots(1, 2)
-    _panel(left, data, limits, DATA_COLOR, titles[0])
-    _panel(right, samples, limits, SAMPLE_COLOR, titles[1])
+    _panel(left, data, limits, DATA_COLOR if values is None else values, titles[0])
+    _panel(right, samples, limits, SAMPLE_COLOR if values is None else values, titles[1])
     return figure
+
+
+def plot_what_was_asked(pipeline: DDPMMLPPipeline, data: Batch, seed: int = 0) -> Figure:
+    """Plot data and samples with the same labels and conditions, in colours by class, or by the first condition."""
+    asked: dict[str, Any] = dict(data.known)
+    values = None
+    if "condition" in asked:
+        config, condition = pipeline.config, asked["condition"].numpy()
+        if config.condition_mean is not None:
+            condition = condition * np.asarray(config.condition_std) + np.asarray(config.condition_mean)
+        asked["condition"], values = condition, condition[:, 0]
+    if "class_labels" in asked:
+        values = asked["class_labels"] = asked["class_labels"].numpy()
+    generator = torch.Generator().manual_seed(seed)
+    samples = pipeline(len(data.x_0), generator, None, "np", return_dict=False, **asked)[0]
+    return plot_samples(_to_show(pipeline, data.x_0), samples[:, :2], values=values)
 
 
 def animate_process(processes: Sequence[tuple[str, Frames]], path: Path, overwrite: bool = False) -> None:
@@ -363,12 +385,12 @@ def _limits(clouds: Iterable[np.ndarray]) -> Limits:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def _panel(axes: Axes, x: np.ndarray, limits: Limits, color: str, title: str) -> None:
+def _panel(axes: Axes, x: np.ndarray, limits: Limits, color: str | np.ndarray, title: str) -> None:
     if limits is None:
         axes.imshow(image_grid([x], len(x), gap=1, background="white"), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
     else:
-        axes.scatter(*x.T, s=2, color=color, linewidths=0)
+        axes.scatter(*x.T, s=2, c=color, linewidths=0)
         (x_low, y_low), (x_high, y_high) = limits
         axes.set(xlim=(x_low, x_high), ylim=(y_low, y_high), xticks=[], yticks=[])
         # A square box instead of equal scales, because the units of the axes may differ

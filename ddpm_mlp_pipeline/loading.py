@@ -122,7 +122,8 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
     shape, scheduler = pipeline.sample_shape, pipeline.scheduler
     if math.prod(shape) > MAX_SIZE:
         raise ValueError(f"its samples have the shape {shape}, beyond the limit of {MAX_SIZE} numbers")
-    predicted = network(torch.zeros(1, *shape, device="meta"), 0).sample.shape[1]
+    labels = {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")} if pipeline.num_classes else {}
+    predicted = network(torch.zeros(1, *shape, device="meta"), 0, **labels).sample.shape[1]
     has_tables = isinstance(scheduler, StepTableScheduler)
     scheduler.set_timesteps(None if has_tables else min(10, scheduler.config.num_train_timesteps))
     x = torch.zeros(1, shape[0])
@@ -137,6 +138,10 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
         number, shares = len(pipeline.class_names), torch.tensor(shares, dtype=torch.float64)
         if shares.shape != (number,) or not (shares >= 0).all() or not abs(shares.sum() - 1) < 1e-6:
             raise ValueError(f"its class_shares must hold {number} numbers that sum to 1")
+    for name in ("data_columns", "class_names", "condition_columns"):
+        values = pipeline.config[name]
+        if values is not None and not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            raise ValueError(f"its {name} must be a list of names")
     mean, std = pipeline.config.data_mean, pipeline.config.data_std
     if pipeline.is_points and (mean, std) != (None, None):
         std = torch.tensor(std, dtype=torch.float32)

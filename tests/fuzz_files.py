@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import json
 import multiprocessing
@@ -59,13 +60,16 @@ class Target:
     detects: tuple[str, ...] = ()
 
 
-def _load_checkpoint(folder: Path) -> np.ndarray:
+ASKED = {"class_labels": "a", "condition": [0.5, 1.0], "guidance_scale": 2.0, "known": [0.25, float("nan")]}
+
+
+def _load_checkpoint(folder: Path, **asked: Any) -> np.ndarray:
     import torch
 
     from ddpm_mlp_pipeline import load_checkpoint
 
     pipeline = load_checkpoint(folder)
-    return pipeline(4, torch.Generator().manual_seed(0), 4, "np", return_dict=False)[0]
+    return pipeline(4, torch.Generator().manual_seed(0), 4, "np", return_dict=False, **asked)[0]
 
 
 def _load_features(folder: Path) -> np.ndarray:
@@ -77,10 +81,22 @@ def _load_features(folder: Path) -> np.ndarray:
         return load_features(folder)(torch.arange(784, dtype=torch.uint8).reshape(1, 1, 28, 28)).numpy()
 
 
-def _load_bundle(folder: Path) -> np.ndarray:
+def _load_bundle(folder: Path, **asked: Any) -> np.ndarray:
     from ddpm_mlp_pipeline import OnnxSampler
 
-    return OnnxSampler(folder, num_threads=1).sample(4)
+    return OnnxSampler(folder, num_threads=1).sample(4, **asked)
+
+
+def _load_asked(folder: Path) -> np.ndarray:
+    """Read the files that `ddpm-sample` takes, as it does."""
+    from ddpm_mlp_pipeline.commands.asking import _open_picture, _read_rows
+    from ddpm_mlp_pipeline.runtime.request import _known
+
+    conditions = _read_rows(folder / "rows.csv", ["c", "d"], may_be_empty=False)
+    known = _read_rows(folder / "known.csv", ["x", "y"], may_be_empty=True)
+    picture, mask = (_open_picture(folder / f"{name}.png") for name in ("picture", "mask"))
+    y, m = _known({"sample_shape": [3, 8, 8]}, 1, picture, np.asarray(mask.convert("L")))
+    return np.concatenate([np.nan_to_num(values).ravel() for values in (conditions, known, y, m)])
 
 
 def _load_table(folder: Path) -> str:
@@ -130,8 +146,11 @@ def _load_comparison(folder: Path) -> str:
 TARGETS = {
     "heart": Target(_load_checkpoint),
     "digits": Target(_load_checkpoint),
+    "labelled": Target(functools.partial(_load_checkpoint, **ASKED)),
     "mnist_features": Target(_load_features),
     "bundle": Target(_load_bundle, ("unet.onnx", "step_table.json")),
+    "labelled bundle": Target(functools.partial(_load_bundle, **ASKED), ("unet.onnx", "step_table.json")),
+    "asked": Target(_load_asked),
     "step table": Target(_load_table),
     "csv": Target(_load_points("points.csv")),
     "parquet": Target(_load_points("points.parquet")),
@@ -151,7 +170,7 @@ def make_originals(root: Path) -> None:
     from diffusers import DDPMScheduler
     from PIL import Image
 
-    from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel, export_bundle, pretrained
+    from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, SmallUNet2DModel, export_bundle, pretrained
     from ddpm_mlp_pipeline.checkpoints import FEATURES
     from ddpm_mlp_pipeline.judge.features import FeatureNetwork
 
@@ -164,6 +183,13 @@ def make_originals(root: Path) -> None:
         unet = SmallUNet2DModel(12, block_out_channels=(width, 2 * width), attention_head_dim=8)
         scheduler = DDPMScheduler(prediction_type="v_prediction")
         DDPMMLPPipeline(unet, scheduler).save_pretrained(folder / "digits")
+    for folder, width in ((originals, 16), (donors, 32)):
+        unet = MLPModel(hidden_dim=width, num_class_embeds=2, condition_dim=2)
+        torch.nn.init.normal_(unet.proj_out.weight, std=0.1)
+        config = {"data_columns": ["x", "y"], "condition_columns": ["c", "d"], "class_names": ["a", "b"]}
+        config |= {"data_mean": [1.0, 2.0], "data_std": [1.0, 3.0], "condition_mean": [0.0, 1.0]}
+        DDPMMLPPipeline(unet, DDPMScheduler(), **config, condition_std=[1.0, 2.0]).save_pretrained(folder / "labelled")
+        export_bundle(folder / "labelled", folder / "labelled bundle", "ddpm", 10, guidance_scale=1.5)
     for path in root.rglob("*.py"):
         path.write_text(CODE.format(marker=str(root / "code-has-run")))
     shutil.copytree(FEATURES, originals / "mnist_features")
@@ -175,6 +201,12 @@ def make_originals(root: Path) -> None:
     for folder, size in ((originals, 8), (donors, 9)):
         for name in ("csv", "parquet", "npy", "images", "point samples", "image samples", "preset", "comparison"):
             (folder / name).mkdir()
+        (folder / "asked").mkdir()
+        (folder / "asked" / "rows.csv").write_text("d,c\n1,2\n-0.5,1e-3\n")
+        (folder / "asked" / "known.csv").write_text("y,x\n,0.5\n0.25,\n")
+        for name, kind in (("picture", "RGB"), ("mask", "L")):
+            pixels = rng.integers(256, size=(size, size), dtype=np.uint8)
+            Image.fromarray(pixels).convert(kind).save(folder / "asked" / f"{name}.png")
         points = rng.standard_normal((size, 2)).astype(np.float32)
         table = pd.DataFrame(points, columns=["x", "y"])
         table.to_csv(folder / "csv" / "points.csv", index=False)

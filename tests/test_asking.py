@@ -9,19 +9,21 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from helpers import assert_one_line_error, random_weights
+from PIL import Image
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module
-from ddpm_mlp_pipeline.data.batches import TensorBatches
+from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module, pretrained
+from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.data.points import load_points
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export import exporter
 from ddpm_mlp_pipeline.export.compile import compile_scheduler
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+from ddpm_mlp_pipeline.figures import plot_what_was_asked
 from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.models.mlp import MLPModel
 from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
@@ -303,9 +305,9 @@ def test_networks_without_labels_say_so(tmp_path):
             pipeline(2, **asked)
 
 
-def test_a_stock_network_needs_a_named_null_label(tmp_path):
+def stock_network():
     torch.manual_seed(0)
-    unet = UNet2DModel(
+    return UNet2DModel(
         8,
         1,
         1,
@@ -316,6 +318,37 @@ def test_a_stock_network_needs_a_named_null_label(tmp_path):
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,
     )
+
+
+def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, tmp_path):
+    unet, checkpoint, bundle = stock_network(), tmp_path / "stock", tmp_path / "bundle"
+    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(checkpoint)
+    export = ("ddpm-export", checkpoint, bundle, "--scheduler", "ddim", "--num_inference_steps", 5)
+    for null_label in (4, -1):
+        assert_one_line_error(run(*export, "--null_label", null_label), "null_label", "4 labels")
+        assert not bundle.exists()
+    assert run(*export, "--null_label", 3, "--guidance_scale", 1.5).returncode == 0
+    sampler = OnnxSampler(bundle, num_threads=1)
+    np.testing.assert_array_equal(
+        sampler.sample(2, guidance_scale=1), sampler.sample(2, class_labels=3, guidance_scale=1)
+    )
+    named = DDPMMLPPipeline(unet, DDIMScheduler(), null_label=3)
+    asked = {"class_labels": [1, 2], "guidance_scale": 1.5}
+    expected = named(2, None, 5, "np", latents=torch.from_numpy(sampler._latents(range(2), 0)), **asked).images
+    sample = ("ddpm-sample", bundle, "--class_labels", 1, 2, "--num_samples", 1, "--output", tmp_path / "two.npy")
+    assert run(*sample).returncode == 0
+    np.testing.assert_allclose(np.load(tmp_path / "two.npy"), expected, atol=1e-4)
+    # Without it, the bundle can be asked for classes alone.
+    assert run(*export, "--overwrite").returncode == 0
+    assert run(*sample, "--overwrite").returncode == 0
+    assert_one_line_error(run(*sample, "--overwrite", "--guidance_scale", 2), "--null_label")
+    assert_one_line_error(run(*export, "--overwrite", "--guidance_scale", 2), "null label")
+    heart = ("ddpm-export", pretrained("heart"), tmp_path / "heart", "--null_label", 0)
+    assert_one_line_error(run(*heart), "null_label", "knows none")
+
+
+def test_a_stock_network_needs_a_named_null_label(tmp_path):
+    unet = stock_network()
     nameless = DDPMMLPPipeline(unet, DDIMScheduler())
     with pytest.raises(ValueError, match="needs class_labels"):
         nameless(1)
@@ -382,6 +415,18 @@ def test_known_parts_of_images(tmp_path):
         sampler.sample(1, known=known, mask=mask[:5])
 
 
+def test_a_figure_shows_data_and_samples_of_the_same_conditions():
+    c = torch.linspace(-3, 3, 200)[:, None]
+    data = Batch(torch.zeros(200, 3), torch.arange(200) % 2, c)
+    pipeline = make_pipeline(variance_type="fixed_large")
+    shown, drawn = (axes.collections[0] for axes in plot_what_was_asked(pipeline, data).axes)
+    for panel in (shown, drawn):
+        np.testing.assert_array_equal(panel.get_array(), data.class_labels)
+    rest = drawn.get_offsets() - c.numpy() * A[:2] - SHIFTS[data.class_labels][:, :2]
+    np.testing.assert_allclose(rest.mean(axis=0), 0, atol=0.25)
+    np.testing.assert_allclose(rest.std(axis=0), 1, atol=0.2)
+
+
 def test_commands_draw_what_is_asked_for(run, tmp_path):
     checkpoint, bundle = tmp_path / "moons", tmp_path / "bundle"
     trained = run(
@@ -403,6 +448,9 @@ def test_commands_draw_what_is_asked_for(run, tmp_path):
         if source == bundle:
             expected = OnnxSampler(bundle).sample(9, class_labels=draw_labels(0, range(9), shares))
             np.testing.assert_allclose(np.load(tmp_path / "9.npy"), expected, atol=1e-5)
+    figure = ("--dataset", "two_moons", "--num_samples", 50, "--output", tmp_path / "moons.png")
+    assert run("ddpm-plot", "samples", checkpoint, *figure).returncode == 0
+    assert Image.open(tmp_path / "moons.png").width == 800
     asked = ("--class_labels", "upper", 0, "--num_samples", 3, "--guidance_scale", 2)
     assert run("ddpm-sample", bundle, *asked, "--output", tmp_path / "a.npy").returncode == 0
     expected = OnnxSampler(bundle).sample(6, class_labels=["upper"] * 3 + ["lower"] * 3, guidance_scale=2.0)

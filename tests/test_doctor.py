@@ -14,14 +14,15 @@ from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, TrainingArguments, pretrained, train
 from ddpm_mlp_pipeline.commands.doctor import main
-from ddpm_mlp_pipeline.data.batches import TensorBatches
+from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.data.normalized import load_normalized
-from ddpm_mlp_pipeline.judge.checks import Patient, examine
+from ddpm_mlp_pipeline.data.points import load_points
+from ddpm_mlp_pipeline.judge.checks import Patient, check_null_state, examine
 
 
 @pytest.fixture
 def patient(heart):
-    x_0, held_out = (load_normalized(heart, "heart", 2000, seed=seed).samples for seed in (0, 1))
+    x_0, held_out = (Batch(load_normalized(heart, "heart", 2000, seed=seed).samples) for seed in (0, 1))
     return Patient(heart, x_0, held_out, raw=copy.deepcopy(heart.unet))
 
 
@@ -63,9 +64,9 @@ def test_a_forward_process_that_leaves_signal_or_has_few_steps(patient):
 
 
 def test_data_of_another_kind(patient):
-    assert "data" in ailments(Patient(patient.pipeline, patient.x_0 + 0.5))
-    assert "data" in ailments(Patient(patient.pipeline, patient.x_0 * 3))
-    assert "data" in ailments(Patient(patient.pipeline, torch.ones(50, 2)))
+    assert "data" in ailments(Patient(patient.pipeline, Batch(patient.x_0 + 0.5)))
+    assert "data" in ailments(Patient(patient.pipeline, Batch(patient.x_0 * 3)))
+    assert "data" in ailments(Patient(patient.pipeline, Batch(torch.ones(50, 2))))
     patient.pipeline.scheduler = DDPMScheduler.from_config(patient.pipeline.scheduler.config, clip_sample_range=1.0)
     (finding,) = (finding for finding in examine(patient) if finding.check == "data")
     assert "clip_sample_range to 1.9" in finding.remedy
@@ -83,7 +84,7 @@ def test_numbers_that_do_not_fit_into_16_bits(patient):
 def test_a_network_that_has_learned_nothing(patient):
     unet = MLPModel(2)
     found = {
-        finding.check: finding for finding in examine(Patient(DDPMMLPPipeline(unet, DDPMScheduler()), patient.x_0))
+        finding.check: finding for finding in examine(Patient(DDPMMLPPipeline(unet, DDPMScheduler()), patient.data))
     }
     assert found["underfitting"].remedy is not None
     assert found["overfitting"].remedy is None
@@ -113,7 +114,7 @@ def test_a_network_that_knows_its_data_by_heart(tmp_path):
         report_to="none",
     )
     train(pipeline, TensorBatches(few), args)
-    assert "overfitting" in ailments(Patient(pipeline, few, held_out))
+    assert "overfitting" in ailments(Patient(pipeline, Batch(few), Batch(held_out)))
 
 
 def test_the_command_on_a_checkpoint(run, heart, tmp_path):
@@ -151,6 +152,58 @@ def test_the_command_on_a_preset(run, tmp_path):
     ailing = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("!!")]
     assert ailing == ["terminal", "timesteps:", "EMA:"]
     assert run("ddpm-doctor", "heart").returncode == 0  # on the preset's own data
+
+
+def test_labels_and_guidance_that_fit(run):
+    argv = (pretrained("moons"), "--dataset", "two_moons", "--num_samples", 1000, "--guidance_scale", 1.25)
+    result = run("ddpm-doctor", *argv)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line.partition(":")[0] for line in result.stdout.splitlines()]
+    assert {"ok  labels", "ok  null state", "ok  guidance"} < set(lines)
+
+
+def test_other_labels_an_untrained_null_state_and_too_much_guidance(run, tmp_path):
+    pipeline = DDPMMLPPipeline.from_pretrained(pretrained("moons"))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pipeline.unet.class_embedding.weight.data[pipeline.null_label])  # as before training
+    pipeline.save_pretrained(tmp_path / "moons")
+    table = load_points("two_moons", 1000, label_column="label").to_pandas()
+    table["moon"] = np.where(np.random.default_rng(0).random(1000) < 0.5, "lower", "upper")  # instead of its own
+    table.drop(columns="label").to_csv(tmp_path / "points.csv", index=False)
+    argv = ("--dataset", tmp_path / "points.csv", "--label_column", "moon", "--guidance_scale", 6)
+    result = run("ddpm-doctor", tmp_path / "moons", *argv)
+    assert result.returncode == 1
+    ailing = [line[4:].partition(":")[0] for line in result.stdout.splitlines() if line.startswith("!!")]
+    assert {"labels", "null state", "guidance"} <= set(ailing)
+
+
+def test_a_null_state_of_a_condition_that_was_never_trained(heart):
+    unet = MLPModel.from_config(heart.unet.config, condition_dim=1)
+    unet.load_state_dict(heart.unet.state_dict(), strict=False)
+    for parameter in unet.condition_embedding.parameters():
+        torch.nn.init.zeros_(parameter)
+    data = Batch(load_normalized(heart, "heart", 1000).samples, condition=torch.randn(1000, 1))
+    patient = Patient(DDPMMLPPipeline(unet, heart.scheduler), data)
+    assert "--label_dropout 0.1" in check_null_state(patient).remedy
+    torch.nn.init.constant_(unet.condition_embedding.null, 1e-6)  # as if trained
+    assert check_null_state(patient).remedy is None
+
+
+def test_a_training_without_a_null_state(run, tmp_path, capsys):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("dataset: two_moons\nlabel_column: label\nlabel_dropout: 0\n")
+    result = run("ddpm-doctor", preset)
+    assert result.returncode == 1
+    assert "!!  null state: --label_dropout 0" in result.stdout
+    for argv, message in [
+        ((pretrained("heart"), "--dataset", "heart", "--label_column", "label"), "knows no classes"),
+        ((pretrained("heart"), "--dataset", "heart", "--guidance_scale", 2), "needs labels or conditions"),
+        (("moons", "--guidance_scale", 2), "is for a checkpoint"),
+        ((pretrained("moons"), "--dataset", "two_moons", "--label_column", "kind"), "label"),
+    ]:
+        with pytest.raises(SystemExit):
+            main([str(word) for word in argv])
+        assert message in capsys.readouterr().err
 
 
 @needs_mnist

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import timeit
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from ..errors import BundleError, explain_missing_extra
+from ..errors import BundleError, ConfigurationError, explain_missing_extra
 from ..runtime.bundle import seal
 from ..runtime.sampler import OnnxSampler
+from .asking import add_guidance_options
 from .parser import CommandParser, command
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 # Largest relative error between outputs of the same weights. Half precision causes 1e-3, 8 bits 0.1, other weights 1.
 SAME_WEIGHTS = {"float": 5e-3, "int8": 0.2}
 DDPM_STEPS, DDIM_STEPS = 1000, 50  # at most the number of training timesteps
+Row = tuple[str, float, float]
 PAUSE = 0.2  # seconds, after which the threads of the previous contender sleep
 PRODUCT_SIZE = 2048  # rows and columns of the matrices whose product measures the machine's peak
 # The program of a user without the bundle, from a fresh process to a picture
@@ -65,7 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_count("--batch_sizes", "(default: 1 1000)", nargs="+", default=[1, 1000])
     parser.add_count("--num_inference_steps", "DDPM steps (default: 1000, at most the number of training timesteps)")
     parser.add_count("--repeats", "runs of which to take medians (default: 5)", default=5)
+    parser.add_argument(
+        "--against", type=Path, metavar="BUNDLE", help="another bundle, such as one without labels, to time a call of"
+    )
+    add_guidance_options(parser)
     args = parser.parse_args(argv)
+    guidance = {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
+    if args.guidance_scale is None and args.guidance_interval is not None:
+        raise ConfigurationError("--guidance_interval needs --guidance_scale")
+    # Their errors now, rather than after minutes
+    other = None if args.against is None else OnnxSampler(args.against)
+    if args.guidance_scale is not None:
+        OnnxSampler(args.bundle).sample(1, **guidance)
     with explain_missing_extra("ddpm-benchmark", "export"):
         import torch
         from diffusers import DDIMScheduler
@@ -80,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ddpm_steps, ddim_steps = args.num_inference_steps or min(DDPM_STEPS, trained), min(DDIM_STEPS, trained)
     pipeline.scheduler = _ddpm(pipeline.scheduler)
     table = compile_scheduler(pipeline.scheduler, ddpm_steps)
-    rows = []
+    rows, calls = [], []
     with tempfile.TemporaryDirectory() as folder:
         # A copy of the bundle, so that its step table can be replaced
         bundle = Path(folder) / "bundle"
@@ -94,6 +108,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             _contender(_bundle_sampler, bundle) as bundle_contender,
             _contender(_bundle_sampler, args.bundle) as own_contender,
         ):
+            if args.guidance_scale is not None:
+                guided = [functools.partial(_sampling_seconds, own_contender, asked=asked) for asked in ({}, guidance)]
+                calls += _compare(f"guidance {args.guidance_scale:g}", guided, (len(own), len(own)), args)
+            if other is not None:
+                with _contender(_bundle_sampler, args.against) as other_contender:
+                    both = [functools.partial(_sampling_seconds, each) for each in (other_contender, own_contender)]
+                    calls += _compare(f"{args.bundle} for {args.against}", both, (len(other), len(own)), args)
             for size in args.batch_sizes:
                 contenders = [torch_contender, bundle_contender, own_contender]
                 works = [functools.partial(_sampling_seconds, contender, size) for contender in contenders]
@@ -125,6 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells = [(*row, f"{row[1] / row[2]:.1f}×") for row in rows]
     alignment = ("left", "right", "right", "right")
     print(tabulate(cells, ("", "torch", "bundle", "ratio"), "plain", ".4g", colalign=alignment))
+    if calls:
+        cells = [(*row, f"{row[2] / row[1]:.3f}×") for row in calls]
+        print()
+        print(tabulate(cells, ("ms per step", "without", "with", "ratio"), "plain", ".4g", colalign=alignment))
     print(share)
 
 
@@ -167,10 +192,19 @@ def _alternate(works: Sequence[Callable[[], Any]], repeats: int) -> tuple[Any, .
     return tuple(np.median(results, axis=0) for results in zip(*runs, strict=True))
 
 
-_draw: Callable[[int], object]  # set in a contender's process: draw a number of samples together
+def _compare(what: str, works: Sequence[Callable[[int], float]], steps: tuple[int, int], args: Namespace) -> list[Row]:
+    """Return a row for each batch size: the milliseconds per step of two works, which draw a number of samples."""
+    rows = []
+    for size in args.batch_sizes:
+        without, with_ = _alternate([functools.partial(work, size) for work in works], args.repeats)
+        rows.append((f"{what}, {size} together", 1000 * without / steps[0], 1000 * with_ / steps[1]))
+    return rows
 
 
-def _contender(open_sampler: Callable[..., Callable[[int], object]], *args: Any) -> ProcessPoolExecutor:
+_draw: Callable[..., object]  # set in a contender's process: draw a number of samples together
+
+
+def _contender(open_sampler: Callable[..., Callable[..., object]], *args: Any) -> ProcessPoolExecutor:
     """Return a process that draws with `open_sampler(*args)`.
 
     In one process, the busily waiting threads of torch and of onnxruntime would slow each other.
@@ -178,18 +212,18 @@ def _contender(open_sampler: Callable[..., Callable[[int], object]], *args: Any)
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open, (open_sampler, args))
 
 
-def _open(open_sampler: Callable[..., Callable[[int], object]], args: tuple[Any, ...]) -> None:
+def _open(open_sampler: Callable[..., Callable[..., object]], args: tuple[Any, ...]) -> None:
     global _draw
     _draw = open_sampler(*args)
 
 
-def _seconds(num_samples: int) -> float:
-    return timeit.timeit(lambda: _draw(num_samples), number=1)
+def _seconds(num_samples: int, asked: dict[str, Any]) -> float:
+    return timeit.timeit(lambda: _draw(num_samples, **asked), number=1)
 
 
-def _sampling_seconds(contender: ProcessPoolExecutor, num_samples: int) -> float:
+def _sampling_seconds(contender: ProcessPoolExecutor, num_samples: int, asked: dict[str, Any] | None = None) -> float:
     time.sleep(PAUSE)
-    return contender.submit(_seconds, num_samples).result()
+    return contender.submit(_seconds, num_samples, asked or {}).result()
 
 
 def _ddpm(like: SchedulerMixin) -> SchedulerMixin:
@@ -200,7 +234,7 @@ def _ddpm(like: SchedulerMixin) -> SchedulerMixin:
     return make_scheduler("ddpm", like, **({"variance_type": "fixed_large"} if learns_variance else {}))
 
 
-def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int], object]:
+def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[..., object]:
     from ..loading import load_checkpoint
 
     pipeline = load_checkpoint(checkpoint)
@@ -208,9 +242,9 @@ def _torch_sampler(checkpoint: Path, num_inference_steps: int) -> Callable[[int]
     return lambda num_samples: pipeline(num_samples, None, num_inference_steps, "np")
 
 
-def _bundle_sampler(bundle: Path) -> Callable[[int], object]:
+def _bundle_sampler(bundle: Path) -> Callable[..., object]:
     sampler = OnnxSampler(bundle)
-    return lambda num_samples: sampler.sample(num_samples, batch_size=num_samples)
+    return lambda num_samples, **asked: sampler.sample(num_samples, batch_size=num_samples, **asked)
 
 
 def _process(argv: list[str]) -> tuple[float, float]:

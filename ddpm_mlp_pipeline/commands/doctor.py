@@ -17,8 +17,8 @@ with command_imports("ddpm-doctor", __name__):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from ..data.batches import BatchDataset
-    from ..data.images import load_images, to_network_units
+    from ..data.batches import Batch, BatchDataset
+    from ..data.images import load_labelled_images, to_network_units
     from ..data.normalized import load_normalized
     from ..data.points import POINT_SETS, is_point_set
     from ..judge.checks import (
@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_data_options(parser, number, "train", dataset=dataset, required=False, fit="the preset's, or resize")
     parser.set_defaults(fit=None)
     parser.add_argument("--held_out_split", help="split to detect overfitting with (default: test, if there is one)")
+    parser.add_argument("--label_column", help="the data's column of labels (default: that of the training)")
+    parser.add_argument(
+        "--guidance_scale", type=float, metavar="W", default=1.0, help="look at samples with this guidance, too"
+    )
     parser.add_count("--resolution", "size of a preset's images, as in training")
     parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="channels of a preset's images")
     args = parser.parse_args(argv)
@@ -66,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _take(dataset: BatchDataset) -> torch.Tensor:
+def _take(dataset: BatchDataset) -> Batch:
     """Return all samples in random order, because the timesteps of the losses rise from sample to sample."""
     if len(dataset) < MIN_SAMPLES:
         raise DatasetError(f"losses by timestep need at least {MIN_SAMPLES} samples, got {len(dataset)}")
-    return dataset.__getitems__(_random_order(len(dataset)).tolist()).x_0
+    return dataset.__getitems__(_random_order(len(dataset)).tolist())
 
 
 def _random_order(number: int) -> torch.Tensor:
@@ -99,11 +103,18 @@ def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | 
             "--resolution and --channels are for a preset, and a checkpoint has its own: leave them out"
         )
     pipeline = load_checkpoint(args.patient)
+    if args.label_column is not None:
+        if not pipeline.num_classes:
+            raise ConfigurationError(f"{args.patient} knows no classes: leave --label_column out")
+        pipeline.register_to_config(label_column=args.label_column)
     args.split = args.split or "train"
     number = args.num_samples or (NUM_POINTS if pipeline.is_points else NUM_IMAGES)
     options = {"fit": args.fit or "resize", "noise": args.dataset_noise, "on_corrupt": on_corrupt}
-    x_0 = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
-    patient = Patient(pipeline, x_0, raw=_load_raw(Path(args.patient), pipeline.unet))
+    data = _take(load_normalized(pipeline, args.dataset, number, split=args.split, **options))
+    if args.guidance_scale != 1 and not data.known:
+        raise ConfigurationError("--guidance_scale needs labels or conditions: name the labels with --label_column")
+    patient = Patient(pipeline, data, raw=_load_raw(Path(args.patient), pipeline.unet))
+    patient.guidance_scale = args.guidance_scale
     if not pipeline.is_points:
         try:
             split = args.held_out_split or "test"
@@ -122,27 +133,36 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     is_points = is_point_set(args.dataset) if args.dataset else "dataset_name" not in preset
     typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
     typed["dataset_name"] = args.dataset
+    if args.guidance_scale != 1:
+        raise ConfigurationError("--guidance_scale is for a checkpoint, and a preset is not trained: leave it out")
     if is_points:
         if args.resolution or args.channels:
             raise ConfigurationError("--resolution and --channels are for images: leave them out for points")
         typed = {"dataset": args.dataset, "dataset_noise": args.dataset_noise}
+    typed["label_column"] = args.label_column
     argv = ["--config", args.patient, "--output_dir", "none"]
     argv += [f"--{name}={value}" for name, value in typed.items() if value is not None]
     options: PointTrainingArguments | ImageTrainingArguments
     if is_points:
         options = parse_options(PointTrainingArguments, argv, "", PRESETS)
         pipeline, data = make_point_pipeline(options)
-        x_0 = data.samples
-        options.train_batch_size = options.train_batch_size or default_batch_size(len(x_0))
+        dataset = Batch(data.samples, data.class_labels, data.condition)
+        options.train_batch_size = options.train_batch_size or default_batch_size(len(data))
         args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
     else:
         options = parse_options(ImageTrainingArguments, argv, "", PRESETS)
         form = options.resolution, options.fit, options.channels
-        images = load_images(options.dataset_name, options.split, *form, on_corrupt=on_corrupt)
-        pipeline, x_0 = make_image_pipeline(options, tuple(images.shape[1:])), images
+        images, labels, names = load_labelled_images(
+            options.dataset_name, options.label_column, options.split, *form, on_corrupt=on_corrupt
+        )
+        pipeline, dataset = make_image_pipeline(options, tuple(images.shape[1:]), names), Batch(images, labels)
         args.dataset, args.split, number = options.dataset_name, options.split, args.num_samples or NUM_IMAGES
-    chosen = x_0[_random_order(len(x_0))[:number]]
-    return Patient(pipeline, chosen if is_points else to_network_units(chosen), options=options, dataset_size=len(x_0))
+    size = len(dataset.x_0)
+    rows = _random_order(size)[:number]
+    chosen = dataset.take(rows)
+    if not is_points:
+        chosen = chosen._replace(x_0=to_network_units(chosen.x_0))
+    return Patient(pipeline, chosen, options=options, dataset_size=size)
 
 
 def _show(finding: Finding) -> str:

@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder; for a table, a bundle")
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
-    dataset = "for forward and drift: the point set or image set to add noise to"
+    dataset = "for forward and drift: the data to add noise to; for samples of points: data to show beside samples "
+    dataset += "with the same labels and conditions"
     num_samples = "samples to draw (default: 3000 points, 16 images)"
     add_data_options(parser, num_samples, "train", dataset=dataset, required=False)
     parser.set_defaults(split="train")
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.kind == "animation":
         frames = figures.reverse_process(pipeline, number, args.seed)
         figures.animate_process([("reverse", frames)], args.output, args.overwrite)
-    elif args.kind in ("forward", "drift"):
+    elif args.kind in ("forward", "drift") or (args.kind == "samples" and args.dataset and pipeline.is_points):
         if args.dataset is None:
             raise ConfigurationError(f"{args.kind} needs data: name them with --dataset")
         if args.kind == "drift" and pipeline.sample_shape != (2,):
@@ -60,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         options: dict[str, Any] = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise}
         with leaving_out(args.skip_corrupt) as on_corrupt:
             data = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
-        x_0 = data.__getitems__(list(range(len(data)))).x_0
+        batch = data.__getitems__(list(range(len(data))))
         if args.kind == "drift":
-            figure = figures.plot_drift(pipeline, x_0, args.seed)
+            figure = figures.plot_drift(pipeline, batch.x_0, args.seed)
+        elif args.kind == "samples":
+            figure = figures.plot_what_was_asked(pipeline, batch, args.seed)
         else:
-            frames = figures.some_frames(figures.forward_process(pipeline, x_0, args.seed))
+            frames = figures.some_frames(figures.forward_process(pipeline, batch.x_0, args.seed))
             figure = figures.plot_process(frames, figures.DATA_COLOR)
         figures.save(figure, args.output, args.overwrite)
     else:

@@ -28,6 +28,10 @@ class Batch(NamedTuple):
         given = {"class_labels": self.class_labels, "condition": self.condition}
         return {name: values for name, values in given.items() if values is not None}
 
+    def take(self, rows: slice | torch.Tensor) -> Batch:
+        """Return some of the samples, with their labels and conditions."""
+        return Batch(self.x_0[rows], **{name: values[rows] for name, values in self.known.items()})
+
     def forget(self, is_forgotten: torch.Tensor, null_label: int | None) -> Batch:
         """Remove labels and conditions where `is_forgotten`, bool `[batch]`, is true.
 

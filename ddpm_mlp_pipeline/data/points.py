@@ -183,7 +183,10 @@ def split_columns(
         int64 `[number]`, or `None`; and the names of the classes.
     """
     coordinates = [name for name in dataset.column_names if name not in (label_column, *condition_columns)]
-    points, conditions = (to_array(dataset.select_columns(names)) for names in (coordinates, list(condition_columns)))
+    points, conditions = (
+        to_array(dataset.select_columns(names)).reshape(len(dataset), len(names))  # without columns, it has no rows
+        for names in (coordinates, list(condition_columns))
+    )
     if label_column is None:
         return points, conditions, None, []
     return points, conditions, np.array(dataset[label_column][:], dtype=np.int64), dataset.features[label_column].names

@@ -26,6 +26,7 @@ from ..files import check_folder, whole_folder
 from ..loading import load_checkpoint, quiet
 from ..pipeline import DDPMMLPPipeline
 from ..runtime.bundle import FORMAT, INPUTS, OPTIONAL_INPUTS, VERSION, seal
+from ..runtime.request import Asked
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
 from ..table_scheduler import StepTableScheduler
@@ -140,9 +141,13 @@ def export_bundle(
     check_folder(bundle, FILES.__contains__, overwrite)
     pipeline = load_checkpoint(checkpoint)
     if null_label is not None:
+        if not pipeline.num_classes:
+            raise ConfigurationError("null_label is for a network that knows classes, and this one knows none")
         if not 0 <= null_label < pipeline.num_classes:
             raise ConfigurationError(f"null_label must be one of the network's {pipeline.num_classes} labels")
         pipeline.register_to_config(null_label=null_label)
+    if guidance_scale not in (None, 1) and pipeline.num_classes and pipeline.null_label is None:
+        raise ConfigurationError("guidance_scale needs a network with a null label (--null_label)")
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
     if isinstance(pipeline.scheduler, StepTableScheduler) and scheduler is None and not scheduler_options:
@@ -226,7 +231,11 @@ def _write_table(folder: Path, table: StepTable, info: dict[str, Any]) -> None:
 def _strays(bundle: Path, data_range: float) -> float:
     """Return the share of a bundle's samples with a value far outside the data's range."""
     sampler = OnnxSampler(bundle)
-    (last,) = deque(sampler.steps(STRAY_POINTS if sampler.is_points else STRAY_IMAGES), maxlen=1)
+    number = STRAY_POINTS if sampler.is_points else STRAY_IMAGES
+    asked: Asked = {}
+    if sampler.class_names and sampler.info["null_label"] is None:  # the network needs a label
+        asked["class_labels"] = [i % len(sampler.class_names) for i in range(number)]
+    (last,) = deque(sampler.steps(number, **asked), maxlen=1)
     largest = np.abs(last.sample).reshape(len(last.sample), -1).max(axis=1)
     return float((~(largest <= STRAY_LIMIT * data_range)).mean())  # counts NaN
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from ..bound import VariationalBound
 from ..data.batches import Batch
 from ..data.images import image_shapes
 from ..data.points import check_columns
@@ -28,6 +29,9 @@ SIGNIFICANT = 4  # standard errors: the largest difference of ten bins is tested
 CLEARLY_LESS = 0.7  # ratio of losses
 IN_UNIT_INTERVAL = "images in [0, 1]"
 BATCH_SIZE = 100
+MAX_FOR_LABELS, NUM_OTHERS = 2_000, 8  # samples for the checks of labels, and the labels to average over
+MAX_SATURATED = 0.1  # share of the values of x̂_0
+NULL_STATE_REMEDY = "always ask for a label or condition, without guidance; or train with --label_dropout 0.1"
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
@@ -54,23 +58,30 @@ class Patient:
 
     Attributes:
         pipeline: the checkpoint's pipeline, or a preset's untrained one.
-        x_0: training data as the network sees them, `[number, *sample_shape]`.
-        held_out: data of the same shape that the network was not trained on, if there are any.
+        data: training data as the network sees them, in random order, with their labels and conditions.
+        held_out: data of the same kind that the network was not trained on, if there are any.
         raw: the network before averaging, if the checkpoint folder holds a state to resume from.
         options: a preset's options; `None` for a checkpoint.
         dataset_size: size of the whole training set, for a preset.
+        guidance_scale: guidance to examine samples with; 1 is none.
     """
 
     pipeline: DDPMMLPPipeline
-    x_0: torch.Tensor
-    held_out: torch.Tensor | None = None
+    data: Batch
+    held_out: Batch | None = None
     raw: torch.nn.Module | None = None
     options: TrainingArguments | None = None
     dataset_size: int = 0
+    guidance_scale: float = 1.0
+
+    @property
+    def x_0(self) -> torch.Tensor:
+        """The training data without labels and conditions, `[number, *sample_shape]`."""
+        return self.data.x_0
 
     @property
     def unet(self) -> Callable[..., UNet2DOutput]:
-        """The network as a function of x_t and t."""
+        """The network, as a function of x_t, t and, where they are known, labels and conditions."""
         return without_label(self.pipeline, self.pipeline.unet)
 
     @property
@@ -91,8 +102,15 @@ def examine(patient: Patient) -> Iterator[Finding]:
         yield check_fit(patient)
         yield check_generalisation(patient)
         yield check_ema(patient)
+        if patient.data.known:
+            yield check_labels(patient)
+            yield check_null_state(patient)
+        if patient.guidance_scale != 1:
+            yield check_guidance(patient)
     else:
         yield check_planned_ema(patient.options, patient.dataset_size)
+        if patient.data.known:
+            yield check_planned_null_state(patient.options)
 
 
 def check_data(patient: Patient) -> Finding:
@@ -180,7 +198,8 @@ def check_timesteps(scheduler: DDPMScheduler) -> Finding:
 @torch.no_grad()
 def check_precision(patient: Patient) -> Finding:
     """Compare the network's output in fp16 and bf16 with that in float32."""
-    unet, scheduler, x_0 = patient.unet, patient.scheduler, patient.x_0[:64]
+    data, scheduler = patient.data.take(slice(64)), patient.scheduler
+    unet, x_0 = functools.partial(patient.unet, **data.known), data.x_0
     t = _timesteps(scheduler, len(x_0))
     x_t = scheduler.add_noise(x_0, _noise(x_0), t)
     exact = unet(x_t, t).sample
@@ -202,15 +221,15 @@ def check_conventions(patient: Patient) -> Finding:
 
     Those that the network was trained with should give the lowest.
     """
-    unet, scheduler, x_0 = patient.unet, patient.scheduler, patient.x_0
-    declared = loss_share(unet, scheduler, x_0)
+    unet, scheduler, data = patient.unet, patient.scheduler, patient.data
+    declared = loss_share(unet, scheduler, data)
     shares = {}
     for schedule, prediction_type in itertools.product(SCHEDULES, PREDICTION_TYPES):
         changes = {"beta_schedule": schedule, "trained_betas": None, "prediction_type": prediction_type}
         other = DDPMScheduler.from_config(scheduler.config, **changes)
-        shares[f"a {schedule} β and {prediction_type}-prediction"] = loss_share(unet, other, x_0)
+        shares[f"a {schedule} β and {prediction_type}-prediction"] = loss_share(unet, other, data)
     if not patient.pipeline.is_points:
-        shares[IN_UNIT_INTERVAL] = loss_share(unet, scheduler, (x_0 + 1) / 2)
+        shares[IN_UNIT_INTERVAL] = loss_share(unet, scheduler, data._replace(x_0=(data.x_0 + 1) / 2))
     best = min(shares, key=shares.__getitem__)
     if shares[best] < CLEARLY_LESS * declared:
         remedy = "say in scheduler_config.json what it was trained with"
@@ -224,7 +243,7 @@ def check_conventions(patient: Patient) -> Finding:
 
 def check_fit(patient: Patient) -> Finding:
     """Check that the network has learned more than the data's mean and variances."""
-    share = loss_share(patient.unet, patient.scheduler, patient.x_0)
+    share = loss_share(patient.unet, patient.scheduler, patient.data)
     message = f"the loss is {share:.2f} times that of a Gaussian with the data's mean and variances"
     remedy = "if these are the training data, train longer or change the learning rate"
     return Finding("underfitting", message, remedy if share > 0.95 else None)
@@ -235,8 +254,8 @@ def check_generalisation(patient: Patient) -> Finding:
     if patient.held_out is None:
         return Finding("overfitting", "there are no held-out data to compare with", is_open=True)
     means, errors = [], []
-    for x_0 in (patient.x_0, patient.held_out):
-        bins = losses(patient.unet, patient.scheduler, x_0).tensor_split(NUM_BINS)
+    for data in (patient.data, patient.held_out):
+        bins = losses(patient.unet, patient.scheduler, data).tensor_split(NUM_BINS)
         means.append(torch.stack([values.mean() for values in bins]))
         errors.append(torch.stack([values.std() / len(values) ** 0.5 for values in bins]))
     rows = (" ".join(f"{value:.2g}" for value in values) for values in means)
@@ -254,7 +273,7 @@ def check_ema(patient: Patient) -> Finding:
     if patient.raw is None:
         return Finding("EMA", "the folder holds no checkpoint-<step> with raw weights to compare", is_open=True)
     averaged, raw = (
-        loss_share(unet, patient.scheduler, patient.x_0)
+        loss_share(unet, patient.scheduler, patient.data)
         for unet in (patient.unet, without_label(patient.pipeline, patient.raw))
     )
     message = f"the loss of the averaged weights is {averaged / raw:.2f} times that of the raw ones"
@@ -278,36 +297,127 @@ def check_planned_ema(options: TrainingArguments, dataset_size: int) -> Finding:
     return Finding("EMA", f"averages over {window:,.0f} of {steps:,} steps", remedy if steps < 5 * window else None)
 
 
+def check_labels(patient: Patient) -> Finding:
+    """Check that each sample's own label and condition give a lower loss than those of other samples."""
+    data = patient.data.take(slice(MAX_FOR_LABELS))
+    order = _random(len(data.x_0), len(data.x_0))
+    others = data._replace(**{name: values[order] for name, values in data.known.items()})
+    own, other = (losses(patient.unet, patient.scheduler, each) for each in (data, others))
+    what = " and ".join(name.replace("_", " ") for name in data.known)
+    message = f"with the data's {what}, the loss is {own.mean() / other.mean():.2f} times that with another sample's"
+    remedy = "see that they are the samples' own, and the same as in training; else, the network has not learned them"
+    return Finding("labels", message, None if _excess(other - own) > SIGNIFICANT else remedy)
+
+
+def check_null_state(patient: Patient) -> Finding:
+    """Check that the network has learned to do without labels and conditions, which guidance needs.
+
+    If it has, it beats every prediction that uses x_t and t alone: that for Gaussian data of the same mean and
+    variances, and the mean of its own predictions with labels of other samples. A condition's null embedding starts
+    at 0, and stays there if it is never trained.
+    """
+    pipeline, data = patient.pipeline, patient.data.take(slice(MAX_FOR_LABELS))
+    if pipeline.num_classes and pipeline.null_label is None:
+        return Finding("null state", "the network has none: guidance, and samples without a label, need one")
+    null_data = data.forget(torch.ones(len(data.x_0), dtype=torch.bool), pipeline.null_label)
+    own, null = (losses(patient.unet, patient.scheduler, each) for each in (data, null_data))
+    mixed = losses(_mean_over_labels(patient.unet, data), patient.scheduler, Batch(data.x_0))
+    embedding = getattr(pipeline.unet, "condition_embedding", None)
+    is_initial = embedding is not None and not embedding.null.any()
+    is_useless = null.mean() > 0.95 * _gaussian_loss(patient.scheduler, data.x_0)
+    message = f"without label and condition, the loss is {null.mean() / own.mean():.2f} times that with them"
+    if not (is_initial or is_useless or _excess(null - mixed) > SIGNIFICANT):
+        return Finding("null state", message)
+    return Finding("null state", f"{message}: the network was not trained without", NULL_STATE_REMEDY)
+
+
+def check_planned_null_state(options: TrainingArguments) -> Finding:
+    """Check that a planned training drops some labels and conditions."""
+    message = f"--label_dropout {options.label_dropout:g}"
+    return Finding("null state", message, None if options.label_dropout else NULL_STATE_REMEDY)
+
+
+@torch.no_grad()
+def check_guidance(patient: Patient) -> Finding:
+    """Check that guidance leaves most predictions of x_0 within the data's range, beyond which they saturate."""
+    scheduler, data = patient.scheduler, patient.data.take(slice(MAX_FOR_LABELS))
+    t = _timesteps(scheduler, len(data.x_0))
+    x_t = scheduler.add_noise(data.x_0, _noise(data.x_0), t)
+    null = data.forget(torch.ones(len(data.x_0), dtype=torch.bool), patient.pipeline.null_label)
+    conditional, other = (patient.unet(x_t, t, **each.known).sample for each in (data, null))
+    # The bound's prediction of x_0 doesn't depend on the variance; with thresholding there is no bound.
+    plain = DDPMScheduler.from_config(scheduler.config, variance_type="fixed_large", thresholding=False)
+    bound = VariationalBound(plain, discretized=False, clip_sample=False)
+    limit = scheduler.config.clip_sample_range if scheduler.config.clip_sample else data.x_0.abs().max().item()
+    shares = []
+    for w in (1.0, patient.guidance_scale):
+        x_0, _ = bound.predict(w * conditional + (1 - w) * other, x_t, t)
+        shares.append((x_0.abs() > 1.05 * limit).float().mean().item())
+    message = (
+        f"with scale {patient.guidance_scale:g}, {shares[1]:.1%} of the values of x̂_0 are beyond ±{limit:.3g}, where "
+        f"they saturate; without guidance {shares[0]:.1%}"
+    )
+    remedy = "lower the scale, or guide in an interval only (--guidance_interval)"
+    return Finding("guidance", message, remedy if shares[1] > max(MAX_SATURATED, 2 * shares[0]) else None)
+
+
+def _mean_over_labels(unet: Callable[..., UNet2DOutput], data: Batch) -> Callable[..., UNet2DOutput]:
+    """Return the mean of a network's predictions with the labels and conditions of some random samples."""
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor) -> UNet2DOutput:
+        rows = _random(NUM_OTHERS * len(x_t), len(data.x_0)).reshape(NUM_OTHERS, -1)
+        outputs = [unet(x_t, t, **data.take(chosen).known).sample for chosen in rows]
+        return UNet2DOutput(sample=torch.stack(outputs).mean(dim=0))
+
+    return predict
+
+
+def _excess(differences: torch.Tensor) -> float:
+    """Return the mean in standard errors."""
+    return (differences.mean() / (differences.std() / len(differences) ** 0.5)).item()
+
+
+def _random(number: int, limit: int) -> torch.Tensor:
+    """Return whole numbers below a limit, always the same."""
+    return torch.randint(limit, (number,), generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
 def without_label(pipeline: DDPMMLPPipeline, unet: torch.nn.Module) -> Callable[..., UNet2DOutput]:
-    """Return a network of a pipeline as a function of x_t and t: without a label, or with the first where it must."""
+    """Return a network of a pipeline that needs no label: the default is none, or the first where it must have one."""
     if not pipeline.num_classes:
         return unet
     label = 0 if pipeline.null_label is None else pipeline.null_label
     return functools.partial(unet, class_labels=torch.tensor([label], device=pipeline.device))
 
 
-def losses(unet: Callable[..., UNet2DOutput], scheduler: DDPMScheduler, x_0: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def losses(unet: Callable[..., UNet2DOutput], scheduler: DDPMScheduler, data: Batch) -> torch.Tensor:
     """Return the simple loss of each sample, `[number]`, at timesteps that rise evenly from 0 to T − 1."""
-    samples = x_0, _timesteps(scheduler, len(x_0)), _noise(x_0)
-    batches = zip(*(values.split(BATCH_SIZE) for values in samples), strict=True)
-    return torch.cat([simple_loss(scheduler, unet, Batch(x_0), t, eps) for x_0, t, eps in batches])
+    t, eps = _timesteps(scheduler, len(data.x_0)), _noise(data.x_0)
+    parts = [slice(i, i + BATCH_SIZE) for i in range(0, len(t), BATCH_SIZE)]
+    return torch.cat([simple_loss(scheduler, unet, data.take(part), t[part], eps[part]) for part in parts])
 
 
-def loss_share(unet: Callable[..., UNet2DOutput], scheduler: DDPMScheduler, x_0: torch.Tensor) -> float:
+def loss_share(unet: Callable[..., UNet2DOutput], scheduler: DDPMScheduler, data: Batch) -> float:
     """Return the ratio of the network's loss to the lowest loss for Gaussian data of the same mean and variances.
 
     The ratio is comparable between schedules and prediction types.
     """
+    return (losses(unet, scheduler, data).mean() / _gaussian_loss(scheduler, data.x_0)).item()
+
+
+def _gaussian_loss(scheduler: DDPMScheduler, x_0: torch.Tensor) -> torch.Tensor:
+    """Return the lowest loss for Gaussian data with the mean and variances of x_0."""
     alpha_cumprod = scheduler.alphas_cumprod.double()[_timesteps(scheduler, len(x_0))][:, None]
     variance = x_0.double().flatten(1).var(dim=0)
     variance_of_x_t = alpha_cumprod * variance + 1 - alpha_cumprod
-    gaussian = {  # the variance of the target given x_t
+    of_target = {  # its variance given x_t
         "epsilon": alpha_cumprod * variance / variance_of_x_t,
         "sample": (1 - alpha_cumprod) * variance / variance_of_x_t,
         "v_prediction": variance / variance_of_x_t,
     }[scheduler.config.prediction_type]
-    return (losses(unet, scheduler, x_0).mean() / gaussian.mean()).item()
+    return of_target.mean()
 
 
 def _timesteps(scheduler: DDPMScheduler, number: int) -> torch.Tensor:

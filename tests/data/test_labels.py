@@ -90,7 +90,8 @@ def test_what_can_not_be_a_label_or_a_condition(tmp_path, options, message):
 
 def test_the_sets_own_labels_and_angles():
     dataset = load_points("eight_gaussians", 500, noise=0.0, label_column="label")
-    points, _, labels, names = split_columns(dataset, "label")
+    points, conditions, labels, names = split_columns(dataset, "label")
+    assert conditions.shape == (500, 0)
     angle = np.array(names, dtype=int)[labels] * math.pi / 4
     np.testing.assert_allclose(points, np.stack([np.cos(angle), np.sin(angle)], axis=1), atol=1e-12)
     points, theta, *_ = split_columns(

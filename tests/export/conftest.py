@@ -154,3 +154,47 @@ def onnxruntime_web(pytestconfig: pytest.Config) -> Path:
             return page._cached_package()
         except ConfigurationError as error:
             pytest.skip(str(error))
+
+
+DRAW = """
+    const { openBundle } = await import(process.argv[1]);
+    import { createRequire } from "node:module";
+    import { readFileSync } from "node:fs";
+    import { join } from "node:path";
+    const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node");
+    const { bundle, asked, number, seed } = JSON.parse(readFileSync(0, "utf-8"), (_, v) => (v === "NaN" ? NaN : v));
+    const sampler = await openBundle(ort, async (name) => readFileSync(join(bundle, name)));
+    const results = [];
+    for (const each of asked) {
+      try {
+        const samples = [];
+        for await (const batch of sampler.batches(number, BigInt(seed), 3, each)) samples.push(...batch);
+        results.push(samples);
+      } catch (error) {
+        results.push(`${error.constructor.name}: ${error.message}`);
+      }
+    }
+    console.log(JSON.stringify(results));
+"""
+
+
+@pytest.fixture
+def draw_in_node(run, node, node_folder):
+    """Draw from a bundle what is asked, one after the other: the numbers, or an error's kind and message."""
+
+    def draw_in_node(bundle, asked, number=5, seed=2**40 + 3):
+        given = {"bundle": str(bundle), "asked": asked, "number": number, "seed": str(seed)}
+        text = json.dumps(given).replace("NaN", '"NaN"')  # which JSON has no number for
+        result = run(
+            node,
+            "--input-type=module",
+            "-e",
+            DRAW,
+            (page.WEB / "ddpm.js").as_uri(),
+            input=text,
+            cwd=node_folder,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    return draw_in_node

@@ -163,6 +163,24 @@ def test_the_benchmark_prints_a_table(run, ddim_bundle):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_guidance_and_of_another_network(run, ddim_bundle, tmp_path):
+    export_bundle(pretrained("moons"), tmp_path / "bundle", "ddim", 20)
+    argv = ("--repeats", 1, "--num_inference_steps", 20, "--batch_sizes", 500)
+    asked = ("--guidance_scale", 2, "--guidance_interval", 1000, 500, "--against", ddim_bundle)
+    result = run("ddpm-benchmark", pretrained("moons"), tmp_path / "bundle", *argv, *asked)
+    assert result.returncode == 0, result.stderr
+    head, guidance, network = result.stdout.split("\n\n")[1].splitlines()[:3]
+    assert head.split() == ["ms", "per", "step", "without", "with", "ratio"]
+    assert guidance.startswith("guidance 2, 500 together")
+    *_, without, guided, ratio = guidance.split()
+    assert float(ratio[:-1]) == pytest.approx(float(guided) / float(without), rel=3e-3)
+    assert str(ddim_bundle) in network
+    argv = ("ddpm-benchmark", pretrained("heart"), ddim_bundle)
+    assert_one_line_error(run(*argv, "--guidance_scale", 2), "guidance_scale")
+    assert_one_line_error(run(*argv, "--guidance_interval", 9, 1), "needs --guidance_scale")
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_a_network_with_a_learned_variance(run, tmp_path):
     """The network was trained with 40 timesteps, fewer than the benchmark's default steps."""
     checkpoint = pretrained("swiss_roll_2015")

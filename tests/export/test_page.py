@@ -1,6 +1,7 @@
 """The page in a headless Chromium, against the Python runtime; the files and errors of `write_page`.
 
-`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k picture` makes the README's picture.
+`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k picture` makes the README's picture, and
+`BACKENDS_TABLE=docs/backends.txt … -k backend` the table of all backends' differences.
 """
 
 import base64
@@ -8,21 +9,28 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
+import math
 import os
 import shutil
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from helpers import assert_one_line_error
 from PIL import Image
+from tabulate import tabulate
+from test_asking import draw_with_torch
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, load_checkpoint, pretrained
 from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, OutputExistsError
 from ddpm_mlp_pipeline.export import page as page_module
+from ddpm_mlp_pipeline.export.compile import make_scheduler
 from ddpm_mlp_pipeline.export.page import PAGE_FILES, SCRIPT, VERSION, WASM, write_page
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
 from ddpm_mlp_pipeline.runtime.bundle import seal
@@ -743,3 +751,73 @@ def test_the_command_writes_a_page(run, onnxruntime_web, tmp_path):
     assert (tmp_path / "page" / "bundle" / "unet.onnx").read_bytes() == (
         tmp_path / "bundle" / "unet.onnx"
     ).read_bytes()
+
+
+# All backends, whatever is asked of the shipped moons
+
+NUMBER, SEED, STEPS = 50, 2**40 + 3, 20
+SCHEDULERS = {
+    "DDPM": ("ddpm", {}),
+    "DDIM": ("ddim", {}),
+    "DPM-Solver++": ("dpmsolver_multistep", {}),
+    "SDE-DPM-Solver++": ("dpmsolver_multistep", {"algorithm_type": "sde-dpmsolver++"}),
+}
+IN_BROWSER = """async ([asked, number, seed]) => {
+    const { openBundle } = await import("./ddpm.js");
+    const ort = await import("./onnxruntime/ort.wasm.bundle.min.js");
+    const packed = await fetch("./onnxruntime/ort-wasm-simd-threaded.wasm.gz");
+    const wasm = new Response(packed.body.pipeThrough(new DecompressionStream("gzip")));
+    Object.assign(ort.env.wasm, { numThreads: 1, wasmBinary: await wasm.arrayBuffer() });
+    const read = async (name) => new Uint8Array(await (await fetch(`./bundle/${name}`)).arrayBuffer());
+    const sampler = await openBundle(ort, read);
+    const results = [];
+    for (const each of asked) {
+      const samples = [];
+      for await (const batch of sampler.batches(number, BigInt(seed), 512, each)) samples.push(...batch);
+      results.push(samples);
+    }
+    return results;
+}"""
+
+
+@pytest.mark.slow
+def test_every_backend_draws_the_same(draw_in_node, visit, pages, tmp_path, monkeypatch):
+    rows = []
+    asks = list(itertools.product([None, "upper"], [1.0, 2.0], [False, True]))
+    for name, (scheduler, options) in SCHEDULERS.items():
+        bundle = tmp_path / name
+        export_bundle(pretrained("moons"), bundle, scheduler, STEPS, scheduler_options=options)
+        sampler = OnnxSampler(bundle, num_threads=1)
+        graph = onnxruntime.InferenceSession(build_sampler(bundle, takes_known=True).SerializeToString())
+        pipeline = load_checkpoint(pretrained("moons"))
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **options)
+        in_js = [
+            {"classLabels": label, "guidanceScale": w} | ({"known": {"x": 0.5}} if is_known else {})
+            for label, w, is_known in asks
+        ]
+        in_js = [{key: value for key, value in each.items() if value is not None} for each in in_js]
+        node = draw_in_node(bundle, in_js, NUMBER, SEED)
+        browser = visit(pages(bundle)).evaluate(IN_BROWSER, [in_js, NUMBER, str(SEED)])
+        for (label, w, is_known), *from_js in zip(asks, node, browser, strict=True):
+            asked = {"class_labels": label, "guidance_scale": w, "known": [0.5, math.nan] if is_known else None}
+            with monkeypatch.context() as patch:
+                expected = draw_with_torch(pipeline, patch, NUMBER, STEPS, SEED, **asked)
+            known = np.tile(np.array([0.5 if is_known else 0, 0], dtype=np.float32), (NUMBER, 1))
+            feeds = {
+                "seed": np.array(SEED),
+                "num_samples": np.array(NUMBER),
+                "class_labels": np.full(NUMBER, 2 if label is None else 1),
+                "guidance_scale": np.array(w, dtype=np.float32),
+                "known": known,
+                "mask": np.tile(np.array([is_known, 0], dtype=np.float32), (NUMBER, 1)),
+            }
+            drawn = [sampler.sample(NUMBER, SEED, **asked), graph.run(None, feeds)[0]]
+            drawn += [np.reshape(samples, (NUMBER, 2)) for samples in from_js]
+            rows.append(
+                (name, label or "any", w, "x" if is_known else "", *(np.abs(x - expected).max() for x in drawn))
+            )
+    headers = ("scheduler", "label", "w", "known", "runtime", "sampler.onnx", "Node", "Chromium")
+    table = tabulate(rows, headers, "github", floatfmt=("", "", "g", "", *[".0e"] * 4))
+    if path := os.environ.get("BACKENDS_TABLE"):
+        Path(path).write_text(table + "\n")
+    assert np.max([row[4:] for row in rows]) < 1e-4, table

@@ -13,47 +13,12 @@ from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
 from ddpm_mlp_pipeline.runtime.noise import draw_labels
 
-DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"
 N = 5
 PYTHON_NAMES = {
     "classLabels": "class_labels",
     "guidanceScale": "guidance_scale",
     "guidanceInterval": "guidance_interval",
 }
-DRAW = """
-    const { openBundle } = await import(process.argv[1]);
-    import { createRequire } from "node:module";
-    import { readFileSync } from "node:fs";
-    import { join } from "node:path";
-    const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node");
-    const { bundle, asked, number, seed } = JSON.parse(readFileSync(0, "utf-8"), (_, v) => (v === "NaN" ? NaN : v));
-    const sampler = await openBundle(ort, async (name) => readFileSync(join(bundle, name)));
-    const results = [];
-    for (const each of asked) {
-      try {
-        const samples = [];
-        for await (const batch of sampler.batches(number, BigInt(seed), 3, each)) samples.push(...batch);
-        results.push(samples);
-      } catch (error) {
-        results.push(`${error.constructor.name}: ${error.message}`);
-      }
-    }
-    console.log(JSON.stringify(results));
-"""
-
-
-@pytest.fixture
-def draw_in_node(run, node, node_folder):
-    """Draw from a bundle what is asked, one after the other: the numbers, or an error's kind and message."""
-
-    def draw_in_node(bundle, asked, number=N, seed=2**40 + 3):
-        given = {"bundle": str(bundle), "asked": asked, "number": number, "seed": str(seed)}
-        text = json.dumps(given).replace("NaN", '"NaN"')  # which JSON has no number for
-        result = run(node, "--input-type=module", "-e", DRAW, DDPM_JS.as_uri(), input=text, cwd=node_folder)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    return draw_in_node
 
 
 def python_names(asked):
