@@ -134,14 +134,14 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
             x = scheduler.step(model_output, t, x).prev_sample
     if not x.isfinite().all():
         raise ValueError("its scheduler gives samples that are not finite")
-    if (shares := pipeline.config.class_shares) is not None:
-        number, shares = len(pipeline.class_names), torch.tensor(shares, dtype=torch.float64)
-        if shares.shape != (number,) or not (shares >= 0).all() or not abs(shares.sum() - 1) < 1e-6:
-            raise ValueError(f"its class_shares must hold {number} numbers that sum to 1")
     for name in ("data_columns", "class_names", "condition_columns"):
         values = pipeline.config[name]
         if values is not None and not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
             raise ValueError(f"its {name} must be a list of names")
+    if (shares := pipeline.config.class_shares) is not None:
+        number, shares = len(pipeline.class_names), torch.tensor(shares, dtype=torch.float64)
+        if shares.shape != (number,) or not (shares >= 0).all() or not abs(shares.sum() - 1) < 1e-6:
+            raise ValueError(f"its class_shares must hold {number} numbers that sum to 1")
     mean, std = pipeline.config.data_mean, pipeline.config.data_std
     if pipeline.is_points and (mean, std) != (None, None):
         std = torch.tensor(std, dtype=torch.float32)
