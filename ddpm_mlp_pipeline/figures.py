@@ -214,8 +214,8 @@ def plot_fits(tables: Sequence[StepTable], scheduler: SchedulerMixin) -> Figure:
         left.plot(calls, told, color=f"C{i}", linestyle=":", linewidth=1)
         sigma = np.sqrt(1 - seen[1:])  # of the noise in what the network sees next
         right.plot(calls[:-1], np.abs(table.to_next[:-1, 0, Z]) / sigma, **style)
-    left.set(xlabel="network call", ylabel="log SNR (dotted: of the timestep that the network is told)")
-    right.set(xlabel="network call", ylabel="share of fresh noise in the next x's", ylim=(0, None))
+    left.set(xlabel="network call", ylabel="log SNR", title="what the network sees; dotted: what it is told")
+    right.set(xlabel="network call", ylabel="z's coefficient ÷ σ", title="fresh noise in the next x", ylim=(0, None))
     left.legend(fontsize="small")
     return figure
 

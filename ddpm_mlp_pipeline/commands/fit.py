@@ -42,9 +42,9 @@ with command_imports("ddpm-fit", __name__):
 
 FOLDERS = ("unet/", "scheduler/")
 FILES = ("model_index.json", "pipeline.py", "fit.json", "tables.png", "samples.png", "nearest.png")
-NUM_POINTS, NUM_FIT_POINTS = 10_000, 100_000
-NUM_IMAGES = 2_000  # of the report
-POINT_REPEATS, IMAGE_REPEATS = 5, 1
+NUM_FIT_POINTS = 100_000
+NUM_POINTS, NUM_IMAGES = 5_000, 2_000  # of the report
+POINT_REPEATS, IMAGE_REPEATS = 3, 1
 DATA_SEED = 1000  # of the report's points; the fit's have seed 0
 STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ddim", {}),

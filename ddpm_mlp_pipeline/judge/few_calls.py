@@ -18,6 +18,8 @@ from .features import Features
 from .metrics import frechet_distance, image_features, share_in_manifold, sliced_wasserstein_distance, to_uint8
 from .sources import IMAGE_BATCH_SIZE, POINT_BATCH_SIZE
 
+NUM_PROJECTIONS = 200  # of points: a fifth of the time of `ddpm-evaluate`'s 1,000, for a table of many rows
+
 
 @dataclasses.dataclass(frozen=True)
 class TableRow:
@@ -96,7 +98,7 @@ class TableJudge:
     def _row(self, name: str, calls: int | None, sides: Iterable[torch.Tensor]) -> TableRow:
         pairs = list(zip(sides, self.reference_features, strict=True))
         if self.features is None:
-            distances = [sliced_wasserstein_distance(x.numpy(), y.numpy()) for x, y in pairs]
+            distances = [sliced_wasserstein_distance(x.numpy(), y.numpy(), NUM_PROJECTIONS) for x, y in pairs]
             return TableRow(name, calls, float(np.mean(distances)))
         distances = [frechet_distance(x, y) for x, y in pairs]
         precision = [share_in_manifold(x, y[: len(x)]) for x, y in pairs]

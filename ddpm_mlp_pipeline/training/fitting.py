@@ -114,8 +114,9 @@ class TableParameters:
         x̂_0 = clip((x − σ ε_θ(x, t)) / α),   ε̂ = (x − α x̂_0) / σ
         x′  = α′ ((1 + a) x̂_0 + d (x̂_0 − x̂_0 of the call before)) + σ′ (1 + b) (cos(s π/2) ε̂ + sin(s π/2) z)
 
-    With a = b = d = 0 that is DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502, eq. 12) for any s: s = 0 is
-    its ODE, and larger s replace more of ε̂ by fresh noise. The last call gives (1 + a) x̂_0 + b ε̂ + d (…).
+    With a = b = d = 0 and s = 0 that is DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502, eq. 12) with the
+    ε̂ of the clipped x̂_0. Larger s replace more of ε̂ by fresh noise. The last call returns
+    (1 + a) x̂_0 + b ε̂ + d (x̂_0 − x̂_0 of the call before).
 
     Attributes:
         numbers: `[6, calls]`: t / T, log(ᾱ / (1 − ᾱ)) / 10, a, b, s, d.

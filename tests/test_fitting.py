@@ -1,0 +1,245 @@
+"""Fitted step tables: closed forms of Gaussian data, stock DDIM, exact resuming, and the command."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from helpers import assert_one_line_error
+from scipy.spatial.distance import cdist
+
+from ddpm_mlp_pipeline import (
+    DDPMMLPPipeline,
+    MLPModel,
+    SmallUNet2DModel,
+    StepTable,
+    compile_scheduler,
+    load_checkpoint,
+    pretrained,
+)
+from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
+from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
+from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
+from ddpm_mlp_pipeline.training.fit_features import NetworkFeatures, PointFeatures, energy_distance, mean_distance
+from ddpm_mlp_pipeline.training.fitting import FittingArguments, TableFitter, TableParameters, draw
+
+VARIANCE = 0.25  # of each coordinate of the Gaussian data
+
+
+class GaussianModel(ModelMixin, ConfigMixin):
+    """The exact ε for data N(0, VARIANCE): E[ε | x_t] = σ x_t / (α² VARIANCE + σ²)."""
+
+    @register_to_config
+    def __init__(self, in_channels=2, sample_size=None, scale=1.0):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(scale))
+        self.register_buffer("alphas_cumprod", DDPMScheduler().alphas_cumprod, persistent=False)
+
+    def forward(self, sample, timestep, return_dict=True):
+        places = torch.as_tensor(timestep).clamp(0, len(self.alphas_cumprod) - 1)
+        low = places.detach().floor().long().clamp(max=len(self.alphas_cumprod) - 2)
+        log_snr = torch.logit(self.alphas_cumprod)
+        log_snr = log_snr[low] + (places - low) * (log_snr[low + 1] - log_snr[low])
+        alpha_cumprod = torch.sigmoid(log_snr)
+        eps = (1 - alpha_cumprod).sqrt() * sample / (alpha_cumprod * VARIANCE + 1 - alpha_cumprod)
+        return UNet2DOutput(sample=self.factor * eps)
+
+
+def gaussian_pipeline(**options):
+    pipe = DDPMMLPPipeline(GaussianModel(**options), DDPMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gaussian_data(number=4000):
+    x = torch.randn(number, 2, generator=torch.Generator().manual_seed(9))
+    return TensorBatches(VARIANCE**0.5 * x)
+
+
+def arguments(**options):
+    small = {"steps": 40, "batch_size": 256, "num_references": 512, "num_held_out": 1024, "num_drawn": 1024}
+    return FittingArguments.of_points(**(small | {"check_steps": 10, "learning_rate": 0.02} | options))
+
+
+def test_without_noise_and_corrections_the_table_is_ddim():
+    scheduler = DDIMScheduler(clip_sample=True, clip_sample_range=1.5)
+    expected = compile_scheduler(scheduler, 5, use_clipped_model_output=True)
+    parameters = TableParameters.start(5, arguments(), scheduler)
+    numbers = torch.zeros(6, 5)
+    numbers[0] = torch.tensor(expected.timesteps) / 1000
+    numbers[1] = torch.logit(torch.tensor(expected.alphas_cumprod)).float() / 10
+    actual = dataclasses.replace(parameters, numbers=numbers).to_table()
+    # DDIM ends at the first timestep's ᾱ, a fitted table at 1: all but the last step are the same.
+    np.testing.assert_allclose(actual.timesteps, expected.timesteps, atol=1e-3)
+    np.testing.assert_allclose(actual.to_x_0, expected.to_x_0, rtol=1e-4)
+    x, eps = np.random.default_rng(0).standard_normal((2, 100))
+    for k in range(4):
+        x_0 = (expected.to_x_0[k] @ [x, eps]).clip(-1.5, 1.5)
+        steps = [table.to_next[k, 0] @ [x, eps, x_0, np.zeros(100)] for table in (actual, expected)]
+        np.testing.assert_allclose(*steps, atol=2e-3)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_with_a_network_that_knows_x_0_every_call_sees_the_forward_process(noise, prediction_type):
+    """It sees α x_0 + σ ε with ε of variance 1, whatever the share of fresh noise, and the last call returns x_0."""
+    scheduler = DDPMScheduler(clip_sample=False, prediction_type=prediction_type)
+    parameters = TableParameters.start(6, arguments(noise=noise), scheduler)
+    log_snr = iter((parameters.numbers[1] * 10).tolist())
+    x_0 = torch.linspace(-1, 1, 80_000).reshape(-1, 2)
+    variances = []
+
+    def network(x, t):
+        alpha_cumprod = torch.sigmoid(torch.tensor(next(log_snr)))
+        alpha, sigma = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
+        eps = (x - alpha * x_0) / sigma
+        variances.append(float(eps.var()))
+        return UNet2DOutput(
+            sample={"epsilon": eps, "v_prediction": alpha * eps - sigma * x_0, "sample": x_0}[prediction_type]
+        )
+
+    x = draw(parameters, network, Batch(x_0), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x, x_0, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(variances, 1, atol=0.03)  # the first x is N(0, 1), not α x_0 + σ ε
+
+
+def test_the_distance_is_the_unbiased_energy_distance():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 3)), rng.standard_normal((40, 3)) + 0.5
+    of_x, of_y = (cdist(z, z)[~np.eye(len(z), dtype=bool)].mean() for z in (x, y))
+    expected = (2 * cdist(x, y).mean() - of_x - of_y) / of_y
+    x, y = torch.tensor(x), torch.tensor(y)
+    actual = energy_distance([x, x], [y, y], [mean_distance(y)] * 2)
+    assert float(actual) == pytest.approx(2 * expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_fit_finds_the_samplers_of_gaussian_data(calls):
+    """For Gaussian data, one call is enough: x times a number. DDIM's is wrong by a factor of three or more."""
+    pipe, data = gaussian_pipeline(), gaussian_data()
+    fitter = TableFitter(pipe, data, PointFeatures(), arguments(steps=80))
+    fitter.fit([calls])
+    start = TableParameters.start(calls, fitter.args, pipe.scheduler)
+    before, after = ({row["step"]: row["distance"] for row in fitter.log}[step] for step in (0, 80))
+    assert before > 0.02
+    assert after < 0.003
+    pipe.scheduler = StepTableScheduler.from_config(
+        pipe.scheduler.config, tables=[table.to_dict() for table in (fitter.tables[calls], start.to_table())][:1]
+    )
+    points = pipe(20_000, torch.Generator().manual_seed(0)).points
+    assert points.std() == pytest.approx(VARIANCE**0.5, rel=0.05)
+
+
+def test_a_stopped_fit_goes_on_exactly(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def fit(path, stop_after=None):
+        taken = 0
+
+        def on_step():
+            nonlocal taken
+            taken += 1
+            if taken == stop_after:
+                raise Stop
+
+        fitter = TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments(steps=20), path)
+        return {number: table.to_dict() for number, table in fitter.fit([3, 2], on_step).items()}, fitter.log
+
+    expected = fit(tmp_path / "whole.json")
+    for stop_after in (15, 18):  # in the first table, then in the second
+        with pytest.raises(Stop):
+            fit(tmp_path / "stopped.json", stop_after)
+    assert fit(tmp_path / "stopped.json") == expected
+    assert fit(None) == expected
+    with pytest.raises(ConfigurationError, match=r"stopped\.json is of a fit with other options"):
+        TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments(), tmp_path / "stopped.json")
+
+
+def test_the_best_table_by_the_held_out_data_is_kept():
+    fitter = TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments())
+    fitted = fitter._fit_one(TableParameters.start(2, fitter.args, fitter.pipeline.scheduler), None)
+    assert fitter.distance(fitted) == pytest.approx(min(row["distance"] for row in fitter.log), rel=1e-5)
+    fitter.args, fitter.log = arguments(learning_rate=0.2, steps=2, check_steps=2), []
+    kept = fitter._fit_one(fitted, None)
+    start, last = [row["distance"] for row in fitter.log]
+    assert start < last  # this learning rate is too high
+    torch.testing.assert_close(kept.numbers, fitted.numbers, atol=0, rtol=0)
+
+
+def test_labels_are_drawn_as_the_data_have_them():
+    labels = torch.tensor([0] * 1800 + [1] * 200)
+    data = TensorBatches(torch.randn(2000, 2), labels)
+    unet = MLPModel(2, hidden_dim=16, num_hidden_layers=2, embedding_dim=8, num_class_embeds=2)
+    pipe = DDPMMLPPipeline(unet, DDPMScheduler())
+    fitter = TableFitter(pipe, data, PointFeatures(2), arguments(num_held_out=500, batch_size=200, num_references=200))
+    drawn = fitter._some(200, torch.Generator().manual_seed(0)).class_labels
+    share = (data.class_labels[fitter.fitted] == 1).double().mean()
+    assert abs(int(drawn.sum()) - 200 * share) <= 1
+    assert fitter.fit([2])[2].timesteps.shape == (2,)
+
+
+def test_features_of_a_u_net_are_its_last_blocks_before_the_resolution_rises():
+    unet = SmallUNet2DModel(8, block_out_channels=(8, 16, 24), attention_head_dim=8)
+    features = NetworkFeatures(DDPMMLPPipeline(unet, DDPMScheduler()))
+    assert features.blocks == [unet.down_blocks[2][0], unet.down_blocks[1][0]] or features.blocks == [
+        unet.up_blocks[0][0],
+        unet.down_blocks[1][0],
+    ]
+    x = torch.zeros(3, 1, 8, 8, requires_grad=True)
+    groups = features(Batch(x), torch.Generator().manual_seed(0))
+    assert [group.shape for group in groups] == 2 * [(3, 16 * 4), (3, 24)] or len(groups) == 4
+    sum(group.sum() for group in groups).backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_wrong_input_is_refused():
+    with pytest.raises(DatasetError, match="100 samples are too few for a fit: it needs 512"):
+        TableFitter(gaussian_pipeline(), gaussian_data(100), PointFeatures(), arguments())
+    fitter = TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments())
+    with pytest.raises(ConfigurationError, match="from 1 to 1000"):
+        fitter.fit([1001])
+    diverging = TableFitter(gaussian_pipeline(scale=1e30), gaussian_data(), PointFeatures(), arguments())
+    with pytest.raises(DivergenceError, match="not finite"):
+        diverging.fit([3])
+
+
+@pytest.mark.slow
+def test_the_command(run, tmp_path):
+    checkpoint, output = pretrained("heart"), tmp_path / "fitted"
+    argv = ("ddpm-fit", checkpoint, output, "--dataset", "heart", "--num_calls", 3, 4, "--steps", 60)
+    result = run(*argv)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((output / "fit.json").read_text())
+    distance = {(row["name"], row["calls"]): row["distance"] for row in report["rows"]}
+    for calls in (3, 4):
+        assert distance["fitted", calls] < 0.8 * min(distance[name, calls] for name in ("ddim", "dpmsolver_multistep"))
+    assert {"tables.png", "samples.png"} <= {path.name for path in output.iterdir()}
+    assert not (tmp_path / "fitted.partial.json").exists()
+    pipe = load_checkpoint(output)
+    assert list(pipe.scheduler.tables) == [3, 4]
+    assert pipe.scheduler.default_num_inference_steps == 3
+    assert_one_line_error(run(*argv), "exists and isn't empty")
+
+    assert run("ddpm-export", output, tmp_path / "bundle").returncode == 0
+    assert StepTable.load(tmp_path / "bundle/step_table.json").to_dict() == pipe.scheduler.tables[3]
+
+
+def test_the_command_refuses_wrong_input(run_forked, tmp_path):
+    output = tmp_path / "fitted"
+    points = tmp_path / "few.csv"
+    points.write_text("x,y\n" + "0,1\n1,0\n" * 100)
+    argv = ("fit", pretrained("heart"), output, "--dataset")
+    for more, message in [
+        ((points,), "200 samples are too few for a fit: it needs 2048"),
+        (("heart", "--num_calls", 1001), "from 1 to 1000"),
+        (("moons.csv",), "moons.csv"),
+        (("heart", "--features", "pixels"), "--features are for images"),
+    ]:
+        assert_one_line_error(run_forked(*argv, *more), message)
+        assert list(tmp_path.iterdir()) in ([points], [points, tmp_path / "cwd"], [tmp_path / "cwd", points])
