@@ -22,7 +22,7 @@ from .bound import BoundEstimate, VariationalBound
 from .data.batches import Batch
 from .errors import ConfigurationError, DivergenceError
 from .files import whole_file
-from .pipeline import DDPMMLPPipeline
+from .pipeline import DDPMMLPPipeline, default_num_inference_steps
 from .progress import progress_bar
 from .runtime.pictures import image_grid
 from .runtime.step_table import TERMS, StepTable, Z
@@ -109,7 +109,7 @@ def reverse_process(
         number: number of samples.
         seed: the seed of the noise.
         timesteps: values of t; by default about forty. Each becomes the nearest t that a denoising step reaches.
-        num_inference_steps: number of denoising steps; by default T.
+        num_inference_steps: number of denoising steps; by default the scheduler's.
         on_step: called after each step.
 
     Returns:
@@ -118,7 +118,8 @@ def reverse_process(
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn((number, *pipeline.sample_shape), generator=generator)
     T = pipeline.scheduler.config.num_train_timesteps
-    pipeline.scheduler.set_timesteps(num_inference_steps or T)
+    num_inference_steps = num_inference_steps or default_num_inference_steps(pipeline.scheduler)
+    pipeline.scheduler.set_timesteps(num_inference_steps)
     # A step leads to the next step's t, and the last to 0. The scheduler's timestep is t - 1.
     after_step = [int(t) + 1 for t in pipeline.scheduler.timesteps[1:]] + [0]
     shown = _timesteps_to_show(T) if timesteps is None else timesteps

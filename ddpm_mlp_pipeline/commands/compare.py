@@ -41,6 +41,7 @@ with command_imports("ddpm-compare", __name__):
     from ..judge.features import PIXELS
     from ..judge.metrics import choose_features, frechet_distance, image_features, squared_energy_distance, to_uint8
     from ..loading import fingerprint, load_checkpoint
+    from ..table_scheduler import StepTableScheduler
 
 
 STEPS = (10, 20, 30, 50)
@@ -156,8 +157,13 @@ def _scheduler(text: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def _compile_all(args: argparse.Namespace, trained_with: SchedulerMixin) -> dict[tuple[str, int], StepTable]:
-    """Compile each scheduler for each number of steps; print an error for each that can't be compiled."""
-    tables = {}
+    """Compile each scheduler for each number of steps; print an error for each that can't be compiled.
+
+    The checkpoint's own fitted tables come first.
+    """
+    tables: dict[tuple[str, int], StepTable] = {}
+    if isinstance(trained_with, StepTableScheduler):
+        tables = {("fitted", number): compile_scheduler(trained_with, number) for number in trained_with.tables}
     for (text, name, options), steps in itertools.product(args.schedulers, args.num_inference_steps):
         config, step_options = split_options(name, options)
         try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import ConfigurationError, explain_missing_extra
@@ -56,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="the unpacked npm package for --web (default: downloaded once from the npm registry)",
     )
     parser.add_argument("--sampler_takes_known", action="store_true", help="let sampler.onnx take known values, too")
+    parser.add_count("--fit", "first fit a table of N network calls to --dataset, as ddpm-fit does")
+    parser.add_argument("--dataset", help="data for --fit: a point set, a file of points, or an image data set")
     add_guidance_options(parser)
     parser.add_argument(
         "--null_label", type=int, metavar="N", help='the class by which a stock UNet2DModel knows "none"'
@@ -67,27 +72,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.web is not None:  # before the work; export_bundle checks the bundle's folder
         check_folder(args.web, PAGE_ENTRIES.__contains__, args.overwrite)
     with explain_missing_extra("ddpm-export", "export"):
-        from ..export.exporter import export_bundle
-    report = export_bundle(
-        args.checkpoint,
-        args.bundle,
-        args.scheduler,
-        args.num_inference_steps,
-        sampler=args.sampler,
-        precision=args.precision,
-        scheduler_options=dict(args.scheduler_options),
-        guidance_scale=args.guidance_scale,
-        guidance_interval=args.guidance_interval,
-        null_label=args.null_label,
-        sampler_takes_known=args.sampler_takes_known,
-        overwrite=args.overwrite,
-    )
+        from ..export.exporter import FILES, export_bundle
+    checkpoint = args.checkpoint
+    with contextlib.ExitStack() as stack:
+        if args.fit is not None:
+            check_folder(args.bundle, FILES.__contains__, args.overwrite)
+            checkpoint = stack.enter_context(_fitted(args))
+        report = export_bundle(
+            checkpoint,
+            args.bundle,
+            args.scheduler,
+            args.num_inference_steps,
+            sampler=args.sampler,
+            precision=args.precision,
+            scheduler_options=dict(args.scheduler_options),
+            guidance_scale=args.guidance_scale,
+            guidance_interval=args.guidance_interval,
+            null_label=args.null_label,
+            sampler_takes_known=args.sampler_takes_known,
+            overwrite=args.overwrite,
+        )
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())
     print(f"{args.bundle}: {StepTable.load(args.bundle / 'step_table.json').summary}, {size / 1024:.0f} KiB")
     if args.web is not None:
         write_page(args.bundle, args.web, args.onnxruntime_web, args.overwrite)
         print(f"{args.web}: a page for browsers; python -m http.server --directory {args.web}")
+
+
+@contextlib.contextmanager
+def _fitted(args: Namespace) -> Iterator[Path]:
+    """Yield a temporary checkpoint with the table that `--fit` asks for."""
+    if args.dataset is None:
+        raise ConfigurationError("--fit needs data: name them with --dataset")
+    if args.scheduler or args.scheduler_options or args.num_inference_steps:
+        raise ConfigurationError("--fit makes the steps itself: leave out --scheduler and --num_inference_steps")
+    from . import fit
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / args.checkpoint.resolve().name  # the bundle's provenance names it
+        options = ("--dataset", args.dataset, "--num_calls", args.fit)
+        fit.fit(fit.make_parser().parse_args([str(word) for word in (args.checkpoint, checkpoint, *options)]))
+        yield checkpoint
 
 
 if __name__ == "__main__":

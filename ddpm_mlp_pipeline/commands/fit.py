@@ -59,7 +59,13 @@ def is_own(name: str) -> bool:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _make_parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
+    fit(args)
+    print(args.output)
+
+
+def fit(args: Namespace) -> None:
+    """Fit, measure, write the output, and print the report."""
     check_folder(args.output, is_own, args.overwrite)
     pipeline = load_checkpoint(args.checkpoint)
     trained_with, num_calls = pipeline.scheduler, list(dict.fromkeys(args.num_calls))
@@ -110,10 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "nearest training image, RMS difference, median: " + ", ".join(f"{k} {v:.3f}" for k, v in judged.nearest)
         )
     sizes = ", ".join(f"{table.num_numbers} numbers for {len(table)} calls" for table in tables.values())
-    print(f"{args.output}: fitted in {seconds:.0f} s; {sizes}")
+    print(f"fitted in {seconds:.0f} s: {sizes}")
 
 
-def _make_parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-fit", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     parser.add_argument(

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data.batches import Batch
 from ..errors import ConfigurationError
-from ..models.mlp import ResidualBlock
+from ..models.mlp import MLPModel
 from ..pipeline import DDPMMLPPipeline
 
 LOG_SNRS = (5.3, 2.2)  # log(ᾱ / (1 − ᾱ)) of the noised images: fine detail, and shape
@@ -56,11 +56,11 @@ class NetworkFeatures:
     al. 2021, https://arxiv.org/abs/2112.03126).
 
     Args:
-        pipeline: the pipeline. The features are of the last residual blocks before the resolution rises again: one at
-            each of the two lowest resolutions. Of an `MLPModel`, they are of its last two blocks.
+        pipeline: the pipeline. The features of a U-Net are what its last residual blocks on the way down return, at
+            the two lowest resolutions, and its middle; those of an `MLPModel` are of its last two blocks.
 
     Raises:
-        ConfigurationError: if the network has no such blocks.
+        ConfigurationError: if the network is neither.
     """
 
     def __init__(self, pipeline: DDPMMLPPipeline):
@@ -68,24 +68,20 @@ class NetworkFeatures:
         self.network = pipeline.unet
         self.timesteps = [int((log_snr - level).abs().argmin()) for level in LOG_SNRS]
         self.alphas_cumprod = [float(pipeline.scheduler.alphas_cumprod[t]) for t in self.timesteps]
-        self.blocks = self._choose(pipeline)
+        self.blocks = self._choose()
 
-    def _choose(self, pipeline: DDPMMLPPipeline) -> list[nn.Module]:
-        blocks = [module for module in self.network.modules() if isinstance(module, ResnetBlock2D | ResidualBlock)]
-        x = torch.zeros(1, *pipeline.sample_shape)
-        with torch.no_grad(), _outputs(blocks) as outputs:
-            self.network(x, 0, **_null(pipeline))
-        shapes = [tuple(output.shape[2:]) for output in outputs]
-        lowest = min(shapes, default=None)
-        if lowest is None:
+    def _choose(self) -> list[nn.Module]:
+        if isinstance(self.network, MLPModel):
+            return list(self.network.blocks[-2:])
+        stages = getattr(self.network, "down_blocks", [])[-2:]
+        resnets = [[block for block in stage.modules() if isinstance(block, ResnetBlock2D)] for stage in stages]
+        middle = [getattr(self.network, name, None) for name in ("mid_attention", "mid_block")]
+        blocks = [own[-1] for own in resnets if own] + [block for block in middle if block is not None]
+        if not blocks:
             raise ConfigurationError(
                 f"{type(self.network).__name__} has no residual blocks to take features from: pass --features"
             )
-        if not lowest:  # an MLP's
-            return blocks[-2:]
-        end = len(shapes) - shapes[::-1].index(lowest)  # the blocks run in this order
-        resolutions = sorted(set(shapes[:end]))[:2]
-        return [blocks[end - 1 - shapes[:end][::-1].index(resolution)] for resolution in resolutions]
+        return blocks
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
         features = []
@@ -94,7 +90,7 @@ class NetworkFeatures:
             x_t = alpha_cumprod**0.5 * batch.x_0 + (1 - alpha_cumprod) ** 0.5 * noise
             with _outputs(self.blocks) as outputs:
                 self.network(x_t, t, **batch.known)
-            features += [output.flatten(1) for output in outputs]
+            features += [output.flatten(1) / output[0].numel() ** 0.5 for output in outputs]
         return features
 
 
@@ -115,7 +111,7 @@ class Preprocessed:
 def energy_distance(
     x: Sequence[torch.Tensor], y: Sequence[torch.Tensor], y_distances: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, unbiased, relative to the last term, summed over groups of features.
+    """Return 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖, unbiased, summed over groups of features.
 
     Source: Székely and Rizzo 2013, "Energy statistics". It is 0 if, and only if, the distributions are the same.
 
@@ -123,11 +119,8 @@ def energy_distance(
         x, y: groups of features, each `[number, features]`.
         y_distances: `mean_distance` of each group of y.
     """
-    distances = [
-        (2 * torch.cdist(own, other).mean() - mean_distance(own)) / scale - 1
-        for own, other, scale in zip(x, y, y_distances, strict=True)
-    ]
-    return torch.stack(distances).sum()
+    groups = zip(x, y, y_distances, strict=True)
+    return torch.stack([2 * torch.cdist(a, b).mean() - mean_distance(a) - of_b for a, b, of_b in groups]).sum()
 
 
 def mean_distance(x: torch.Tensor) -> torch.Tensor:
@@ -145,12 +138,3 @@ def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _null(pipeline: DDPMMLPPipeline) -> dict[str, torch.Tensor]:
-    known = {}
-    if pipeline.num_classes:
-        known["class_labels"] = torch.zeros(1, dtype=torch.int64)
-    if pipeline.condition_columns:
-        known["condition"] = torch.zeros(1, len(pipeline.condition_columns))
-    return known
