@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # editors and type checkers read these imports instead of `__
     from .pipeline import DDPMMLPPipeline as DDPMMLPPipeline, PointPipelineOutput as PointPipelineOutput
     from .runtime.sampler import OnnxSampler as OnnxSampler
     from .runtime.step_table import StepTable as StepTable
+    from .table_scheduler import StepTableScheduler as StepTableScheduler
     from .training.loop import train as train
     from .training.options import TrainingArguments as TrainingArguments
 
@@ -45,6 +46,7 @@ _MODULE_OF_NAME = {
     "SmallUNet2DModel": "models.unet",
     "OnnxSampler": "runtime.sampler",
     "StepTable": "runtime.step_table",
+    "StepTableScheduler": "table_scheduler",
     "compile_scheduler": "export.compile",
     "export_bundle": "export.exporter",
     "load_images": "data.images",

@@ -241,7 +241,7 @@ def test_the_command_refuses_wrong_input(run_forked, tmp_path):
     points.write_text("x,y\n" + "0,1\n1,0\n" * 100)
     argv = ("fit", pretrained("heart"), output, "--dataset")
     for more, message in [
-        ((points,), "200 samples are too few for a fit: it needs 2048"),
+        ((points,), "200 samples are too few for a fit: it needs 1024"),
         (("heart", "--num_calls", 1001), "from 1 to 1000"),
         (("moons.csv",), "moons.csv"),
         (("heart", "--features", "pixels"), "--features are for images"),

@@ -130,8 +130,8 @@ def make_parser() -> CommandParser:
     parser.add_count(
         "--num_calls", "network calls of the tables; the first is the default of the output", nargs="+", default=[6]
     )
-    parser.add_count("--steps", "optimiser steps for each table (default: 200 for points, 60 for images)")
-    parser.add_count("--batch_size", "samples of each step (default: 1024 points, 96 images)")
+    parser.add_count("--steps", "optimiser steps for each table (default: 400 for points, 100 for images)")
+    parser.add_count("--batch_size", "samples of each step (default: 512 points, 96 images)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="seed of the fit (default: 0)")
     parser.add_argument(
         "--features",

@@ -65,45 +65,27 @@ class FittingArguments:
 
     @classmethod
     def of_points(cls, **options: Any) -> FittingArguments:
-        defaults: dict[str, Any] = {
-            "steps": 200,
-            "batch_size": 1024,
-            "num_references": 2048,
-            "num_held_out": 8192,
-            "num_drawn": 4096,
-        }
-        defaults |= {
-            "check_steps": 25,
-            "learning_rate": 0.01,
-            "first_log_snr": -5.0,
-            "last_log_snr": 6.0,
-            "noise": 0.0,
-        }
-        return cls(**(defaults | options))
+        return cls(**(_OF_POINTS | options))
 
     @classmethod
     def of_images(cls, **options: Any) -> FittingArguments:
-        defaults: dict[str, Any] = {
-            "steps": 60,
-            "batch_size": 96,
-            "num_references": 2048,
-            "num_held_out": 1024,
-            "num_drawn": 512,
-        }
-        defaults |= {
-            "check_steps": 15,
-            "learning_rate": 0.02,
-            "first_log_snr": -5.0,
-            "last_log_snr": 4.5,
-            "noise": 0.5,
-        }
-        return cls(**(defaults | options))
+        return cls(**(_OF_IMAGES | options))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and field.name != "seed" and value < 1:
                 raise ConfigurationError(f"{field.name} must be at least 1, got {value}")
+
+
+_OF_POINTS: dict[str, Any] = {
+    **{"steps": 400, "batch_size": 512, "num_references": 1024, "num_held_out": 8192, "num_drawn": 4096},
+    **{"check_steps": 50, "learning_rate": 0.01, "first_log_snr": -5.0, "last_log_snr": 6.0, "noise": 0.0},
+}
+_OF_IMAGES: dict[str, Any] = {
+    **{"steps": 100, "batch_size": 96, "num_references": 2048, "num_held_out": 1024, "num_drawn": 512},
+    **{"check_steps": 20, "learning_rate": 0.02, "first_log_snr": -5.0, "last_log_snr": 4.5, "noise": 0.5},
+}
 
 
 @dataclasses.dataclass
