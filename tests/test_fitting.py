@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from helpers import assert_one_line_error, random_weights
+from pandas import DataFrame
 from scipy.spatial.distance import cdist
 
 from ddpm_mlp_pipeline import (
@@ -235,6 +236,33 @@ def test_the_command(run, tmp_path):
     assert StepTable.load(tmp_path / "bundle/step_table.json").to_dict() == pipe.scheduler.tables[3]
 
 
+@pytest.mark.slow
+def test_the_command_fits_to_its_own_samples_and_an_export_fits(run, tmp_path):
+    small = ("--num_calls", 2, "--steps", 20, "--batch_size", 64)
+    argv = ("ddpm-fit", pretrained("moons"), tmp_path / "fitted", "--data_free", 400, *small)
+    assert run(*argv).returncode == 0
+    kept = np.load(tmp_path / "fitted.samples.npz")["samples"]
+    log = json.loads((tmp_path / "fitted/fit.json").read_text())["log"]
+    assert min(row["distance"] for row in log) < log[0]["distance"] / 2
+    assert run(*argv, "--overwrite").returncode == 0  # from the same samples
+    assert json.loads((tmp_path / "fitted/fit.json").read_text())["log"] == log
+    np.testing.assert_array_equal(np.load(tmp_path / "fitted.samples.npz")["samples"], kept)
+    assert_one_line_error(run(*argv[:4], 300, *small, "--overwrite"), "fitted.samples.npz holds other samples")
+
+
+def test_an_export_fits_a_table(run, tmp_path):
+    points = tmp_path / "points.csv"
+    DataFrame(gaussian_data(3000).samples.numpy(), columns=["x", "y"]).to_csv(points, index=False)
+    argv = ("ddpm-export", pretrained("heart"), tmp_path / "bundle", "--fit", 1)
+    assert_one_line_error(run(*argv), "--fit needs data: name them with --dataset")
+    assert_one_line_error(run(*argv, "--dataset", points, "--scheduler", "ddim"), "leave out --scheduler")
+    result = run(*argv, "--dataset", points)
+    assert result.returncode == 0, result.stderr
+    table = StepTable.load(tmp_path / "bundle/step_table.json")
+    assert (table.scheduler, len(table)) == ("StepTableScheduler", 1)
+    assert json.loads((tmp_path / "bundle/bundle.json").read_text())["provenance"]["checkpoint"] == "heart"
+
+
 def test_the_command_refuses_wrong_input(run_forked, tmp_path):
     output = tmp_path / "fitted"
     points = tmp_path / "few.csv"
@@ -245,6 +273,7 @@ def test_the_command_refuses_wrong_input(run_forked, tmp_path):
         (("heart", "--num_calls", 1001), "from 1 to 1000"),
         (("moons.csv",), "moons.csv"),
         (("heart", "--features", "pixels"), "--features are for images"),
+        (("heart", "--data_free", 100), "name the data with --dataset, or pass --data_free N"),
     ]:
         assert_one_line_error(run_forked(*argv, *more), message)
         assert list(tmp_path.iterdir()) in ([points], [points, tmp_path / "cwd"], [tmp_path / "cwd", points])

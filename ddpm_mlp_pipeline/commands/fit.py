@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..files import check_folder, whole_folder
+from ..files import check_folder, whole_file, whole_folder
 from .parser import CommandParser, add_data_options, add_overwrite, command, command_imports, leaving_out, noise_seed
 
 with command_imports("ddpm-fit", __name__):
@@ -22,23 +22,25 @@ with command_imports("ddpm-fit", __name__):
     from tabulate import tabulate
 
     from .. import figures
+    from ..checkpoint_sampler import CheckpointSampler
     from ..data.batches import Batch, TensorBatches
     from ..data.images import HELD_OUT_SPLITS, choose_split
-    from ..data.normalized import load_normalized
+    from ..data.normalized import load_normalized, normalize
     from ..data.points import POINT_SETS
     from ..export.compile import compile_scheduler, make_scheduler, split_options
     from ..export.exporter import DEFAULT_OF_IMAGES, DEFAULT_OF_POINTS, export_bundle
     from ..judge.features import FeatureNetwork, load_features
     from ..judge.few_calls import TableJudge, TableRow, nearest
     from ..judge.metrics import choose_features
-    from ..loading import load_checkpoint
+    from ..loading import fingerprint, load_checkpoint
     from ..pipeline import DDPMMLPPipeline
-    from ..progress import progress_bar
+    from ..progress import progress_bar, sampling_bar
+    from ..runtime.request import Asked
     from ..runtime.sampler import OnnxSampler
     from ..runtime.step_table import StepTable
     from ..table_scheduler import StepTableScheduler
     from ..training.fit_features import FitFeatures, NetworkFeatures, PointFeatures, Preprocessed
-    from ..training.fitting import FittingArguments, TableFitter, TableParameters
+    from ..training.fitting import CHUNK, FittingArguments, TableFitter, TableParameters
 
 FOLDERS = ("unet/", "scheduler/")
 FILES = ("model_index.json", "pipeline.py", "fit.json", "tables.png", "samples.png", "nearest.png")
@@ -66,14 +68,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fit(args: Namespace) -> None:
     """Fit, measure, write the output, and print the report."""
+    if (args.dataset is None) == (args.data_free is None):
+        raise ConfigurationError("name the data with --dataset, or pass --data_free N")
     check_folder(args.output, is_own, args.overwrite)
     pipeline = load_checkpoint(args.checkpoint)
-    trained_with, num_calls = pipeline.scheduler, list(dict.fromkeys(args.num_calls))
-    split = args.split or "train"
+    num_calls = sorted(set(args.num_calls), reverse=True)
     form = {"fit": args.fit, "noise": args.dataset_noise}
-    with leaving_out(args.skip_corrupt) as on_corrupt:
-        number = args.num_samples or (NUM_FIT_POINTS if pipeline.is_points else None)
-        data = load_normalized(pipeline, args.dataset, number, split=split, **form, on_corrupt=on_corrupt)
+    if args.data_free is not None:
+        data = _own_samples(args, pipeline)
+    else:
+        with leaving_out(args.skip_corrupt) as on_corrupt:
+            number = args.num_samples or (NUM_FIT_POINTS if pipeline.is_points else None)
+            split = args.split or "train"
+            data = load_normalized(pipeline, args.dataset, number, split=split, **form, on_corrupt=on_corrupt)
     options = {
         name: getattr(args, name) for name in ("steps", "batch_size", "seed") if getattr(args, name) is not None
     }
@@ -86,30 +93,10 @@ def fit(args: Namespace) -> None:
         tables = fitter.fit(num_calls, progress.update)
     seconds = time.monotonic() - begun
 
-    judged = _judge(args, pipeline, trained_with, data, fitter, form)
-    scheduler = StepTableScheduler.from_config(
-        trained_with.config, tables=[tables[number].to_dict() for number in num_calls]
-    )
-    with whole_folder(args.output, is_own, args.overwrite) as folder:
-        pipeline.scheduler = scheduler
-        pipeline.save_pretrained(folder)
-        figures.save(figures.plot_fits(list(tables.values()), trained_with), folder / "tables.png")
-        figures.save(figures.plot_panels(judged.pictures), folder / "samples.png")
-        if judged.neighbours is not None:
-            figures.save(figures.plot_panels(judged.neighbours, 2), folder / "nearest.png")
-        report = {
-            "checkpoint": args.checkpoint.resolve().name,
-            "dataset": args.dataset,
-            "num_calls": num_calls,
-            "seconds": round(seconds, 1),
-            "options": dataclasses.asdict(fitting),
-            "log": fitter.log,
-            "rows": [dataclasses.asdict(row) for row in judged.rows],
-            "nearest": judged.nearest,
-        }
-        (folder / "fit.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    judged = _judge(args, pipeline, data, fitter, form)
+    _write(args, pipeline, fitter, judged, seconds)
     state_path.unlink(missing_ok=True)
-    print(f"{args.checkpoint} on {args.dataset}: {judged.title}")
+    print(f"{args.checkpoint} on {args.dataset or 'its own samples'}: {judged.title}")
     print(_table(judged.rows))
     if judged.nearest:
         print(
@@ -119,6 +106,30 @@ def fit(args: Namespace) -> None:
     print(f"fitted in {seconds:.0f} s: {sizes}")
 
 
+def _write(args: Namespace, pipeline: DDPMMLPPipeline, fitter: TableFitter, judged: _Judged, seconds: float) -> None:
+    """Write the checkpoint with its tables, the figures and the report."""
+    trained_with, tables = pipeline.scheduler, fitter.tables
+    with whole_folder(args.output, is_own, args.overwrite) as folder:
+        in_order = [tables[number].to_dict() for number in dict.fromkeys(args.num_calls)]
+        pipeline.scheduler = StepTableScheduler.from_config(trained_with.config, tables=in_order)
+        pipeline.save_pretrained(folder)
+        figures.save(figures.plot_fits(list(tables.values()), trained_with), folder / "tables.png")
+        figures.save(figures.plot_panels(judged.pictures), folder / "samples.png")
+        if judged.neighbours is not None:
+            figures.save(figures.plot_panels(judged.neighbours, 2), folder / "nearest.png")
+        report = {
+            "checkpoint": args.checkpoint.resolve().name,
+            "dataset": args.dataset,
+            "num_calls": list(tables),
+            "seconds": round(seconds, 1),
+            "options": dataclasses.asdict(fitter.args),
+            "log": fitter.log,
+            "rows": [dataclasses.asdict(row) for row in judged.rows],
+            "nearest": judged.nearest,
+        }
+        (folder / "fit.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+
 def make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-fit", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
@@ -126,7 +137,10 @@ def make_parser() -> CommandParser:
         "output", type=Path, help="the checkpoint folder to write, with a scheduler that plays the tables"
     )
     default = f"number of samples to fit to (default: {NUM_FIT_POINTS} points, all images)"
-    add_data_options(parser, default, "train")
+    add_data_options(parser, default, "train", required=False)
+    parser.add_count(
+        "--data_free", "fit to N samples of the checkpoint's own DDPM, drawn once and kept, and not to data"
+    )
     parser.add_count(
         "--num_calls", "network calls of the tables; the first is the default of the output", nargs="+", default=[6]
     )
@@ -140,6 +154,35 @@ def make_parser() -> CommandParser:
     parser.add_argument("--judge", metavar="FEATURES", help="features that the report compares images on")
     add_overwrite(parser)
     return parser
+
+
+def _own_samples(args: Namespace, pipeline: DDPMMLPPipeline) -> TensorBatches:
+    """Return samples of the checkpoint's own DDPM, in the shares of its classes, and keep them beside the output."""
+    if pipeline.condition_columns:
+        raise ConfigurationError("--data_free doesn't know which conditions are likely: name data with --dataset")
+    path, number = args.output.with_name(f"{args.output.name}.samples.npz"), args.data_free
+    sha256, _ = fingerprint(pipeline)
+    labels = None
+    if pipeline.num_classes:
+        shares = pipeline.config.class_shares or [1 / pipeline.num_classes] * pipeline.num_classes
+        labels = np.searchsorted(np.cumsum(shares)[:-1], (np.arange(number) + 0.5) / number)
+    if path.exists():
+        kept = np.load(path)
+        if set(kept.files) != {"sha256", "samples"} or str(kept["sha256"]) != sha256 or len(kept["samples"]) != number:
+            raise ConfigurationError(f"{path} holds other samples: delete it")
+        samples = kept["samples"]
+    else:
+        sampler = CheckpointSampler(args.checkpoint, "ddpm")
+        with sampling_bar(number * len(sampler)) as progress:
+            asked = Asked() if labels is None else Asked(class_labels=labels.tolist())
+            samples = np.concatenate([*sampler.batches(number, 0, CHUNK, progress.update, **asked)])
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, sha256=sha256, samples=samples)
+    if pipeline.is_points:
+        x_0 = normalize(samples, pipeline.config.data_mean, pipeline.config.data_std)
+    else:
+        x_0 = torch.from_numpy(samples).permute(0, 3, 1, 2) * 2 - 1
+    return TensorBatches(x_0, None if labels is None else torch.from_numpy(labels))
 
 
 def _features(args: Namespace, pipeline: DDPMMLPPipeline) -> FitFeatures:
@@ -167,12 +210,12 @@ class _Judged:
 def _judge(
     args: Namespace,
     pipeline: DDPMMLPPipeline,
-    trained_with: SchedulerMixin,
     data: TensorBatches,
     fitter: TableFitter,
     form: dict[str, Any],
 ) -> _Judged:
     """Measure the fitted tables beside stock schedulers, on data and features that the fit has not seen."""
+    trained_with = pipeline.scheduler
     references, fresh, title, network = _held_out(args, pipeline, data, fitter, form)
     number = min(len(references[0].x_0), NUM_POINTS if pipeline.is_points else NUM_IMAGES)
     with tempfile.TemporaryDirectory() as folder:
@@ -205,18 +248,25 @@ def _judge(
 def _held_out(
     args: Namespace, pipeline: DDPMMLPPipeline, data: TensorBatches, fitter: TableFitter, form: dict[str, Any]
 ) -> tuple[list[Batch], list[Batch], str, Any]:
-    """Return references and as many fresh data for each seed, a title, and the features that they are compared on."""
+    """Return references and as many fresh data for each seed, a title, and the features that they are compared on.
+
+    Where there are no other data, the fit's held-out part, by which it has chosen the best table, is cut in halves.
+    """
+    has_others = args.dataset in POINT_SETS if pipeline.is_points else args.data_free is None
+    if not has_others:
+        half, seeds = len(fitter.held_out) // 2, range(POINT_REPEATS if pipeline.is_points else IMAGE_REPEATS)
+        orders = [np.random.default_rng(seed).permutation(fitter.held_out) for seed in seeds]
+        references = [data.__getitems__(order[:half].tolist()) for order in orders]
+        fresh = [data.__getitems__(order[half : 2 * half].tolist()) for order in orders]
+        if pipeline.is_points:
+            return references, fresh, "sliced Wasserstein distance", None
+        features, network = choose_features(args.judge, pipeline.sample_shape[0], half)
+        return references, fresh, f"Fréchet distance on {features}", network
     if pipeline.is_points:
         seeds = range(DATA_SEED, DATA_SEED + POINT_REPEATS)
-        if args.dataset in POINT_SETS:
-            both = [load_normalized(pipeline, args.dataset, 2 * NUM_POINTS, seed=seed, **form) for seed in seeds]
-            references = [points.__getitems__(list(range(NUM_POINTS))) for points in both]
-            fresh = [points.__getitems__(list(range(NUM_POINTS, 2 * NUM_POINTS))) for points in both]
-        else:  # halves of what the fit has only chosen by
-            half = len(fitter.held_out) // 2
-            orders = [np.random.default_rng(seed).permutation(fitter.held_out) for seed in seeds]
-            references = [data.__getitems__(order[:half].tolist()) for order in orders]
-            fresh = [data.__getitems__(order[half : 2 * half].tolist()) for order in orders]
+        both = [load_normalized(pipeline, args.dataset, 2 * NUM_POINTS, seed=seed, **form) for seed in seeds]
+        references = [points.__getitems__(list(range(NUM_POINTS))) for points in both]
+        fresh = [points.__getitems__(list(range(NUM_POINTS, 2 * NUM_POINTS))) for points in both]
         return references, fresh, "sliced Wasserstein distance", None
     split = choose_split(args.dataset, HELD_OUT_SPLITS)
     with leaving_out(args.skip_corrupt) as on_corrupt:

@@ -75,7 +75,8 @@ class TableJudge:
         return self._row(name, len(table), drawn)
 
     def draw(self, like: Batch, number: int, seed: int) -> torch.Tensor:
-        """Draw samples with the labels and conditions of a batch, in the network's units."""
+        """Draw samples with a batch's labels and conditions, in the network's units; at most as many as it has."""
+        number = min(number, len(like.x_0))
         asked = Asked()
         if like.class_labels is not None:
             asked["class_labels"] = like.class_labels[:number].numpy()
