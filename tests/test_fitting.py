@@ -158,6 +158,12 @@ def test_a_stopped_fit_goes_on_exactly(tmp_path):
             fit(tmp_path / "stopped.json", stop_after)
     assert fit(tmp_path / "stopped.json") == expected
     assert fit(None) == expected
+    # A table that was begun from another one is begun again.
+    fitter = TableFitter(
+        gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments(steps=20), tmp_path / "whole.json"
+    )
+    alone = TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments(steps=20))
+    assert fitter.fit([2])[2].to_dict() == alone.fit([2])[2].to_dict() != expected[0][2]
     with pytest.raises(ConfigurationError, match=r"stopped\.json is of a fit with other options"):
         TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments(), tmp_path / "stopped.json")
 
@@ -207,6 +213,9 @@ def test_features_of_networks_are_differentiable_and_tell_images_apart(model):
 def test_wrong_input_is_refused():
     with pytest.raises(DatasetError, match="100 samples are too few for a fit: it needs 512"):
         TableFitter(gaussian_pipeline(), gaussian_data(100), PointFeatures(), arguments())
+    unet = MLPModel(2, hidden_dim=16, num_hidden_layers=2, embedding_dim=8, num_class_embeds=2)
+    with pytest.raises(DatasetError, match="name their column with --label_column"):
+        TableFitter(DDPMMLPPipeline(unet, DDPMScheduler()), gaussian_data(), PointFeatures(2), arguments())
     fitter = TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments())
     with pytest.raises(ConfigurationError, match="from 1 to 1000"):
         fitter.fit([1001])
@@ -276,4 +285,7 @@ def test_the_command_refuses_wrong_input(run_forked, tmp_path):
         (("heart", "--data_free", 100), "name the data with --dataset, or pass --data_free N"),
     ]:
         assert_one_line_error(run_forked(*argv, *more), message)
-        assert list(tmp_path.iterdir()) in ([points], [points, tmp_path / "cwd"], [tmp_path / "cwd", points])
+        assert {path.name for path in tmp_path.iterdir()} == {"few.csv", "cwd"}
+    output.mkdir()
+    (output / "notes.txt").touch()
+    assert_one_line_error(run_forked(*argv, "heart", "--overwrite"), "notes.txt, which this command does not write")

@@ -73,6 +73,8 @@ def fit(args: Namespace) -> None:
     check_folder(args.output, is_own, args.overwrite)
     pipeline = load_checkpoint(args.checkpoint)
     num_calls = sorted(set(args.num_calls), reverse=True)
+    if args.label_column is not None:
+        pipeline.register_to_config(label_column=args.label_column)
     form = {"fit": args.fit, "noise": args.dataset_noise}
     if args.data_free is not None:
         data = _own_samples(args, pipeline)
@@ -144,6 +146,7 @@ def make_parser() -> CommandParser:
     parser.add_count(
         "--num_calls", "network calls of the tables; the first is the default of the output", nargs="+", default=[6]
     )
+    parser.add_argument("--label_column", help="the data's column of labels (default: the one of training)")
     parser.add_count("--steps", "optimiser steps for each table (default: 400 for points, 100 for images)")
     parser.add_count("--batch_size", "samples of each step (default: 512 points, 96 images)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="seed of the fit (default: 0)")

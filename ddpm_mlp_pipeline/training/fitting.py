@@ -201,6 +201,7 @@ def draw(parameters: TableParameters, network: nn.Module, batch: Batch, generato
 class _Fit:
     """The state of the fit of one table, between two steps."""
 
+    start: torch.Tensor
     numbers: torch.Tensor
     optimizer: dict[str, Any]
     average: torch.Tensor
@@ -226,7 +227,7 @@ class TableFitter:
 
     Raises:
         ConfigurationError: if `state_path` is of another fit.
-        DatasetError: if there are too few data.
+        DatasetError: if there are too few data, or they lack the labels that the network takes.
     """
 
     def __init__(
@@ -241,6 +242,10 @@ class TableFitter:
         self.network = pipeline.unet.eval().requires_grad_(False)
         order = torch.randperm(len(data), generator=self._generator(0, 0)).tolist()
         needed = args.num_held_out + args.num_references
+        if pipeline.num_classes and data.class_labels is None:
+            raise DatasetError(
+                "the network takes labels, but the data have none: name their column with --label_column"
+            )
         if len(data) < 2 * args.batch_size:
             raise DatasetError(f"{len(data)} samples are too few for a fit: it needs {2 * args.batch_size}")
         held_out = min(args.num_held_out, len(data) // 2) if len(data) < needed else args.num_held_out
@@ -253,7 +258,6 @@ class TableFitter:
         self.held_out_references = self._features_of(data.__getitems__(self.held_out))
         self.log: list[dict[str, Any]] = []  # the distance to the held-out data at each check
         self.tables: dict[int, StepTable] = {}
-        self._starts: dict[int, TableParameters] = {}
         self._identity = self._identify()
         self._resumed = self._load()
 
@@ -281,8 +285,10 @@ class TableFitter:
         numbers = start.numbers.clone().requires_grad_()
         parameters = dataclasses.replace(start, numbers=numbers)
         optimizer = torch.optim.Adam([numbers], lr=args.learning_rate, betas=(0.9, 0.99))
-        first = _Fit(numbers.detach(), optimizer.state_dict(), numbers.detach().clone())
-        state = self._resumed.pop(number, first)
+        state = self._resumed.pop(number, None)
+        if state is None or not torch.equal(state.start, start.numbers):  # none, or begun from another table
+            self.log = [row for row in self.log if row["num_calls"] != number]
+            state = _Fit(start.numbers, start.numbers.clone(), optimizer.state_dict(), start.numbers.clone())
         with torch.no_grad():
             numbers.copy_(state.numbers)
         optimizer.load_state_dict(state.optimizer)
@@ -376,6 +382,7 @@ class TableFitter:
             return
         self._states[number] = {
             "step": state.step,
+            "start": state.start.tolist(),
             "numbers": state.numbers.tolist(),
             "average": state.average.tolist(),
             "best": state.best.tolist() if state.best is not None else None,
@@ -403,12 +410,13 @@ class TableFitter:
             raise CheckpointError(f"{self.path} is not the state of a fit: delete it") from None
 
     def _restore(self, state: dict[str, Any]) -> _Fit:
-        numbers, average, best = (torch.tensor(state[name]) for name in ("numbers", "average", "best"))
+        names = ("start", "numbers", "average", "best")
+        start, numbers, average, best = (torch.tensor(state[name]) for name in names)
         moments = {name: torch.tensor(value) for name, value in state["optimizer"].items()}
         optimizer = torch.optim.Adam([numbers.clone().requires_grad_()], lr=self.args.learning_rate, betas=(0.9, 0.99))
         groups = optimizer.state_dict()["param_groups"]
         optimizer_state = {"state": {0: moments}, "param_groups": groups}
-        return _Fit(numbers, optimizer_state, average, state["step"], best, state["best_distance"])
+        return _Fit(start, numbers, optimizer_state, average, state["step"], best, state["best_distance"])
 
 
 def _split(batch: Batch) -> list[Batch]:
