@@ -233,7 +233,7 @@ def test_shipped_checkpoints_are_within_twice_the_floor(evaluate, tmp_path, name
     """The torch pipeline takes 1,000 steps, the bundle 50 DDIM steps."""
     export_bundle(pretrained(name), tmp_path / "bundle", "ddim", 50)
     for samples in (pretrained(name), tmp_path / "bundle"):
-        report, _ = evaluate(samples, "--dataset", name, "--num_samples", 4000, "--repeats", 2)
+        report, _ = evaluate(samples, "--dataset", name, "--num_samples", 2500, "--repeats", 2)
         assert all(measure["ratio"] <= 2 for measure in report["measures"].values())
 
 
