@@ -89,7 +89,7 @@ def forward_process(
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     return {
-        t: _to_show(pipeline, scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0)
+        t: to_show(pipeline, scheduler.add_noise(x_0, eps, torch.tensor([t - 1])) if t else x_0)
         for t in timesteps or _timesteps_to_show(scheduler.config.num_train_timesteps)
     }
 
@@ -124,7 +124,7 @@ def reverse_process(
     after_step = [int(t) + 1 for t in pipeline.scheduler.timesteps[1:]] + [0]
     shown = _timesteps_to_show(T) if timesteps is None else timesteps
     wanted = {min([T, *after_step], key=lambda t: abs(t - t_shown)) for t_shown in shown}
-    frames = {T: _to_show(pipeline, latents)} if T in wanted else {}
+    frames = {T: to_show(pipeline, latents)} if T in wanted else {}
 
     def keep(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         if not state["latents"].isfinite().all():
@@ -132,7 +132,7 @@ def reverse_process(
         if on_step is not None:
             on_step()
         if after_step[step] in wanted:
-            frames[after_step[step]] = _to_show(pipeline, state["latents"].float().cpu())
+            frames[after_step[step]] = to_show(pipeline, state["latents"].float().cpu())
         return {}
 
     pipeline(number, generator, num_inference_steps, latents=latents, callback_on_step_end=keep)
@@ -155,7 +155,8 @@ def some_frames(frames: Frames) -> Frames:
     return dict(items[round(i)] for i in np.linspace(0, len(items) - 1, 6))
 
 
-def _to_show(pipeline: DDPMMLPPipeline, x_t: torch.Tensor) -> np.ndarray:
+def to_show(pipeline: DDPMMLPPipeline, x_t: torch.Tensor) -> np.ndarray:
+    """Return what a figure shows of x_t: two coordinates in the data's units, or images in [0, 1], channels last."""
     if x_t.ndim == 2:
         return pipeline.to_data_units(x_t).numpy()[:, :2]
     return (x_t / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -329,7 +330,7 @@ def plot_what_was_asked(pipeline: DDPMMLPPipeline, data: Batch, seed: int = 0) -
         values = asked["class_labels"] = asked["class_labels"].numpy()
     generator = torch.Generator().manual_seed(seed)
     samples = pipeline(len(data.x_0), generator, None, "np", return_dict=False, **asked)[0]
-    return plot_samples(_to_show(pipeline, data.x_0), samples[:, :2], values=values)
+    return plot_samples(to_show(pipeline, data.x_0), samples[:, :2], values=values)
 
 
 def animate_process(processes: Sequence[tuple[str, Frames]], path: Path, overwrite: bool = False) -> None:

@@ -3,6 +3,7 @@
 This file needs torch, numpy and diffusers only, because a checkpoint carries a copy of it.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -74,12 +75,12 @@ class _Table:
             raise ValueError("a step table must have at least one step, of finite numbers in the shapes of its format")
         return rows
 
-    @property
+    @functools.cached_property
     def history(self) -> int:
         """The number of calls that a step looks back over, including its own."""
         return max(map(len, self.to_next))
 
-    @property
+    @functools.cached_property
     def is_noise_used(self) -> list[bool]:
         """Whether a call's noise is used, by its own step or a later one."""
         used = [False] * len(self.to_next)

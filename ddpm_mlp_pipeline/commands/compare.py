@@ -36,7 +36,7 @@ with command_imports("ddpm-compare", __name__):
 
     from .. import figures
     from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
-    from ..export.compile import compile_scheduler, make_scheduler, split_options
+    from ..export.compile import compile_by_name, compile_scheduler
     from ..export.exporter import export_bundle
     from ..judge.features import PIXELS
     from ..judge.metrics import choose_features, frechet_distance, image_features, squared_energy_distance, to_uint8
@@ -165,10 +165,8 @@ def _compile_all(args: argparse.Namespace, trained_with: SchedulerMixin) -> dict
     if isinstance(trained_with, StepTableScheduler):
         tables = {("fitted", number): compile_scheduler(trained_with, number) for number in trained_with.tables}
     for (text, name, options), steps in itertools.product(args.schedulers, args.num_inference_steps):
-        config, step_options = split_options(name, options)
         try:
-            scheduler = make_scheduler(name, trained_with, **config)
-            tables[text, steps] = compile_scheduler(scheduler, steps, **step_options)
+            tables[text, steps] = compile_by_name(name, trained_with, steps, options)
         except UnsupportedSchedulerError as error:
             print(error)
     if not tables:

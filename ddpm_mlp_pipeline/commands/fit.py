@@ -18,7 +18,6 @@ from .parser import CommandParser, add_data_options, add_overwrite, command, com
 with command_imports("ddpm-fit", __name__):
     import numpy as np
     import torch
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from tabulate import tabulate
 
     from .. import figures
@@ -27,7 +26,7 @@ with command_imports("ddpm-fit", __name__):
     from ..data.images import HELD_OUT_SPLITS, choose_split
     from ..data.normalized import load_normalized, normalize
     from ..data.points import POINT_SETS
-    from ..export.compile import compile_scheduler, make_scheduler, split_options
+    from ..export.compile import compile_by_name
     from ..export.exporter import DEFAULT_OF_IMAGES, DEFAULT_OF_POINTS, export_bundle
     from ..judge.features import FeatureNetwork, load_features
     from ..judge.few_calls import TableJudge, TableRow, nearest
@@ -37,7 +36,6 @@ with command_imports("ddpm-fit", __name__):
     from ..progress import progress_bar, sampling_bar
     from ..runtime.request import Asked
     from ..runtime.sampler import OnnxSampler
-    from ..runtime.step_table import StepTable
     from ..table_scheduler import StepTableScheduler
     from ..training.fit_features import FitFeatures, NetworkFeatures, PointFeatures, Preprocessed
     from ..training.fitting import CHUNK, FittingArguments, TableFitter, TableParameters
@@ -46,7 +44,7 @@ FOLDERS = ("unet/", "scheduler/")
 FILES = ("model_index.json", "pipeline.py", "fit.json", "tables.png", "samples.png", "nearest.png")
 NUM_FIT_POINTS = 100_000
 NUM_POINTS, NUM_IMAGES = 5_000, 2_000  # of the report
-POINT_REPEATS, IMAGE_REPEATS = 3, 1
+POINT_REPEATS = 3
 DATA_SEED = 1000  # of the report's points; the fit's have seed 0
 STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ddim", {}),
@@ -72,7 +70,6 @@ def fit(args: Namespace) -> None:
         raise ConfigurationError("name the data with --dataset, or pass --data_free N")
     check_folder(args.output, is_own, args.overwrite)
     pipeline = load_checkpoint(args.checkpoint)
-    num_calls = sorted(set(args.num_calls), reverse=True)
     if args.label_column is not None:
         pipeline.register_to_config(label_column=args.label_column)
     form = {"fit": args.fit, "noise": args.dataset_noise}
@@ -91,8 +88,8 @@ def fit(args: Namespace) -> None:
     state_path = args.output.with_name(f"{args.output.name}.partial.json")
     begun = time.monotonic()
     fitter = TableFitter(pipeline, data, _features(args, pipeline), fitting, state_path)
-    with progress_bar(total=fitting.steps * len(num_calls), desc="fitting") as progress:
-        tables = fitter.fit(num_calls, progress.update)
+    with progress_bar(total=fitting.steps * len(set(args.num_calls)), desc="fitting") as progress:
+        tables = fitter.fit(args.num_calls, progress.update)
     seconds = time.monotonic() - begun
 
     judged = _judge(args, pipeline, data, fitter, form)
@@ -227,21 +224,23 @@ def _judge(
         judge = TableJudge(OnnxSampler(bundle), pipeline, references, network)
         name, steps, options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
         steps = min(steps, trained_with.config.num_train_timesteps)
-        candidates = [(f"default: {name}", _compile(trained_with, name, steps, options))]
+        candidates = [(f"default: {name}", compile_by_name(name, trained_with, steps, options))]
         for calls, table in fitter.tables.items():
             start = TableParameters.start(calls, fitter.args, trained_with).to_table()
             candidates.append(("ddim, equal log SNR", start))
             for name, options in STOCK:
-                candidates.append((name, _compile(trained_with, name, calls, options)))
+                candidates.append((name, compile_by_name(name, trained_with, calls, options)))
             candidates.append(("fitted", table))
         rows = [judge.measure_data("real data (floor)", fresh)]
-        pictures: dict[str, np.ndarray] = {"data": _to_show(pipeline, references[0].x_0)}
+        pictures: dict[str, np.ndarray] = {
+            "data": figures.to_show(pipeline, references[0].x_0[: _number_shown(pipeline)])
+        }
         with progress_bar(iterable=candidates, desc="measuring") as progress:
             for name, table in progress:
                 rows.append(judge.measure(name, table, number))
                 if name == "fitted":
                     shown = judge.draw(references[0], _number_shown(pipeline), 0)
-                    pictures[f"{len(table)} fitted calls"] = _to_show(pipeline, shown)
+                    pictures[f"{len(table)} fitted calls"] = figures.to_show(pipeline, shown)
         judged = _Judged(title, rows, pictures)
         if not pipeline.is_points:
             _add_nearest(judged, judge, references[0], data, pipeline)
@@ -257,7 +256,7 @@ def _held_out(
     """
     has_others = args.dataset in POINT_SETS if pipeline.is_points else args.data_free is None
     if not has_others:
-        half, seeds = len(fitter.held_out) // 2, range(POINT_REPEATS if pipeline.is_points else IMAGE_REPEATS)
+        half, seeds = len(fitter.held_out) // 2, range(POINT_REPEATS if pipeline.is_points else 1)
         orders = [np.random.default_rng(seed).permutation(fitter.held_out) for seed in seeds]
         references = [data.__getitems__(order[:half].tolist()) for order in orders]
         fresh = [data.__getitems__(order[half : 2 * half].tolist()) for order in orders]
@@ -278,24 +277,13 @@ def _held_out(
     features, network = choose_features(args.judge, pipeline.sample_shape[0], number, len(test))
     fresh = [data.__getitems__(fitter.held_out[:number])]
     shuffled = torch.randperm(len(test), generator=torch.Generator().manual_seed(DATA_SEED)).tolist()
-    references = [test.__getitems__(shuffled)] * IMAGE_REPEATS
+    references = [test.__getitems__(shuffled)]
     title = f"Fréchet distance to {len(test):,} images of the split {split!r}, on {features}"
     return references, fresh, title, network
 
 
-def _compile(trained_with: SchedulerMixin, name: str, calls: int, options: dict[str, Any]) -> StepTable:
-    own, of_step = split_options(name, options)
-    return compile_scheduler(make_scheduler(name, trained_with, **own), calls, **of_step)
-
-
 def _number_shown(pipeline: DDPMMLPPipeline) -> int:
     return figures.NUM_POINTS if pipeline.is_points else figures.NUM_IMAGES
-
-
-def _to_show(pipeline: DDPMMLPPipeline, x_0: torch.Tensor) -> np.ndarray:
-    if pipeline.is_points:
-        return pipeline.to_data_units(x_0[: figures.NUM_POINTS]).numpy()[:, :2]
-    return (x_0[: figures.NUM_IMAGES] / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def _add_nearest(
@@ -308,8 +296,8 @@ def _add_nearest(
     _, of_data = nearest(references.x_0[: 10 * figures.NUM_IMAGES], train)
     judged.nearest = [("samples", float(distances.median())), ("unseen data", float(of_data.median()))]
     judged.neighbours = {
-        "samples": _to_show(pipeline, shown),
-        "nearest training images": _to_show(pipeline, train[indices]),
+        "samples": figures.to_show(pipeline, shown),
+        "nearest training images": figures.to_show(pipeline, train[indices]),
     }
 
 

@@ -77,6 +77,23 @@ def _whole_config(scheduler: SchedulerMixin) -> dict[str, Any]:
     return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
 
 
+def compile_by_name(
+    name: str, like: SchedulerMixin, num_inference_steps: int, options: dict[str, Any] | None = None
+) -> StepTable:
+    """Compile the stock scheduler of a name, with options of its class and of its `step` together.
+
+    Args:
+        name, like: as in `make_scheduler`.
+        num_inference_steps: number of sampling steps.
+        options: that differ from `like`.
+
+    Raises:
+        ConfigurationError, UnsupportedSchedulerError: as `make_scheduler` and `compile_scheduler` do.
+    """
+    own, of_step = split_options(name, options or {})
+    return compile_scheduler(make_scheduler(name, like, **own), num_inference_steps, **of_step)
+
+
 def compile_scheduler(scheduler: SchedulerMixin, num_inference_steps: int, **step_options: Any) -> StepTable:
     """Compile a stock scheduler to a step table.
 

@@ -150,9 +150,11 @@ def export_bundle(
         raise ConfigurationError("guidance_scale needs a network with a null label (--null_label)")
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
-    if isinstance(pipeline.scheduler, StepTableScheduler) and scheduler is None and not scheduler_options:
-        num_inference_steps = num_inference_steps or pipeline.scheduler.default_num_inference_steps
-        table = table or compile_scheduler(pipeline.scheduler, num_inference_steps)
+    has_tables = isinstance(pipeline.scheduler, StepTableScheduler)
+    if has_tables and table is None and scheduler is None and not scheduler_options:
+        table = compile_scheduler(
+            pipeline.scheduler, num_inference_steps or pipeline.scheduler.default_num_inference_steps
+        )
     trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options and table is None
     if table is not None:
         steps = num_inference_steps or len(table)

@@ -421,6 +421,4 @@ class TableFitter:
 
 def _split(batch: Batch) -> list[Batch]:
     """Split a batch into some of at most `CHUNK` samples."""
-    number = len(batch.x_0)
-    parts = [[None] * -(-number // CHUNK) if values is None else values.split(CHUNK) for values in batch]
-    return [Batch(*part) for part in zip(*parts, strict=True)]
+    return [batch.take(slice(i, i + CHUNK)) for i in range(0, len(batch.x_0), CHUNK)]
