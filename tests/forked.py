@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODULES = ["train_points", "train_images", "bound", "export", "plot", "sample"]
+MODULES = ["train_points", "train_images", "benchmark", "bound", "compare", "export", "plot", "sample"]
 TIMEOUT = 300  # seconds
 
 

@@ -134,7 +134,7 @@ def test_export_without_its_extra_says_what_to_install(run, tmp_path):
     assert_one_line_error(result, "pip install 'ddpm-mlp-pipeline[export]'")
 
 
-def test_export_from_a_checkout_and_sample(run, tmp_path):
+def test_export_from_a_checkout_and_sample(run, run_forked, tmp_path):
     bundle = tmp_path / "bundle"
     argv = (pretrained("heart"), bundle, "--scheduler", "ddpm", "--num_inference_steps", 10)
     result = run(sys.executable, "-m", "export", *argv, cwd=ROOT)
@@ -142,55 +142,49 @@ def test_export_from_a_checkout_and_sample(run, tmp_path):
     assert "largest difference between pipeline and bundle" in result.stdout
     assert result.stdout.splitlines()[-1].startswith(f"{bundle}: DDPMScheduler, 10 network calls")
     assert result.stderr == ""
-    installed = run("ddpm-export", *argv, "--overwrite")
+    installed = run_forked("export", *argv, "--overwrite")
     assert installed.stdout == result.stdout
     assert run("ddpm-sample", bundle, "--output", tmp_path / "one.npy").returncode == 0
     assert np.load(tmp_path / "one.npy").shape == (1, 2)
 
 
 @pytest.mark.slow
-def test_the_benchmark_prints_a_table(run, ddim_bundle):
-    argv = ("--repeats", 1, "--num_inference_steps", 20, "--batch_sizes", 1, 10)
-    result = run("ddpm-benchmark", pretrained("heart"), ddim_bundle, *argv)
+def test_the_benchmark_of_guidance_and_of_another_network(run_forked, ddim_bundle, moons_bundle):
+    argv = ("--repeats", 1, "--num_inference_steps", 20, "--batch_sizes", 1, 500)
+    asked = ("--guidance_scale", 2, "--guidance_interval", 1000, 500, "--against", ddim_bundle)
+    result = run_forked("benchmark", pretrained("moons"), moons_bundle, *argv, *asked)
     assert result.returncode == 0, result.stderr
-    head, columns, *rows, share = result.stdout.splitlines()
+    sampling, calls = result.stdout.split("\n\n")
+    head, columns, *rows = sampling.splitlines()
     assert "onnxruntime" in head
-    assert "G multiply-adds" in share
     assert columns.split() == ["torch", "bundle", "ratio"]
     assert len(rows) == 6
-    assert sum("20 DDPM steps against 20 DDIM steps" in row for row in rows) == 2
+    assert sum("20 DDPM steps against 6 DDIM steps" in row for row in rows) == 2
     assert all(row.endswith("×") for row in rows)
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_guidance_and_of_another_network(run, ddim_bundle, tmp_path):
-    export_bundle(pretrained("moons"), tmp_path / "bundle", "ddim", 20)
-    argv = ("--repeats", 1, "--num_inference_steps", 20, "--batch_sizes", 500)
-    asked = ("--guidance_scale", 2, "--guidance_interval", 1000, 500, "--against", ddim_bundle)
-    result = run("ddpm-benchmark", pretrained("moons"), tmp_path / "bundle", *argv, *asked)
-    assert result.returncode == 0, result.stderr
-    head, guidance, network = result.stdout.split("\n\n")[1].splitlines()[:3]
+    head, _, guidance, _, network, share = calls.splitlines()
+    assert "G multiply-adds" in share
     assert head.split() == ["ms", "per", "step", "without", "with", "ratio"]
     assert guidance.startswith("guidance 2, 500 together")
     *_, without, guided, ratio = guidance.split()
     assert float(ratio[:-1]) == pytest.approx(float(guided) / float(without), rel=3e-3)
     assert str(ddim_bundle) in network
-    argv = ("ddpm-benchmark", pretrained("heart"), ddim_bundle)
-    assert_one_line_error(run(*argv, "--guidance_scale", 2), "guidance_scale")
-    assert_one_line_error(run(*argv, "--guidance_interval", 9, 1), "needs --guidance_scale")
+    argv = ("benchmark", pretrained("heart"), ddim_bundle)
+    assert_one_line_error(run_forked(*argv, "--guidance_scale", 2), "guidance_scale")
+    assert_one_line_error(run_forked(*argv, "--guidance_interval", 9, 1), "needs --guidance_scale")
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_a_network_with_a_learned_variance(run, tmp_path):
+def test_the_benchmark_of_a_network_with_a_learned_variance(run_forked, learned_bundle):
     """The network was trained with 40 timesteps, fewer than the benchmark's default steps."""
-    checkpoint = pretrained("swiss_roll_2015")
-    export_bundle(checkpoint, tmp_path / "bundle")
-    result = run("ddpm-benchmark", checkpoint, tmp_path / "bundle", "--repeats", 1, "--batch_sizes", 2)
+    argv = ("benchmark", pretrained("swiss_roll_2015"), learned_bundle)
+    result = run_forked(*argv, "--repeats", 1, "--batch_sizes", 2)
     assert result.returncode == 0, result.stderr
-    assert "2 together, 40 DDPM steps, ms per sample" in result.stdout
-    assert "process start to picture of 2000, 40 DDIM steps, s" in result.stdout
-    result = run("ddpm-benchmark", checkpoint, tmp_path / "bundle", "--num_inference_steps", 41)
-    assert_one_line_error(result, "from 1 to 40")
+    _, _, *rows, share = result.stdout.splitlines()
+    assert "2 together, 40 DDPM steps, ms per sample" in rows[0]
+    assert "process start to picture of 2000, 40 DDIM steps, s" in rows[2]
+    assert len(rows) == 4
+    assert "G multiply-adds" in share
+    assert_one_line_error(run_forked(*argv, "--num_inference_steps", 41), "from 1 to 40")
 
 
 def test_the_benchmark_compares_a_bundle_with_its_own_checkpoint(run, ddim_bundle):
@@ -228,10 +222,10 @@ def test_wrong_samplings_end_in_one_line(run_forked, ddim_bundle, tmp_path):
     assert not list((tmp_path / "cwd").iterdir())
 
 
-def test_a_checkpoint_is_sampled_with_torch(run, tmp_path):
+def test_a_checkpoint_is_sampled_with_torch(run_forked, tmp_path):
     argv = (pretrained("heart"), "--num_samples", 30, "--scheduler", "ddim", "--num_inference_steps", 20)
     for batch_size in (7, 30):
-        result = run("ddpm-sample", *argv, "--batch_size", batch_size, "--output", tmp_path / f"{batch_size}.npy")
+        result = run_forked("sample", *argv, "--batch_size", batch_size, "--output", tmp_path / f"{batch_size}.npy")
         assert result.returncode == 0, result.stderr
     points = np.load(tmp_path / "30.npy")
     assert points.shape == (30, 2)
