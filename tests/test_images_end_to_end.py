@@ -119,21 +119,21 @@ def test_sampling_from_the_checkpoint(trained, run, tmp_path):
         ("animation", "a.gif", ()),
     ],
 )
-def test_every_picture_from_a_checkpoint(trained, squares, run, tmp_path, kind, name, options):
+def test_every_picture_from_a_checkpoint(trained, squares, run_forked, tmp_path, kind, name, options):
     options = (*options, squares) if options == ("--dataset",) else options
-    result = run("ddpm-plot", kind, trained, "--output", tmp_path / name, "--num_samples", 4, *options)
+    result = run_forked("plot", kind, trained, "--output", tmp_path / name, "--num_samples", 4, *options)
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / name) as picture:
         assert getattr(picture, "n_frames", 1) >= (10 if kind == "animation" else 1)
 
 
-def test_comparing_schedulers(trained, squares, run, tmp_path):
+def test_comparing_schedulers(trained, squares, run, run_forked, tmp_path):
     output = tmp_path / "rows.json"
-    argv = ("ddpm-compare", trained, "--dataset", squares, "--split", "train", "--num_samples", 70, "--output", output)
+    argv = ("compare", trained, "--dataset", squares, "--split", "train", "--num_samples", 70, "--output", output)
     argv += ("--num_inference_steps", 2, 4, "--schedulers", "ddpm", "euler", "edm")
-    result = run(*argv)
-    assert_one_line_error(result, "scheduler must be one of")
-    result = run(*argv[:-1], "dpmsolver_multistep:solver_order=3", "--figure", tmp_path / "figure.png")
+    assert_one_line_error(run_forked(*argv), "scheduler must be one of")
+    options = ("dpmsolver_multistep:solver_order=3", "--figure", tmp_path / "figure.png")
+    result = run("ddpm-compare", *argv[1:-1], *options)
     assert result.returncode == 0, result.stderr
     rows = {(row["scheduler"], row["num_inference_steps"]): row for row in json.loads(output.read_text())}
     assert len(rows) == 6
@@ -141,12 +141,12 @@ def test_comparing_schedulers(trained, squares, run, tmp_path):
     assert rows["ddpm", 4]["network_calls"] == 4
     # An existing row is reused, except for its time; with another number of samples, it is measured again.
     output.write_text(output.read_text().replace(str(rows["ddpm", 4]["frechet_distance"]), "123.25"))
-    again = run(*argv[:-2])
+    again = run_forked(*argv[:-2])
     assert "ddpm, 4 steps: 123.25" in again.stdout
-    assert "ddpm, 4 steps: 123.25" not in run(*argv[:7], 71, *argv[8:-2]).stdout
-    assert_one_line_error(run(*argv[:-1], "ddim:eta"), "NAME=VALUE")
+    assert "ddpm, 4 steps: 123.25" not in run_forked(*argv[:7], 71, *argv[8:-2]).stdout
+    assert_one_line_error(run_forked(*argv[:-1], "ddim:eta"), "NAME=VALUE")
     output.write_text('{"a": 1}')
-    assert_one_line_error(run(*argv[:-1]), "does not hold what ddpm-compare writes")
+    assert_one_line_error(run_forked(*argv[:-1]), "does not hold what ddpm-compare writes")
     assert "solver_order=3" in result.stdout
     with Image.open(tmp_path / "figure.png") as picture:
         assert picture.size == (800, 500)
