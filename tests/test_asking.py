@@ -320,14 +320,14 @@ def stock_network():
     )
 
 
-def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, tmp_path):
+def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, run_forked, tmp_path):
     unet, checkpoint, bundle = stock_network(), tmp_path / "stock", tmp_path / "bundle"
     DDPMPipeline(unet, DDIMScheduler()).save_pretrained(checkpoint)
-    export = ("ddpm-export", checkpoint, bundle, "--scheduler", "ddim", "--num_inference_steps", 5)
+    export = ("export", checkpoint, bundle, "--scheduler", "ddim", "--num_inference_steps", 5)
     for null_label in (4, -1):
-        assert_one_line_error(run(*export, "--null_label", null_label), "null_label", "4 labels")
+        assert_one_line_error(run_forked(*export, "--null_label", null_label), "null_label", "4 labels")
         assert not bundle.exists()
-    assert run(*export, "--null_label", 3, "--guidance_scale", 1.5).returncode == 0
+    assert run_forked(*export, "--null_label", 3, "--guidance_scale", 1.5).returncode == 0
     sampler = OnnxSampler(bundle, num_threads=1)
     np.testing.assert_array_equal(
         sampler.sample(2, guidance_scale=1), sampler.sample(2, class_labels=3, guidance_scale=1)
@@ -339,12 +339,12 @@ def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, tmp_path):
     assert run(*sample).returncode == 0
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), expected, atol=1e-4)
     # Without it, the bundle can be asked for classes alone.
-    assert run(*export, "--overwrite").returncode == 0
+    assert run_forked(*export, "--overwrite").returncode == 0
     assert run(*sample, "--overwrite").returncode == 0
     assert_one_line_error(run(*sample, "--overwrite", "--guidance_scale", 2), "--null_label")
-    assert_one_line_error(run(*export, "--overwrite", "--guidance_scale", 2), "null label")
-    heart = ("ddpm-export", pretrained("heart"), tmp_path / "heart", "--null_label", 0)
-    assert_one_line_error(run(*heart), "null_label", "knows none")
+    assert_one_line_error(run_forked(*export, "--overwrite", "--guidance_scale", 2), "null label")
+    heart = ("export", pretrained("heart"), tmp_path / "heart", "--null_label", 0)
+    assert_one_line_error(run_forked(*heart), "null_label", "knows none")
 
 
 def test_a_stock_network_needs_a_named_null_label(tmp_path):
