@@ -245,5 +245,9 @@ class StepTableScheduler(SchedulerMixin, ConfigMixin):
         """Add noise as in training (Ho et al. 2020, eq. 4)."""
         return self.trained_with.add_noise(original_samples, noise, timesteps)
 
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return v, as in training (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512, section 4)."""
+        return self.trained_with.get_velocity(sample, noise, timesteps)
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps

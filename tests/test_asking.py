@@ -206,8 +206,9 @@ def draw_with_torch(pipeline, monkeypatch, number, steps, seed, **asked):
         k += 1
         return {}
 
-    for module in ("scheduling_ddpm", "scheduling_dpmsolver_multistep"):
-        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *_, **__: runtimes_noise(k + 1, 0))
+    stock = ("scheduling_ddpm", "scheduling_dpmsolver_multistep")
+    for module in (*(f"diffusers.schedulers.{name}" for name in stock), "ddpm_mlp_pipeline.table_scheduler"):
+        monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: runtimes_noise(k + 1, 0))
     monkeypatch.setattr(pipeline_module, "randn_tensor", lambda *_, **__: runtimes_noise(k, 1))
     return pipeline(
         number,

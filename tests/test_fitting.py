@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from gaussian import VARIANCE, gaussian_data, gaussian_pipeline
 from helpers import assert_one_line_error, random_weights
 from pandas import DataFrame
 from scipy.spatial.distance import cdist
@@ -27,39 +26,9 @@ from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
 from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
 from ddpm_mlp_pipeline.training.fit_features import NetworkFeatures, PointFeatures, energy_distance, mean_distance
-from ddpm_mlp_pipeline.training.fitting import FittingArguments, TableFitter, TableParameters, draw
-
-VARIANCE = 0.25  # of each coordinate of the Gaussian data
-
-
-class GaussianModel(ModelMixin, ConfigMixin):
-    """The exact ε for data N(0, VARIANCE): E[ε | x_t] = σ x_t / (α² VARIANCE + σ²)."""
-
-    @register_to_config
-    def __init__(self, in_channels=2, sample_size=None, scale=1.0):
-        super().__init__()
-        self.factor = torch.nn.Parameter(torch.tensor(scale))
-        self.register_buffer("alphas_cumprod", DDPMScheduler().alphas_cumprod, persistent=False)
-
-    def forward(self, sample, timestep, return_dict=True):
-        places = torch.as_tensor(timestep).clamp(0, len(self.alphas_cumprod) - 1)
-        low = places.detach().floor().long().clamp(max=len(self.alphas_cumprod) - 2)
-        log_snr = torch.logit(self.alphas_cumprod)
-        log_snr = log_snr[low] + (places - low) * (log_snr[low + 1] - log_snr[low])
-        alpha_cumprod = torch.sigmoid(log_snr)
-        eps = (1 - alpha_cumprod).sqrt() * sample / (alpha_cumprod * VARIANCE + 1 - alpha_cumprod)
-        return UNet2DOutput(sample=self.factor * eps)
-
-
-def gaussian_pipeline(**options):
-    pipe = DDPMMLPPipeline(GaussianModel(**options), DDPMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def gaussian_data(number=4000):
-    x = torch.randn(number, 2, generator=torch.Generator().manual_seed(9))
-    return TensorBatches(VARIANCE**0.5 * x)
+from ddpm_mlp_pipeline.training.fitting import TableFitter
+from ddpm_mlp_pipeline.training.options import FittingArguments
+from ddpm_mlp_pipeline.training.table_parameters import TableParameters, draw
 
 
 def arguments(**options):
@@ -171,7 +140,9 @@ def test_a_stopped_fit_goes_on_exactly(tmp_path):
 def test_the_best_table_by_the_held_out_data_is_kept():
     fitter = TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments())
     fitted = fitter._fit_one(TableParameters.start(2, fitter.args, fitter.pipeline.scheduler), None)
-    assert fitter.distance(fitted) == pytest.approx(min(row["distance"] for row in fitter.log), rel=1e-5)
+    assert fitter.target.held_out_distance(fitted, fitter.network) == pytest.approx(
+        min(row["distance"] for row in fitter.log), rel=1e-5
+    )
     fitter.args, fitter.log = arguments(learning_rate=0.2, steps=2, check_steps=2), []
     kept = fitter._fit_one(fitted, None)
     start, last = [row["distance"] for row in fitter.log]
@@ -185,8 +156,8 @@ def test_labels_are_drawn_as_the_data_have_them():
     unet = MLPModel(2, hidden_dim=16, num_hidden_layers=2, embedding_dim=8, num_class_embeds=2)
     pipe = DDPMMLPPipeline(unet, DDPMScheduler())
     fitter = TableFitter(pipe, data, PointFeatures(2), arguments(num_held_out=500, batch_size=200, num_references=200))
-    drawn = fitter._some(200, torch.Generator().manual_seed(0)).class_labels
-    share = (data.class_labels[fitter.fitted] == 1).double().mean()
+    drawn = fitter.target._some(200, torch.Generator().manual_seed(0)).class_labels
+    share = (data.class_labels[fitter.target.fitted] == 1).double().mean()
     assert abs(int(drawn.sum()) - 200 * share) <= 1
     assert fitter.fit([2])[2].timesteps.shape == (2,)
 

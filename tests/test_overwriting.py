@@ -22,7 +22,7 @@ from ddpm_mlp_pipeline.commands.plot import main as plot
 from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.errors import OutputExistsError
 from ddpm_mlp_pipeline.judge.likelihood import variational_bound
-from ddpm_mlp_pipeline.training.loop import check_output_dir
+from ddpm_mlp_pipeline.training.run import check_output_dir
 
 
 def contents(folder):

@@ -22,9 +22,9 @@ from ddpm_mlp_pipeline.commands import bound, doctor, evaluate, plot
 from ddpm_mlp_pipeline.data.batches import TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DivergenceError
 from ddpm_mlp_pipeline.figures import plot_losses
-from ddpm_mlp_pipeline.training.loop import _will_be_skipped
 from ddpm_mlp_pipeline.training.losses import min_snr_weights, training_target
 from ddpm_mlp_pipeline.training.options import PREDICTION_TYPES
+from ddpm_mlp_pipeline.training.run import _will_be_skipped
 
 SHORT = ("--max_train_steps", 40, "--lr_warmup_steps", 5, "--dataset_size", 3000, "--train_batch_size", 256)
 

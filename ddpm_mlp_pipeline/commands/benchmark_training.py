@@ -28,8 +28,8 @@ with command_imports("training", __name__):
     from ..judge.features import load_features
     from ..judge.metrics import frechet_distance, image_features, to_uint8
     from ..pipeline import DDPMMLPPipeline
-    from ..training.loop import check_output_dir
     from ..training.options import PRESETS, ImageTrainingArguments
+    from ..training.run import check_output_dir
     from .presets import parse_options
     from .train_images import train_on_images
 

@@ -12,9 +12,9 @@ from accelerate.utils import set_seed
 from .. import figures
 from ..pipeline import DDPMMLPPipeline
 from ..training import model_card
-from ..training.loop import check_output_dir
 from ..training.options import PRESETS, TrainingArguments
 from ..training.processes import this_process
+from ..training.run import check_output_dir
 from .presets import parse_options
 
 Options = TypeVar("Options", bound=TrainingArguments)

@@ -1,8 +1,9 @@
 """`build_sampler`: build one ONNX graph from a bundle's network, table and noise, for any ONNX Runtime.
 
 The graph does the same as `OnnxSampler`: it draws the initial sample, and a `Loop` over the table's rows evaluates the
-network and takes the steps. ONNX's random operators take no seed at run time, so the graph contains Philox, with its
-32-bit words in uint64 tensors, as in noise.py. Values that depend on the timestep alone are precomputed as tables.
+network and takes the steps; a single row needs no loop. ONNX's random operators take no seed at run time, so the graph
+contains Philox, with its 32-bit words in uint64 tensors, as in noise.py. Values that depend on the timestep alone are
+precomputed as tables.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def build_sampler(
     step = _Step(table, network, _after_timestep(path, table.timesteps), further, null, guidance, replace_known)
     state = [x, *(op.Mul(x, 0.0) for _ in step.past)]  # zeros, where there is no past
     calls = op.Constant(value_int=len(table))
-    if not table.is_stochastic.any():
+    if len(table) == 1 and not table.is_stochastic.any():
+        x, *_ = step(op, op.Constant(value_int=0), *state)
+    elif not table.is_stochastic.any():
         x, *_ = _loop(op, calls, state, step)
     else:
         # Draw noise for many steps at once: for small samples, that takes no longer than for one.

@@ -45,7 +45,6 @@ class TableJudge:
     Measures samples of tables against data that no table was fitted to.
 
     Args:
-        sampler: a bundle of the network. Its table is replaced.
         pipeline: the pipeline, for the points' units.
         references: a batch of data for each seed, with the labels and conditions that the samples are asked for.
         features: for images, the network whose features are compared.
@@ -53,26 +52,29 @@ class TableJudge:
 
     def __init__(
         self,
-        sampler: OnnxSampler,
         pipeline: DDPMMLPPipeline,
         references: Sequence[Batch],
         features: Features | None = None,
     ):
-        self.sampler, self.pipeline, self.references, self.features = sampler, pipeline, references, features
+        self.pipeline, self.references, self.features = pipeline, references, features
         self.reference_features = [self._features(batch.x_0) for batch in references]
 
     def measure_data(self, name: str, data: Sequence[Batch]) -> TableRow:
         """Measure data in the samples' place: the floor, if they are as many."""
         return self._row(name, None, [self._features(batch.x_0) for batch in data])
 
-    def measure(self, name: str, table: StepTable, number: int) -> TableRow:
+    def play(self, sampler: OnnxSampler, table: StepTable) -> None:
+        """Choose what samples are drawn with: a bundle's network, whose own table is replaced."""
+        self.sampler, self.sampler.table = sampler, table
+
+    def measure(self, name: str, number: int) -> TableRow:
         """Draw `number` samples for each seed, of the references' labels and conditions, and measure them."""
-        self.sampler.table = table
+        calls = len(self.sampler.table)
         try:
             drawn = [self._features(self.draw(batch, number, seed)) for seed, batch in enumerate(self.references)]
         except DivergenceError:
-            return TableRow(name, len(table), float("nan"))
-        return self._row(name, len(table), drawn)
+            return TableRow(name, calls, float("nan"))
+        return self._row(name, calls, drawn)
 
     def draw(self, like: Batch, number: int, seed: int) -> torch.Tensor:
         """Draw samples with a batch's labels and conditions, in the network's units; at most as many as it has."""

@@ -2,55 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
-import math
-import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
 
-from ..data.batches import Batch, BatchDataset
-from ..errors import ConfigurationError, DivergenceError, StoppedBySignal
-from ..files import PARTIAL, check_names, move_into
+from ..data.batches import BatchDataset
 from ..pipeline import DDPMMLPPipeline
-from ..progress import progress_bar
 from .losses import make_loss, min_snr_weights
 from .options import TrainingArguments
-from .state import Checkpoints, deferred_signals, explain_writing, resumes_in
-
-DrawSamples = Callable[[DDPMMLPPipeline, EMAModel | None, int], None]
-CHECKPOINT = ("model_index.json", "pipeline.py", "unet", "scheduler")  # what a run writes to output_dir
-
-
-def check_output_dir(args: TrainingArguments, *others: str) -> None:
-    """Refuse to replace what another run has left in `args.output_dir`, unless this run goes on from a state there.
-
-    Args:
-        args: the run's options.
-        others: names that the run writes there beside the checkpoint's.
-
-    Raises:
-        OutputExistsError: if there is such an entry, and `args.overwrite_output_dir` isn't set.
-        ConfigurationError: if `args.output_dir` is a file.
-    """
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigurationError(f"output_dir must be a folder, but {output_dir} is a file")
-    overwrite = args.overwrite_output_dir or resumes_in(output_dir, args.resume_from_checkpoint)
-    check_names(output_dir, (*CHECKPOINT, *others), overwrite)
-    if args.save_samples_epochs is not None:  # a run that was killed before its first state may have left some
-        check_names(output_dir, ["samples"], overwrite or args.resume_from_checkpoint == "latest")
+from .run import DrawSamples, prepare_run
 
 
 def train(
@@ -84,268 +44,28 @@ def train(
         DivergenceError: if the loss or its gradient is no longer finite. The step is not taken.
         StoppedBySignal: after Ctrl-C or SIGTERM, once the step under way is done and its state is saved.
     """
-    run = _prepare(pipeline, dataset, args, draw_samples)
-    accelerator, unet, scheduler = run.accelerator, run.unet, pipeline.scheduler
+    run = prepare_run(pipeline, dataset, args, draw_samples, args.save_samples_epochs)
+    unet, scheduler, device = run.network, pipeline.scheduler, run.accelerator.device
     loss_function = make_loss(pipeline, args.loss_type)
-    T, device = scheduler.config.num_train_timesteps, accelerator.device
+    T = scheduler.config.num_train_timesteps
     # Every process draws the random numbers of the whole batch and uses its own rows of them, so that several
     # processes, each with its part of a batch, do what one does.
     total, rows = run.total_batch_size, run.rows
 
-    losses = run.checkpoints.begin(args.resume_from_checkpoint)
-    with run.in_progress(len(losses)):
-        for batch in run.batches(len(losses)):
-            with accelerator.accumulate(unet):
-                if augment is not None:
-                    batch = batch._replace(x_0=augment(batch.x_0, torch.rand(total, device=device)[rows]))
-                if batch.known and args.label_dropout:
-                    is_forgotten = torch.rand(total, device=device)[rows] < args.label_dropout
-                    batch = batch.forget(is_forgotten, pipeline.null_label)
-                # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
-                # (or on the same of another target than ε, or on a term of the bound: see losses.py).
-                t = torch.randint(T, (total,), device=device)[rows]
-                eps = torch.randn(total, *batch.x_0.shape[1:], device=device)[rows]
-                errors = loss_function(unet, batch, t, eps)
-                weights = 1.0 if args.snr_gamma is None else min_snr_weights(scheduler, t, args.snr_gamma)
-                accelerator.backward((weights * errors).mean())
-                run.batch_losses.append(errors.detach().mean())
-                if accelerator.sync_gradients:
-                    losses.append(run.clip_gradient(len(losses) + 1, batch, t, eps))
-                run.optimizer.step()
-                run.lr_scheduler.step()
-                run.optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                run.end_step(losses)
-    run.save_result()
-    return losses
-
-
-@dataclasses.dataclass
-class _Run:
-    """What surrounds algorithm 1: Accelerate's objects, the average of the weights, and how far the run goes.
-
-    Attributes:
-        unet: the network that is trained, as Accelerate has prepared it.
-        whole: a network to hold the result: FSDP divides the one that is trained among the processes.
-        steps_per_epoch, max_train_steps: in optimizer steps.
-        batch_losses: of the batches whose gradients make the next step.
-    """
-
-    args: TrainingArguments
-    pipeline: DDPMMLPPipeline
-    accelerator: Accelerator
-    unet: torch.nn.Module
-    whole: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
-    dataloader: Any
-    ema: EMAModel | None
-    checkpoints: Checkpoints
-    steps_per_epoch: int
-    max_train_steps: int
-    draw_samples: DrawSamples | None
-    batch_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    lr: float = math.nan  # of the step under way
-    progress: Any = None  # the progress bar
-    signals: list[int] = dataclasses.field(default_factory=list)  # that have come since the loop began
-
-    @property
-    def total_batch_size(self) -> int:
-        """The batch size of all processes together."""
-        return self.args.train_batch_size * self.accelerator.num_processes
-
-    @property
-    def rows(self) -> slice:
-        """This process's rows of the whole batch."""
-        first = self.args.train_batch_size * self.accelerator.process_index
-        return slice(first, first + self.args.train_batch_size)
-
-    def batches(self, step: int) -> Iterator[Batch]:
-        """Yield the batches that follow after some optimizer steps, until there are no more steps to take."""
-        while step < self.max_train_steps:
-            epoch, steps_done = divmod(step, self.steps_per_epoch)
-            loader = self.accelerator.skip_first_batches(
-                self.dataloader, steps_done * self.args.gradient_accumulation_steps
-            )
-            # Accelerate begins at the first order again if only one of them knows the epoch: of the first with several
-            # processes, of the second before 1.15.
-            for each in (self.dataloader, loader):
-                each.set_epoch(epoch)
-            for batch in loader:
-                yield batch
-                step += self.accelerator.sync_gradients
-                if step == self.max_train_steps:
-                    return
-
-    @contextlib.contextmanager
-    def in_progress(self, step: int) -> Iterator[None]:
-        """Show the progress, and defer Ctrl-C and SIGTERM to the end of a step."""
-        if step > 0:
-            self.accelerator.print(f"resuming at step {step}")
-        disable = not self.accelerator.is_local_main_process
-        bar = progress_bar(total=self.max_train_steps, initial=step, desc="training", disable=disable)
-        with bar as self.progress, deferred_signals(self.accelerator) as self.signals:
-            yield
-
-    def clip_gradient(self, step: int, batch: Batch, t: torch.Tensor, eps: torch.Tensor) -> float:
-        """Clip the gradient of a step, and return the step's loss.
-
-        Raises:
-            DivergenceError: if loss or gradient are no longer finite.
-        """
-        accelerator, self.lr = self.accelerator, self.lr_scheduler.get_last_lr()[0]
-        # (DeepSpeed, which clips on its own, may have no norm to tell.)
-        norm = float(accelerator.clip_grad_norm_(self.unet.parameters(), self.args.max_grad_norm) or 0.0)
-        loss = accelerator.reduce(torch.stack(self.batch_losses).mean(), "mean").item()
-        self.batch_losses.clear()
-        if not math.isfinite(loss + norm) and not _will_be_skipped(accelerator):
-            what = f"the gradient's norm is {norm:.2g} and the loss is {loss} at step {step}"
-            x_t = self.pipeline.scheduler.add_noise(batch.x_0, eps, t)
-            remedy = f"with a learning rate of {self.lr:.2g}: {_remedy(accelerator, self.unet, x_t, t, batch)}"
-            raise DivergenceError(f"{what}, {remedy}; {self.checkpoints.last_good}")
-        return loss
-
-    def end_step(self, losses: list[float]) -> None:
-        """Average the weights, report, and save what is due.
-
-        Raises:
-            StoppedBySignal: if Ctrl-C or SIGTERM came during the step. The state is saved first.
-        """
-        args, accelerator, step = self.args, self.accelerator, len(losses)
-        if self.ema is not None:
-            self.ema.step(self.unet.parameters())
-        report = {"loss": losses[-1], "lr": self.lr}
-        self.progress.set_postfix(report, refresh=False)
-        self.progress.update()
-        accelerator.log(report, step=step)
-        if self.draw_samples is not None and args.save_samples_epochs is not None and accelerator.is_main_process:
-            is_due = step % (self.steps_per_epoch * args.save_samples_epochs) == 0 or step == self.max_train_steps
-            if is_due:  # before the state is saved: a run that goes on from there has them already
-                self.draw_samples(self.pipeline, self.ema, math.ceil(step / self.steps_per_epoch))
-        is_stopped = accelerator.check_trigger()  # by a signal to any process
-        is_due = args.checkpointing_steps is not None and step % args.checkpointing_steps == 0
-        if is_due or is_stopped:
-            self.checkpoints.save(losses)
-        if is_stopped:
-            message = f"stopped at step {step}; go on with --resume_from_checkpoint latest"
-            raise StoppedBySignal(message, self.signals[0] if self.signals else signal.SIGTERM)
-
-    def save_result(self) -> None:
-        """Put the trained weights (their average, with `use_ema`) into the pipeline, and save it whole."""
-        accelerator, output_dir = self.accelerator, Path(self.args.output_dir)
-        if self.ema is not None:
-            self.ema.foreach = False  # FSDP's tensors can only be copied one by one
-            self.ema.copy_to(self.unet.parameters())
-        weights = accelerator.get_state_dict(self.unet)
-        if accelerator.is_main_process:
-            self.whole.load_state_dict(weights)
-            self.pipeline.unet = self.whole.to(accelerator.device).eval()
-            with explain_writing(output_dir), tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
-                self.pipeline.save_pretrained(folder)
-                for file in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
-                    shutil.copymode(Path(folder) / self.pipeline.config_name, file)
-                move_into(Path(folder), output_dir, last=self.pipeline.config_name)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-
-
-def _prepare(
-    pipeline: DDPMMLPPipeline, dataset: BatchDataset, args: TrainingArguments, draw_samples: DrawSamples | None
-) -> _Run:
-    """Check the options against the data, and have Accelerate prepare network, optimizer and data."""
-    accelerator = _make_accelerator(args)
-    if args.train_batch_size * accelerator.num_processes > len(dataset):
-        raise ConfigurationError(
-            f"a batch of {args.train_batch_size} on each of {accelerator.num_processes} processes is larger than the "
-            f"data set, which holds {len(dataset)} samples: lower --train_batch_size"
-        )
-    set_seed(args.seed)
-    unet, whole = pipeline.unet, copy.deepcopy(pipeline.unet)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        unet.to(memory_format=torch.contiguous_format)  # FSDP can divide no other
-    optimizer = torch.optim.Adam(unet.parameters(), lr=args.learning_rate, fused=True)
-    dataloader: DataLoader[Batch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # it takes whatever has a length and `__getitems__`
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=_identity,
-        # Its own generator: from the global one, a resumed run would draw once more than one that never stopped.
-        generator=torch.Generator(),
-    )
-    unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
-    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-    max_train_steps = args.num_steps(steps_per_epoch)
-    lr_scheduler = accelerator.prepare(
-        get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-            num_training_steps=max_train_steps * accelerator.num_processes,
-        )
-    )
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(unet.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
-        ema.to(accelerator.device)
-    if args.report_to != "none":
-        options = {name: value for name, value in vars(args).items() if value is not None}
-        plain = {name: value if isinstance(value, int | float) else str(value) for name, value in options.items()}
-        accelerator.init_trackers("train", plain)
-    checkpoints = Checkpoints(accelerator, pipeline, ema, Path(args.output_dir), args.checkpoints_total_limit)
-    return _Run(
-        args=args,
-        pipeline=pipeline,
-        accelerator=accelerator,
-        unet=unet,
-        whole=whole,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        dataloader=dataloader,
-        ema=ema,
-        checkpoints=checkpoints,
-        steps_per_epoch=steps_per_epoch,
-        max_train_steps=max_train_steps,
-        draw_samples=draw_samples,
-    )
-
-
-def _make_accelerator(args: TrainingArguments) -> Accelerator:
-    """Make the run's folder and its accelerator."""
-    check_output_dir(args)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
-            # The order of the data follows from seed and epoch alone, so that a resumed run finds its place in it.
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        )
-    except ValueError as error:  # such as fp16 on a CPU
-        raise ConfigurationError(str(error)) from None
-    if args.report_to != "none" and not accelerator.log_with:
-        raise ConfigurationError(f"report_to: {args.report_to} is not installed")
-    return accelerator
-
-
-def _will_be_skipped(accelerator: Accelerator) -> bool:
-    """Whether the step is one that fp16's scaler leaves out, to go on with gradients scaled less. Below a scale of 1
-    it is not the scale that makes them overflow."""
-    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
-
-
-def _remedy(accelerator: Accelerator, unet: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: Batch) -> str:
-    """What to do about numbers gone bad: an overflow of 16 bits is told from a divergence by float32's output."""
-    if accelerator.mixed_precision != "no":
-        with torch.no_grad():
-            prediction = accelerator.unwrap_model(unet, keep_fp32_wrapper=False)(x_t, t, **batch.known).sample
-        if prediction.square().mean().isfinite():
-            return f"{accelerator.mixed_precision} overflows where float32 does not, so use --mixed_precision no"
-    return "a lower --learning_rate may help"
-
-
-def _identity(batch: Any) -> Any:
-    return batch
+    with run.in_progress():
+        for batch in run.batches():
+            if augment is not None:
+                batch = batch._replace(x_0=augment(batch.x_0, torch.rand(total, device=device)[rows]))
+            if batch.known and args.label_dropout:
+                is_forgotten = torch.rand(total, device=device)[rows] < args.label_dropout
+                batch = batch.forget(is_forgotten, pipeline.null_label)
+            # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
+            # (or on the same of another target than ε, or on a term of the bound: see losses.py).
+            t = torch.randint(T, (total,), device=device)[rows]
+            eps = torch.randn(total, *batch.x_0.shape[1:], device=device)[rows]
+            errors = loss_function(unet, batch, t, eps)
+            weights = 1.0 if args.snr_gamma is None else min_snr_weights(scheduler, t, args.snr_gamma)
+            run.take_step((weights * errors).mean(), errors.mean(), batch, t, eps)
+    pipeline.unet = run.result()
+    run.save()
+    return run.losses

@@ -1,4 +1,4 @@
-"""The options of training runs: of the training loop, of points and of images."""
+"""The options of runs: of training a DDPM on points or images, and of fitting and tuning samplers of few calls."""
 
 from __future__ import annotations
 
@@ -31,20 +31,15 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) 
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainingArguments:
-    """Options of the training loop, named as in diffusers' training scripts.
+class RunArguments:
+    """Options of any run of the optimizer, named as in diffusers' training scripts.
 
     Raises:
-        ConfigurationError: if a value is out of range, or two options contradict each other.
+        ConfigurationError: if a value is out of range.
     """
 
     output_dir: str = option(help="folder for the checkpoint, the figures and the logs")
     overwrite_output_dir: bool = option(False, "replace an earlier run's checkpoint and figures in output_dir")
-    ddpm_num_steps: int = option(1000, "number of timesteps of the forward process, T")
-    ddpm_beta_schedule: str = option("squaredcos_cap_v2", "schedule of β", choices=BETA_SCHEDULES)
-    prediction_type: str = option("epsilon", "target that the network predicts", choices=PREDICTION_TYPES)
-    variance_type: str = option("fixed_small", "variance of the denoising steps", choices=VARIANCES)
-    loss_type: str = option("simple", "|ε − ε_θ|², or the variational bound", choices=["simple", "bound"])
     train_batch_size: int = option(128, "batch size of each process")
     num_epochs: int | None = option(None, "passes over the data set")
     max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs")
@@ -56,52 +51,78 @@ class TrainingArguments:
     use_ema: bool = option(True, "save the exponential moving average (EMA) of the weights as the checkpoint")
     ema_max_decay: float = option(0.9999, "maximum decay of the EMA, after its warm-up")
     mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "fp16", "bf16"])
-    label_dropout: float = option(0.1, "share of samples that are trained without label and condition")
-    snr_gamma: float | None = option(None, "γ of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5 is usual")
-    save_samples_epochs: int | None = option(None, "draw samples with raw and EMA weights every this many epochs")
     seed: int = option(0, "seed of the weights, data order, timesteps and noise")
     checkpointing_steps: int | None = option(None, "save the training state every this many optimizer steps")
     checkpoints_total_limit: int | None = option(None, "maximum number of training states to keep")
     resume_from_checkpoint: str | None = option(None, "state to resume from: 'latest' or a folder checkpoint-<step>")
-    figures: bool = option(True, "draw the loss, the data and samples at the end")
     report_to: str = option("tensorboard", "tracker of the loss and the learning rate", choices=TRACKERS)
     logging_dir: str = option("logs", "folder of the tracker's files, inside output_dir")
+
+    def __post_init__(self) -> None:
+        counts = ["train_batch_size", "num_epochs", "max_train_steps", "gradient_accumulation_steps"]
+        counts += ["checkpointing_steps", "checkpoints_total_limit"]
+        self._check_least({**dict.fromkeys(counts, 1), "lr_warmup_steps": 0})
+        self._check_positive("learning_rate", "max_grad_norm")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigurationError(f"seed must be at least 0 and below 2^32, got {self.seed}")
+        if not 0 <= self.ema_max_decay < 1:
+            raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
+
+    def _check_least(self, least: dict[str, int]) -> None:
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                raise ConfigurationError(f"{name} must be at least {number}, got {value}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigurationError(f"{name} must be positive, got {value}")
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps of the run."""
+        return self.max_train_steps or (self.num_epochs or 0) * steps_per_epoch  # one of them is given
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingArguments(RunArguments):
+    """Options of training a DDPM: of the optimizer, the forward process, the loss and what is written at the end.
+
+    Raises:
+        ConfigurationError: if a value is out of range, or two options contradict each other.
+    """
+
+    ddpm_num_steps: int = option(1000, "number of timesteps of the forward process, T")
+    ddpm_beta_schedule: str = option("squaredcos_cap_v2", "schedule of β", choices=BETA_SCHEDULES)
+    prediction_type: str = option("epsilon", "target that the network predicts", choices=PREDICTION_TYPES)
+    variance_type: str = option("fixed_small", "variance of the denoising steps", choices=VARIANCES)
+    loss_type: str = option("simple", "|ε − ε_θ|², or the variational bound", choices=["simple", "bound"])
+    snr_gamma: float | None = option(None, "γ of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5 is usual")
+    label_dropout: float = option(0.1, "share of samples that are trained without label and condition")
+    save_samples_epochs: int | None = option(None, "draw samples with raw and EMA weights every this many epochs")
+    figures: bool = option(True, "draw the loss, the data and samples at the end")
     push_to_hub: bool = option(False, "push the checkpoint, figures and model card to the hub")
     hub_model_id: str | None = option(None, "repository to push to; by default output_dir's name, in your namespace")
     hub_private_repo: bool = option(False, "make that repository private")
 
     def __post_init__(self) -> None:
-        counts = ["train_batch_size", "num_epochs", "max_train_steps", "gradient_accumulation_steps"]
-        counts += ["checkpointing_steps", "checkpoints_total_limit", "save_samples_epochs"]
-        for name, least in {**dict.fromkeys(counts, 1), "ddpm_num_steps": 2, "lr_warmup_steps": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigurationError(f"{name} must be at least {least}, got {value}")
+        super().__post_init__()
         if self.num_epochs is None and self.max_train_steps is None:
             raise ConfigurationError("set num_epochs or max_train_steps")
-        for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} must be positive, got {value}")
+        self._check_least({"ddpm_num_steps": 2, "save_samples_epochs": 1})
+        self._check_positive("snr_gamma")
         if self.loss_type == "bound" and self.snr_gamma is not None:
             raise ConfigurationError("snr_gamma weights the simple loss: remove it, or use --loss_type simple")
         if self.loss_type == "simple" and self.variance_type == "learned_range":
             raise ConfigurationError("the simple loss can't train variance_type learned_range: use --loss_type bound")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigurationError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         if not 0 <= self.label_dropout < 1:
             raise ConfigurationError(f"label_dropout must be at least 0 and below 1, got {self.label_dropout}")
-        if not 0 <= self.ema_max_decay < 1:
-            raise ConfigurationError(f"ema_max_decay must be at least 0 and below 1, got {self.ema_max_decay}")
 
     @property
     def num_predictions(self) -> int:
         """Number of predictions per value of a sample: the target and, if it is learned, the variance."""
         return 2 if self.variance_type == "learned_range" else 1
-
-    def num_steps(self, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps of the run."""
-        return self.max_train_steps or (self.num_epochs or 0) * steps_per_epoch  # one of them is given
 
     def make_scheduler(self, clip_sample_range: float) -> DDPMScheduler:
         """Return the scheduler of the forward process, which clips predictions of x_0 to ± `clip_sample_range`.
@@ -199,3 +220,115 @@ class ImageTrainingArguments(TrainingArguments):
             self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:
             raise ConfigurationError(f"ddpm_num_inference_steps must be from 1 to {self.ddpm_num_steps}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FittingArguments:
+    """Options of a fit. The defaults for points and images are [`FittingArguments.of_points`] and `of_images`.
+
+    Attributes:
+        steps: optimiser steps for each table.
+        batch_size: samples of each step, `num_references` the data that they are compared with.
+        num_held_out: data that the best table is chosen by, and `num_drawn` samples for that.
+        check_steps: how often that is measured.
+        learning_rate: of Adam.
+        first_log_snr, last_log_snr: between which the calls are spread at first.
+        noise: share of fresh noise at first, as an angle: 0 is none, 1 is all.
+        seed: of everything random.
+    """
+
+    steps: int
+    batch_size: int
+    num_references: int
+    num_held_out: int
+    num_drawn: int
+    check_steps: int
+    learning_rate: float
+    first_log_snr: float
+    last_log_snr: float
+    noise: float
+    seed: int = 0
+
+    @classmethod
+    def of_points(cls, **options: Any) -> FittingArguments:
+        return cls(**(_OF_POINTS | options))
+
+    @classmethod
+    def of_images(cls, **options: Any) -> FittingArguments:
+        return cls(**(_OF_IMAGES | options))
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and field.name != "seed" and value < 1:
+                raise ConfigurationError(f"{field.name} must be at least 1, got {value}")
+
+
+_OF_POINTS: dict[str, Any] = {
+    **{"steps": 400, "batch_size": 512, "num_references": 1024, "num_held_out": 8192, "num_drawn": 4096},
+    **{"check_steps": 50, "learning_rate": 0.01, "first_log_snr": -5.0, "last_log_snr": 6.0, "noise": 0.0},
+}
+_OF_IMAGES: dict[str, Any] = {
+    **{"steps": 100, "batch_size": 96, "num_references": 2048, "num_held_out": 1024, "num_drawn": 512},
+    **{"check_steps": 20, "learning_rate": 0.02, "first_log_snr": -5.0, "last_log_snr": 4.5, "noise": 0.5},
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class TuningArguments(RunArguments):
+    """Options of tuning a checkpoint to a sampler of few calls. `of_kind` sets those left `None` by the kind of data.
+
+    Raises:
+        ConfigurationError: if a value is out of range.
+    """
+
+    checkpoint: str = option(help="the checkpoint folder to begin from")
+    dataset: str = option(help="a point set's name, a file of points, or an image data set")
+    num_calls: int = option(1, "network calls of the sampler")
+    num_samples: int | None = option(None, "number of samples to tune to (default: 100,000 points, all images)")
+    dataset_noise: float | None = option(None, "noise of a point set, as in training; by default the set's own")
+    split: str | None = option(None, "split of an image data set; by default train")
+    fit: str = option("resize", "how images are fitted, as in training", choices=["resize", "pad"])
+    skip_corrupt: bool = option(False, "skip images that can't be read, and list them")
+    label_column: str | None = option(None, "the data's column of labels; by default the one of training")
+    features: str | None = option(
+        None, "a feature network's folder to compare on; by default coordinates, or the network's own activations"
+    )
+    judge: str | None = option(None, "features that the report compares images on")
+    denoising_weight: float = option(0.1, "weight of the denoising loss beside the distance to the data")
+    table_learning_rate: float = option(0.01, "peak learning rate of the step table's numbers")
+
+    train_batch_size: int | None = option(  # type: ignore[assignment]  # None until the kind of data is known
+        None, "samples of each step and process; by default 1,024 points or 96 images"
+    )
+    max_train_steps: int | None = option(
+        None, "optimizer steps; overrides num_epochs (default of both: 2,000 for points, 1,500 for images)"
+    )
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        None, "peak learning rate of Adam for the weights; by default 2e-3 for points, 2e-4 for images"
+    )
+    lr_warmup_steps: int = option(20, "optimizer steps of linear learning rate warm-up")
+    ema_max_decay: float = option(0.99, "maximum decay of the EMA, after its warm-up")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least({"num_calls": 1, "num_samples": 1})
+        self._check_positive("table_learning_rate")
+        if not 0 <= self.denoising_weight < math.inf:
+            raise ConfigurationError(f"denoising_weight must be at least 0, got {self.denoising_weight}")
+
+    def of_kind(self, is_points: bool) -> TuningArguments:
+        """Return the options with the defaults for points or for images."""
+        batch_size, learning_rate, steps = (1024, 2e-3, 2000) if is_points else (96, 2e-4, 1500)
+        defaults: dict[str, Any] = {"train_batch_size": batch_size, "learning_rate": learning_rate}
+        if self.num_epochs is None:
+            defaults["max_train_steps"] = steps
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def for_target(self, is_points: bool) -> FittingArguments:
+        """Return the options of the comparison with data."""
+        common: dict[str, Any] = {"batch_size": self.train_batch_size, "seed": self.seed}
+        if is_points:
+            return FittingArguments.of_points(**common, num_references=2 * common["batch_size"])
+        return FittingArguments.of_images(**common)

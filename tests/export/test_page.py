@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from helpers import assert_one_line_error
 from PIL import Image
 from tabulate import tabulate
@@ -35,6 +36,9 @@ from ddpm_mlp_pipeline.export.page import PAGE_FILES, SCRIPT, VERSION, WASM, wri
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.pictures import image_grid
+from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
+from ddpm_mlp_pipeline.training.options import FittingArguments
+from ddpm_mlp_pipeline.training.table_parameters import TableParameters
 
 LOADED = "document.getElementById('draw').disabled === false || document.getElementById('error').hidden === false"
 ENDED = """
@@ -780,14 +784,25 @@ IN_BROWSER = """async ([asked, number, seed]) => {
 }"""
 
 
+def fitted_scheduler(trained_with, calls):
+    """Return a scheduler with a table as `ddpm-fit` finds them: fresh noise, corrections, the x̂_0 before."""
+    parameters = TableParameters.start(calls, FittingArguments.of_points(noise=0.4), trained_with)
+    parameters.numbers[[2, 3, 5]] = torch.tensor([0.05, -0.1, 0.1])[:, None]
+    return StepTableScheduler.from_config(trained_with.config, tables=[parameters.to_table().to_dict()])
+
+
 @pytest.mark.slow
 def test_every_backend_draws_the_same(draw_in_node, visit, pages, moons_bundle, tmp_path, monkeypatch):
     rows = []
     null = 2  # where nothing is asked, each backend would draw labels
     asks = list(itertools.product([null, "upper"], [1.0, 2.0], [False, True]))
-    for name, (scheduler, options) in SCHEDULERS.items():
+    for name in (*SCHEDULERS, "fitted"):
         pipeline = load_checkpoint(pretrained("moons"))
-        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **options)
+        if name == "fitted":
+            pipeline.scheduler = fitted_scheduler(pipeline.scheduler, STEPS)
+        else:
+            scheduler, options = SCHEDULERS[name]
+            pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler, **options)
         bundle = shutil.copytree(moons_bundle, tmp_path / name)  # the network is the same
         compile_scheduler(pipeline.scheduler, STEPS).save(bundle / "step_table.json")
         seal(bundle)

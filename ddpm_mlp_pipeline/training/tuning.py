@@ -1,0 +1,85 @@
+"""Tune a network together with a step table of few calls, by the distance of their samples to data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+from torch.utils.data import Subset
+
+from ..data.batches import BatchDataset, TensorBatches
+from ..errors import ConfigurationError
+from ..pipeline import DDPMMLPPipeline
+from ..table_scheduler import StepTableScheduler
+from .fit_features import FitFeatures
+from .losses import simple_loss
+from .options import TuningArguments
+from .run import prepare_run
+from .table_parameters import TableParameters
+from .target import Target
+
+
+class TunedNetwork(nn.Module):
+    """A network with the numbers of a step table beside its weights, so that one optimizer and one EMA have both."""
+
+    def __init__(self, unet: nn.Module, numbers: torch.Tensor):
+        super().__init__()
+        self.unet = unet.requires_grad_(True)
+        self.numbers = nn.Parameter(numbers.clone())
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, **known: torch.Tensor) -> UNet2DOutput:
+        return self.unet(sample, timestep, **known)
+
+
+def tune(
+    pipeline: DDPMMLPPipeline, data: TensorBatches, features: FitFeatures, args: TuningArguments
+) -> tuple[list[float], list[int]]:
+    """Tune the pipeline's network to a step table of `args.num_calls` calls, and save both.
+
+    The loss is the energy distance between samples and data, through all calls, plus a share of the denoising loss,
+    without which the network forgets what a noised sample is.
+
+    Args:
+        pipeline: the pipeline to tune; afterwards it holds the tuned network and a `StepTableScheduler`.
+        data: data in the network's units, in the pipeline's classes and conditions.
+        features: what samples and data are compared on. Activations must be those of another, frozen copy.
+        args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
+
+    Returns:
+        The distance of every optimizer step, and the indices of the data that were held out.
+
+    Raises:
+        DatasetError: if there are too few data, or they lack the labels that the network takes.
+        OutputExistsError, ConfigurationError, CheckpointError, DivergenceError, StoppedBySignal: see `train`.
+    """
+    scheduler, T = pipeline.scheduler, pipeline.scheduler.config.num_train_timesteps
+    if args.num_calls > T:
+        raise ConfigurationError(f"num_calls must be from 1 to {T}, the number of training timesteps")
+    args = args.of_kind(pipeline.is_points)
+    fitting = args.for_target(pipeline.is_points)
+    target = Target(pipeline, data, features, fitting)
+    start = TableParameters.start(args.num_calls, fitting, scheduler)
+    network = TunedNetwork(pipeline.unet, start.numbers)
+    fitted = cast(BatchDataset, Subset(data, target.fitted))
+    run = prepare_run(pipeline, fitted, args, network=network, learning_rates={"numbers": args.table_learning_rate})
+    accelerator, total, rows = run.accelerator, run.total_batch_size, run.rows
+
+    with run.in_progress():
+        for batch in run.batches():
+            generator = target.generator(args.num_calls, len(run.losses), accelerator.process_index)
+            numbers = accelerator.unwrap_model(run.network).get_parameter("numbers")
+            parameters = dataclasses.replace(start, numbers=numbers)
+            distance = target.distance(parameters, run.network, generator)
+            t = torch.randint(T, (total,), device=accelerator.device)[rows]
+            eps = torch.randn(total, *batch.x_0.shape[1:], device=accelerator.device)[rows]
+            denoising = simple_loss(scheduler, run.network, batch, t, eps).mean()
+            run.take_step(distance + args.denoising_weight * denoising, distance, batch, t, eps)
+    tuned = cast(TunedNetwork, run.result())
+    table = dataclasses.replace(start, numbers=tuned.numbers.cpu()).to_table()
+    pipeline.unet = tuned.unet
+    pipeline.scheduler = StepTableScheduler.from_config(scheduler.config, tables=[table.to_dict()])
+    run.save()
+    return run.losses, target.held_out
