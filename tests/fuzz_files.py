@@ -220,7 +220,7 @@ def make_originals(root: Path) -> None:
         preset = "dataset: swiss_roll\nlearning_rate: 0.001\nuse_ema: true\nseed: 5\nmax_train_steps: 10\n"
         (folder / "preset" / "preset.yaml").write_text(preset)
         row = {"scheduler": "ddpm", "num_inference_steps": 10, "network_calls": 10, "frechet_distance": 1.5}
-        row |= {"num_samples": 4, "ms_per_image": {"1": 1.0, "64": 0.5}}
+        row |= {"num_samples": 4, "ms_per_sample": {"1": 1.0, "64": 0.5}}
         (folder / "comparison" / "schedulers.json").write_text(json.dumps([row] * 2))
 
 

@@ -137,7 +137,7 @@ def test_comparing_schedulers(trained, squares, run, run_forked, tmp_path):
     assert result.returncode == 0, result.stderr
     rows = {(row["scheduler"], row["num_inference_steps"]): row for row in json.loads(output.read_text())}
     assert len(rows) == 6
-    assert all(row["frechet_distance"] > 0 and row["ms_per_image"]["1"] > 0 for row in rows.values())
+    assert all(row["frechet_distance"] > 0 and row["ms_per_sample"]["1"] > 0 for row in rows.values())
     assert rows["ddpm", 4]["network_calls"] == 4
     # An existing row is reused, except for its time; with another number of samples, it is measured again.
     output.write_text(output.read_text().replace(str(rows["ddpm", 4]["frechet_distance"]), "123.25"))

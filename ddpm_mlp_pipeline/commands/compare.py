@@ -1,14 +1,15 @@
-"""Compare schedulers and numbers of steps on a checkpoint of images, by sample quality and sampling time."""
+"""Compare schedulers and numbers of steps on a checkpoint, by sample quality and sampling time."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
 import tempfile
 import timeit
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,20 @@ with command_imports("ddpm-compare", __name__):
 
     from .. import figures
     from ..data.images import HELD_OUT_SPLITS, choose_split, count_images, load_images
+    from ..data.normalized import load_normalized, normalize
     from ..export.compile import compile_by_name, compile_scheduler
     from ..export.exporter import export_bundle
     from ..judge.features import PIXELS
-    from ..judge.metrics import choose_features, frechet_distance, image_features, squared_energy_distance, to_uint8
+    from ..judge.metrics import (
+        choose_features,
+        frechet_distance,
+        image_features,
+        sliced_wasserstein_distance,
+        squared_energy_distance,
+        to_uint8,
+    )
     from ..loading import fingerprint, load_checkpoint
+    from ..pipeline import DDPMMLPPipeline
     from ..table_scheduler import StepTableScheduler
 
 
@@ -56,9 +66,14 @@ SAMPLERS = (
     "sasolver",
 )
 REQUIRED_KEYS = {"scheduler", "num_inference_steps", "num_samples"}
-BATCH_SIZES = (1, 64)
+NUM_POINTS, NUM_IMAGES = 10_000, 2_000
+DATA_SEED = 1000  # training's data have seed 0
 MAX_PIXEL_REFERENCES = 2000  # all pairs are compared
-LABELS = {"frechet_distance": "Fréchet distance", "energy_distance": "squared energy distance"}
+LABELS = {
+    "frechet_distance": "Fréchet distance",
+    "energy_distance": "squared energy distance",
+    "sliced_wasserstein_distance": "sliced Wasserstein distance",
+}
 REPEATS = 5
 
 
@@ -70,34 +85,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = _read(args.output)
     _write(known, args.output)  # fails before the work if the file can't be written
     pipeline = load_checkpoint(args.checkpoint)
-    if pipeline.is_points:
-        raise ConfigurationError("ddpm-compare is for images: use ddpm-evaluate for points")
-    channels, height, width = pipeline.sample_shape
-    split = args.split or choose_split(args.dataset, HELD_OUT_SPLITS)
-    features, network = choose_features(args.features, channels, args.num_samples, count_images(args.dataset, split))
-    measure, distance = "frechet_distance", frechet_distance
-    if features == PIXELS:
-        measure, distance = "energy_distance", squared_energy_distance
-    tables = _compile_all(args, pipeline.scheduler)
-    with leaving_out(args.skip_corrupt) as on_corrupt:
-        number = MAX_PIXEL_REFERENCES if features == PIXELS else None
-        form = args.dataset, split, (height, width), args.fit, channels, number
-        images = load_images(*form, on_corrupt=on_corrupt)
-    references = image_features([images], network)
-    sha256, scheduler_config = fingerprint(pipeline, images=images, **network.state_dict())
+    yardstick = _for_points(args, pipeline) if pipeline.is_points else _for_images(args, pipeline)
+    tables, measure = _compile_all(args, pipeline.scheduler), yardstick.measure
+    sha256, scheduler_config = fingerprint(pipeline, **yardstick.identity)
     run = {
         "checkpoint": str(args.checkpoint),
         "sha256": sha256,  # of network, data and features: the paths may hold others later
         "trained_with": json.loads(json.dumps(scheduler_config, default=list)),
         "dataset": args.dataset,
-        "split": split,
-        "num_samples": args.num_samples,
-        "features": str(features),
+        "num_samples": yardstick.num_samples,
+        **yardstick.run,
     }
-    print(f"{LABELS[measure]} to {len(images):,} images of {args.dataset}, split {split!r}, on {features}", flush=True)
+    print(f"{LABELS[measure]} to {yardstick.title}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        export_bundle(args.checkpoint, bundle, "ddpm", 10)
+        export_bundle(args.checkpoint, bundle, "ddpm", min(10, pipeline.scheduler.config.num_train_timesteps))
         sampler, rows = OnnxSampler(bundle), []
         for (scheduler, num_inference_steps), table in tables.items():
             sampler.table = table
@@ -106,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             before = next((other for other in known if row.items() <= other.items()), None)
             if before is None:
                 try:
-                    batches = map(to_uint8, sampler.batches(args.num_samples, 0, BATCH_SIZES[-1]))
-                    row[measure] = distance(image_features(batches, network), references)
+                    row[measure] = yardstick.distance(sampler)
                 except DivergenceError as error:
                     print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
                     continue
@@ -115,9 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _write(known, args.output)
             else:
                 row = before
-            row["ms_per_image"] = {str(size): _milliseconds(sampler, size) for size in BATCH_SIZES}
+            row["ms_per_sample"] = {str(size): _milliseconds(sampler, size) for size in yardstick.batch_sizes}
             rows.append(row)
-            print(f"{scheduler}, {num_inference_steps} steps: {row[measure]:.2f}", flush=True)
+            print(f"{scheduler}, {num_inference_steps} steps: {row[measure]:.4g}", flush=True)
     _write(known, args.output)
     if not rows:
         raise DivergenceError(f"no scheduler gives finite samples of {args.checkpoint}: train it longer")
@@ -126,12 +127,73 @@ def main(argv: Sequence[str] | None = None) -> None:
         _draw(rows, args.figure, measure, args.overwrite)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Yardstick:
+    """What samples are compared with.
+
+    Attributes:
+        measure: a key of `LABELS`.
+        title: the references in words.
+        distance: draws samples and returns their distance to the references.
+        num_samples: number of samples that it draws.
+        batch_sizes: to measure the time with; samples are drawn in batches of the last.
+        run: what identifies the comparison beside the data.
+        identity: arrays that identify data and features.
+    """
+
+    measure: str
+    title: str
+    distance: Callable[[OnnxSampler], float]
+    num_samples: int
+    batch_sizes: tuple[int, int]
+    run: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def _for_images(args: argparse.Namespace, pipeline: DDPMMLPPipeline) -> _Yardstick:
+    channels, height, width = pipeline.sample_shape
+    split, number = args.split or choose_split(args.dataset, HELD_OUT_SPLITS), args.num_samples or NUM_IMAGES
+    features, network = choose_features(args.features, channels, number, count_images(args.dataset, split))
+    measure, between, num_references, batch_sizes = "frechet_distance", frechet_distance, None, (1, 64)
+    if features == PIXELS:
+        measure, between, num_references = "energy_distance", squared_energy_distance, MAX_PIXEL_REFERENCES
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        form = args.dataset, split, (height, width), args.fit, channels, num_references
+        images = load_images(*form, on_corrupt=on_corrupt)
+    references = image_features([images], network)
+
+    def distance(sampler: OnnxSampler) -> float:
+        batches = map(to_uint8, sampler.batches(number, 0, batch_sizes[-1]))
+        return between(image_features(batches, network), references)
+
+    title = f"{len(images):,} images of {args.dataset}, split {split!r}, on {features}"
+    run = {"split": split, "features": str(features)}
+    identity = {"images": images, **network.state_dict()}
+    return _Yardstick(measure, title, distance, number, batch_sizes, run, identity)
+
+
+def _for_points(args: argparse.Namespace, pipeline: DDPMMLPPipeline) -> _Yardstick:
+    if args.features is not None or args.split is not None:
+        raise ConfigurationError("--features and --split are for images")
+    if pipeline.condition_columns:
+        raise ConfigurationError("ddpm-compare doesn't know which conditions to ask for: use ddpm-evaluate")
+    number, batch_sizes = args.num_samples or NUM_POINTS, (1, 1000)
+    points = load_normalized(pipeline, args.dataset, number, seed=DATA_SEED, noise=args.dataset_noise).samples
+
+    def distance(sampler: OnnxSampler) -> float:
+        drawn = sampler.sample(number, 0, batch_sizes[-1])
+        samples = normalize(drawn, pipeline.config.data_mean, pipeline.config.data_std)
+        return sliced_wasserstein_distance(samples.numpy(), points.numpy())
+
+    title = f"{len(points):,} points of {args.dataset}"
+    return _Yardstick("sliced_wasserstein_distance", title, distance, number, batch_sizes, {}, {"points": points})
+
+
 def _make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-compare", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    dataset = "the image data set to compare samples with"
-    add_data_options(parser, "(default: 2000)", "test, or train if there is none", dataset=dataset, points=False)
-    parser.set_defaults(num_samples=2000)
+    number = f"(default: {NUM_POINTS} points, {NUM_IMAGES} images)"
+    add_data_options(parser, number, "test, or train if there is none")
     parser.add_argument(
         "--schedulers",
         type=_scheduler,
@@ -199,25 +261,25 @@ def _milliseconds(sampler: OnnxSampler, size: int) -> float:
 
 
 def _table(rows: list[dict[str, Any]], measure: str) -> str:
-    headers = ("", "steps", "calls", "distance", *(f"ms, batch {size}" for size in BATCH_SIZES))
+    headers = ("", "steps", "calls", "distance", *(f"ms, batch {size}" for size in rows[0]["ms_per_sample"]))
     columns = ("scheduler", "num_inference_steps", "network_calls", measure)
     best_first = sorted(rows, key=lambda row: row[measure])
-    cells = [[*(row[column] for column in columns), *row["ms_per_image"].values()] for row in best_first]
-    return tabulate(cells, headers, "plain", floatfmt=".2f")
+    cells = [[*(row[column] for column in columns), *row["ms_per_sample"].values()] for row in best_first]
+    return tabulate(cells, headers, "plain", floatfmt=("", "", "", ".4g", ".3g", ".3g"))
 
 
 def _draw(rows: list[dict[str, Any]], path: Path, measure: str, overwrite: bool) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    size = str(BATCH_SIZES[-1])
+    *_, size = rows[0]["ms_per_sample"]
     for scheduler in dict.fromkeys(row["scheduler"] for row in rows):
         own_rows = sorted((row for row in rows if row["scheduler"] == scheduler), key=lambda row: row["network_calls"])
-        times, distances = zip(*((row["ms_per_image"][size], row[measure]) for row in own_rows), strict=True)
+        times, distances = zip(*((row["ms_per_sample"][size], row[measure]) for row in own_rows), strict=True)
         (line,) = axes.plot(times, distances, marker="o", markersize=4, label=scheduler)
         for row, *point in zip(own_rows, times, distances, strict=True):
             calls, style = str(row["network_calls"]), {"size": 6, "color": line.get_color()}
             axes.annotate(calls, point, (3, 3), textcoords="offset points", **style)
-    axes.set(xscale="log", xlabel=f"ms per image, batch {size}", ylabel=LABELS[measure])
+    axes.set(xscale="log", xlabel=f"ms per sample, batch {size}", ylabel=LABELS[measure])
     if all(row[measure] > 0 for row in rows):  # the unbiased energy distance may be negative
         axes.set_yscale("log")
     axes.set_title("Numbers: network evaluations", size="small")

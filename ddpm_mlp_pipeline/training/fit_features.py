@@ -88,7 +88,7 @@ class NetworkFeatures:
         for t, alpha_cumprod in zip(self.timesteps, self.alphas_cumprod, strict=True):
             noise = torch.randn(batch.x_0.shape, generator=generator)
             x_t = alpha_cumprod**0.5 * batch.x_0 + (1 - alpha_cumprod) ** 0.5 * noise
-            with _outputs(self.blocks) as outputs:
+            with _outputs(self.blocks) as outputs, contextlib.suppress(_Done):
                 self.network(x_t, t, **batch.known)
             features += [output.flatten(1) / output[0].numel() ** 0.5 for output in outputs]
         return features
@@ -128,11 +128,21 @@ def mean_distance(x: torch.Tensor) -> torch.Tensor:
     return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
 
 
+class _Done(Exception):
+    """All outputs are there: what would follow of the network isn't needed."""
+
+
 @contextlib.contextmanager
 def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """Collect the outputs of some blocks, in the order in which they run."""
+    """Collect the outputs of some blocks, in the order in which they run, and stop after the last one."""
     outputs: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda block, args, output: outputs.append(output)) for block in blocks]
+
+    def collect(block: nn.Module, args: Any, output: torch.Tensor) -> None:
+        outputs.append(output)
+        if len(outputs) == len(blocks):
+            raise _Done
+
+    hooks = [block.register_forward_hook(collect) for block in blocks]
     try:
         yield outputs
     finally:

@@ -29,7 +29,7 @@ class TableParameters:
 
     With a = b = d = 0 and s = 0 that is DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502, eq. 12) with the
     ε̂ of the clipped x̂_0. Larger s replace more of ε̂ by fresh noise. The last call returns
-    (1 + a) x̂_0 + b ε̂ + d (x̂_0 − x̂_0 of the call before).
+    (1 + a) x̂_0 + b ε̂ + d (x̂_0 − x̂_0 of the call before); a single call without ε̂, since its x is nothing but noise.
 
     Attributes:
         numbers: `[6, calls]`: t / T, log(ᾱ / (1 − ᾱ)) / 10, a, b, s, d.
@@ -80,7 +80,7 @@ class TableParameters:
                 "sample": [torch.zeros_like(t[k]), torch.ones_like(t[k])],
             }[self.prediction_type]
             if k + 1 == len(t):
-                of_x_0, of_eps, of_z, of_change = 1 + a[k], b[k], 0.0, d[k]
+                of_x_0, of_eps, of_z, of_change = 1 + a[k], b[k] * (k > 0), 0.0, d[k]
             else:
                 signal, noise = alpha[k + 1], sigma[k + 1] * (1 + b[k])
                 of_x_0, of_change = signal * (1 + a[k]), signal * d[k]

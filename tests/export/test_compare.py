@@ -1,4 +1,4 @@
-"""`ddpm-compare` on an untrained network: its cache, and its error if no sampler can be compared."""
+"""`ddpm-compare` on an untrained network and on points: its cache, its rows, and its error if all diverge."""
 
 import json
 
@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import random_weights
+from helpers import assert_one_line_error, random_weights
 from PIL import Image
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
+from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel, load_checkpoint, pretrained
 from ddpm_mlp_pipeline.commands.compare import main
+from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
+from ddpm_mlp_pipeline.training.options import FittingArguments
+from ddpm_mlp_pipeline.training.table_parameters import TableParameters
 
 
 @pytest.fixture
@@ -64,3 +67,24 @@ def test_where_every_sampler_diverges_it_ends_in_a_line(compare):
     assert "euler, 2 steps: the samples are not finite after step" in output
     assert errors.splitlines()[-1].startswith("error: no scheduler gives finite samples of")
     assert rows == []
+
+
+@pytest.mark.slow
+def test_points_are_compared_with_fresh_ones(tmp_path, run):
+    """More calls are closer to the data, and a fitted table of few is among the rows."""
+    checkpoint = load_checkpoint(pretrained("heart"))
+    start = TableParameters.start(4, FittingArguments.of_points(), checkpoint.scheduler).to_table()
+    checkpoint.scheduler = StepTableScheduler.from_config(checkpoint.scheduler.config, tables=[start.to_dict()])
+    checkpoint.save_pretrained(tmp_path / "fitted")
+    argv = ("ddpm-compare", tmp_path / "fitted", "--dataset", "heart", "--num_samples", 4000, "--schedulers", "ddim")
+    argv = (*argv, "--num_inference_steps", 3, 30, "--output", tmp_path / "rows.json")
+    result = run(*argv)
+    assert result.returncode == 0, result.stderr
+    assert "sliced Wasserstein distance to 4,000 points of heart" in result.stdout
+    distances = {
+        (row["scheduler"], row["network_calls"]): row["sliced_wasserstein_distance"]
+        for row in json.loads((tmp_path / "rows.json").read_text())
+    }
+    assert distances.keys() == {("fitted", 4), ("ddim", 3), ("ddim", 30)}
+    assert distances["ddim", 30] < 0.05 < distances["ddim", 3]
+    assert_one_line_error(run(*argv, "--split", "test"), "--split are for images")
