@@ -79,12 +79,21 @@ data += $(if $(filter swiss_roll_2015,$1),--dataset_noise 0.001) $(if $(filter m
 runs/%/model_index.json: | .venv/installed
 	$(call train,$*)
 
+# Samplers of few calls: tables fitted to the MNIST network, and a network tuned to two calls.
+runs/mnist_fitted/model_index.json: runs/mnist/model_index.json
+	$(BIN)/ddpm-fit runs/mnist runs/mnist_fitted $(call data,mnist) --num_calls 4 6 8 3 --overwrite
+
+runs/mnist_2/model_index.json: runs/mnist/model_index.json
+	$(LAUNCH) train_scripts/tune.py --checkpoint runs/mnist $(call data,mnist) --num_calls 2 --output_dir runs/mnist_2 \
+		--overwrite_output_dir
+
 # Train the checkpoints that the package ships. Their code stays two lines that import the package's own.
-pretrained: $(SHIPPED:%=runs/%/model_index.json)
+pretrained: $(patsubst %,runs/%/model_index.json,$(SHIPPED:mnist=mnist_fitted))
 	for name in $(SHIPPED); do \
+		from=$$name; [ $$name != mnist ] || from=mnist_fitted; \
 		for file in model_index.json scheduler/scheduler_config.json unet/config.json \
 				unet/diffusion_pytorch_model.safetensors; do \
-			install -D -m 644 runs/$$name/$$file ddpm_mlp_pipeline/checkpoints/$$name/$$file || exit 1; \
+			install -D -m 644 runs/$$from/$$file ddpm_mlp_pipeline/checkpoints/$$name/$$file || exit 1; \
 		done; \
 	done
 

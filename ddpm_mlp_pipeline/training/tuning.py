@@ -21,6 +21,8 @@ from .run import prepare_run
 from .table_parameters import TableParameters
 from .target import Target
 
+DENOISING_SHARE = 3  # of a batch, one in so many is also denoised
+
 
 class TunedNetwork(nn.Module):
     """A network with the numbers of a step table beside its weights, so that one optimizer and one EMA have both."""
@@ -75,6 +77,8 @@ def tune(
             distance = target.distance(parameters, run.network, generator)
             t = torch.randint(T, (total,), device=accelerator.device)[rows]
             eps = torch.randn(total, *batch.x_0.shape[1:], device=accelerator.device)[rows]
+            some = slice(max(len(t) // DENOISING_SHARE, 1))
+            batch, t, eps = batch.take(some), t[some], eps[some]
             denoising = simple_loss(scheduler, run.network, batch, t, eps).mean()
             run.take_step(distance + args.denoising_weight * denoising, distance, batch, t, eps)
     tuned = cast(TunedNetwork, run.result())
