@@ -117,7 +117,6 @@ class OnnxSampler(Sampler):
         self.table = StepTable.parse(read_file(self.folder, path.name, self.info), path)
         self._network = self._read_network()
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
-        self._on_step_lock = threading.Lock()
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._check_network(self._session(self.num_threads))
 
@@ -205,10 +204,20 @@ class OnnxSampler(Sampler):
         samples = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
         workers = min(self.num_threads, len(samples))
         session = self._session(max(1, self.num_threads // workers))
-        stop = threading.Event()
+        stop, lock = threading.Event(), threading.Lock()
 
         def draw(part: range) -> npt.NDArray[np.float32]:
-            return self._draw(session, table, request, part, seed, on_step, stop)
+            for x in self._steps(session, table, request, part, seed):  # noqa: B007
+                if stop.is_set():
+                    break
+                if on_step is not None:
+                    with lock:
+                        on_step(len(part))
+            if not np.isfinite(x).all():  # NaN and infinity survive later steps, so the last sample shows them
+                steps = enumerate(self._steps(session, table, request, part, seed))
+                k = next((k for k, x in steps if not np.isfinite(x).all()), len(table) - 1)
+                raise DivergenceError.at_step(k, float(table.timesteps[k]))
+            return self.to_data_units(x)
 
         if workers == 1:
             yield from map(draw, samples)
@@ -295,28 +304,6 @@ class OnnxSampler(Sampler):
         output: npt.NDArray[np.float32]
         (output,) = self._session(self.num_threads).run(["out_sample"], feeds)
         return output
-
-    def _draw(
-        self,
-        session: ort.InferenceSession,
-        table: StepTable,
-        request: Request,
-        samples: range,
-        seed: int,
-        on_step: Callable[[int], Any] | None,
-        stop: threading.Event,
-    ) -> npt.NDArray[np.float32]:
-        for x in self._steps(session, table, request, samples, seed):  # noqa: B007
-            if stop.is_set():
-                break
-            if on_step is not None:
-                with self._on_step_lock:  # each batch has its own thread
-                    on_step(len(samples))
-        if not np.isfinite(x).all():  # NaN and infinity survive later steps, so the last sample shows them
-            steps = enumerate(self._steps(session, table, request, samples, seed))
-            k = next((k for k, x in steps if not np.isfinite(x).all()), len(table) - 1)
-            raise DivergenceError.at_step(k, float(table.timesteps[k]))
-        return self.to_data_units(x)
 
     def _steps(
         self,

@@ -122,8 +122,8 @@ class Run:
             loader = self.accelerator.skip_first_batches(
                 self.dataloader, steps_done * self.args.gradient_accumulation_steps
             )
-            # Accelerate restarts from the first epoch's order unless both know the epoch: it reads that of the first
-            # with several processes, and that of the second before version 1.15.
+            # Accelerate starts again with the first epoch's order unless it knows the epoch. Which loader must know it
+            # depends on the number of processes and on the version (before or after 1.15).
             for each in (self.dataloader, loader):
                 each.set_epoch(epoch)
             for batch in loader:
@@ -285,9 +285,9 @@ def prepare_run(
         ema = EMAModel(network.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
         ema.to(accelerator.device)
     if args.report_to != "none":
-        options = {name: value for name, value in vars(args).items() if value is not None}
-        plain = {name: value if isinstance(value, int | float) else str(value) for name, value in options.items()}
-        accelerator.init_trackers("train", plain)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        options = {name: value if isinstance(value, int | float) else str(value) for name, value in given.items()}
+        accelerator.init_trackers("train", options)
     checkpoints = Checkpoints(accelerator, pipeline, ema, Path(args.output_dir), args.checkpoints_total_limit)
     return Run(
         args=args,
