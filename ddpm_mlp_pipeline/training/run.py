@@ -164,9 +164,7 @@ class Run:
         norm = float(accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm) or 0.0)
         loss = accelerator.reduce(torch.stack(self.batch_losses).mean(), "mean").item()
         self.batch_losses.clear()
-        # fp16's gradient scaler skips a step that overflows and lowers its scale. Below 1, the scale is not the cause.
-        scaler = accelerator.scaler
-        if not math.isfinite(loss + norm) and (scaler is None or scaler.get_scale() < 1):
+        if not math.isfinite(loss + norm) and not _will_be_skipped(accelerator):
             x_t = self.pipeline.scheduler.add_noise(batch.x_0, eps, t)
             raise DivergenceError(
                 f"the gradient's norm is {norm:.2g} and the loss is {loss} at step {len(self.losses) + 1}, with a "
@@ -326,6 +324,11 @@ def _make_accelerator(args: RunArguments) -> Accelerator:
     if args.report_to != "none" and not accelerator.log_with:
         raise ConfigurationError(f"report_to: {args.report_to} is not installed: install it, or pass --report_to none")
     return accelerator
+
+
+def _will_be_skipped(accelerator: Accelerator) -> bool:
+    """Tell whether fp16's scaler will skip a step that overflows. Below a scale of 1, the scale is not the cause."""
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
 
 
 def _remedy(
