@@ -1,6 +1,6 @@
-"""`DDPMMLPPipeline`, a `DiffusionPipeline` that samples points and images.
+"""`DDPMMLPPipeline`, a `DiffusionPipeline` that draws points and images.
 
-This file needs torch, numpy and diffusers only, because a checkpoint carries a copy of it.
+A checkpoint carries a copy of this file, so it imports torch, numpy, pillow and diffusers only.
 """
 
 import functools
@@ -25,14 +25,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-# The plugin's own classes, by the module that a checkpoint carries and its class; and where the plugin has them
+# The installed module of each plugin class, by the name of the module's copy in a checkpoint and the class
 _INSTALLED = {
     ("mlp", "MLPModel"): "ddpm_mlp_pipeline.models.mlp",
     ("unet", "SmallUNet2DModel"): "ddpm_mlp_pipeline.models.unet",
     ("table_scheduler", "StepTableScheduler"): "ddpm_mlp_pipeline.table_scheduler",
 }
 _COMPONENTS = {"unet": ModelMixin, "scheduler": SchedulerMixin}
-_IS_CARRIED = __name__ != "ddpm_mlp_pipeline.pipeline"  # this is a checkpoint's copy: there may be no plugin
+_IS_CARRIED = __name__ != "ddpm_mlp_pipeline.pipeline"  # whether this is a checkpoint's copy
 
 
 @dataclass
@@ -49,37 +49,36 @@ class PointPipelineOutput(BaseOutput):
 
 class DDPMMLPPipeline(DiffusionPipeline):
     r"""
-    Sampling of points or images (Ho et al. 2020, https://arxiv.org/abs/2006.11239, algorithm 2): of anything
-    that the network has learned, or of what one asks for, by labels, conditions and known values.
+    A pipeline that draws points or images with a DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239, algorithm 2),
+    optionally with given labels, conditions or known values.
 
-    Takes what the stock `DDPMPipeline` takes, and swaps with it: the same components, the same call.
+    It has the components and the call arguments of the stock `DDPMPipeline`, and can replace it.
 
     Parameters:
         unet (`ModelMixin`):
-            The ε-network: an [`MLPModel`], or a stock `UNet2DModel`. It samples points if its configuration has no
-            `sample_size`, else images.
+            The network for noise prediction: an [`MLPModel`], a [`SmallUNet2DModel`] or a stock `UNet2DModel`. It
+            draws images if its configuration has a `sample_size`, and points otherwise.
         scheduler (`SchedulerMixin`):
-            A stock `DDPMScheduler`, or any other, made by `X.from_config(pipe.scheduler.config)`; or the plugin's
-            [`StepTableScheduler`].
+            A stock `DDPMScheduler`, another stock scheduler made by `X.from_config(pipe.scheduler.config)`, or the
+            plugin's [`StepTableScheduler`].
         data_mean, data_std (`list[float]`, *optional*):
-            For points: mean and standard deviation of each coordinate of the data, which the network knows only
-            as (point - mean) / std.
+            For points: mean and standard deviation of each coordinate. The network sees (point - mean) / std.
         data_columns (`list[str]`, *optional*):
-            For points: the names of the coordinates.
+            For points: names of the coordinates.
         class_names (`list[str]`, *optional*):
-            The name of each class that the network knows, in the order of their numbers.
+            Names of the network's classes, in the order of their numbers.
         null_label (`int`, *optional*):
-            The class that stands for "no label". The plugin's networks have one by themselves, `num_class_embeds`; of
-            a stock `UNet2DModel`, name the one that it was trained with.
+            The class that stands for "no label". By default the one of the plugin's networks, `num_class_embeds`; a
+            stock `UNet2DModel` has none unless it was trained with one.
         label_column (`str`, *optional*):
-            The column of the training data that the labels come from.
+            The column of the training data that holds the labels.
         condition_columns (`list[str]`, *optional*):
-            The names of the condition's numbers.
+            Names of the condition's numbers.
         condition_mean, condition_std (`list[float]`, *optional*):
-            Mean and standard deviation of each of them, as of the coordinates.
+            Mean and standard deviation of the condition's numbers. The network sees (condition - mean) / std.
         class_shares (`list[float]`, *optional*):
-            The share of each class among the training data, in the order of `class_names`. Where nothing is asked,
-            each sample's label is drawn from them.
+            The share of each class in the training data, in the order of `class_names`. Without labels, conditions
+            and known values, the pipeline draws each sample's label from these shares.
     """
 
     model_cpu_offload_seq = "unet"
@@ -129,7 +128,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the scheduler takes what the network predicts of the variance, in as many further channels."""
+        """Whether the scheduler uses a learned variance, the second half of the network's output channels."""
         return isinstance(self.scheduler, DDPMScheduler) and "learned" in self.scheduler.config.variance_type
 
     @property
@@ -139,7 +138,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int:
-        """Number of the classes that the network knows; 0 if it takes no labels."""
+        """Number of the network's classes; 0 if it takes no labels."""
         return self.unet.config.get("num_class_embeds") or 0
 
     @property
@@ -152,7 +151,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         """The class that stands for "no label", if the network has one."""
         if self.config.null_label is not None or not self.num_classes:
             return self.config.null_label
-        # The plugin's networks embed one class more than they are named.
+        # The plugin's networks have one embedding more than classes: the null label's.
         return self.num_classes if self.unet.class_embedding.num_embeddings > self.num_classes else None
 
     @property
@@ -186,54 +185,55 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, *optional*):
-                The number of samples; by default as many as there are `latents`, or 1.
+                Number of samples; by default the number of `latents`, or 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                What makes the samples reproducible: one for the batch, or one for each sample.
+                One generator for the batch, or one for each sample, to make the samples reproducible.
             num_inference_steps (`int`, *optional*):
-                The number of denoising steps; by default as many as the scheduler was trained with, or the number of
-                calls of a [`StepTableScheduler`]'s first table.
+                Number of denoising steps; by default the number of training timesteps, or the number of calls of a
+                [`StepTableScheduler`]'s first table.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"` or `"pt"`. Points have no picture: for them, `"pil"` is as `"np"`.
+                `"pil"`, `"np"` or `"pt"`. For points, `"pil"` is the same as `"np"`.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an output object rather than a tuple.
             latents (`torch.Tensor`, *optional*):
-                The noise to start from instead of drawing it: standard normal, `[batch_size, *sample_shape]`.
+                Standard normal noise to start from, `[batch_size, *sample_shape]`; by default drawn.
             class_labels (`int`, `str`, or a sequence of them, *optional*):
-                The class of all samples, or of each, by number or by name. Where nothing is asked, neither a label
-                nor a condition nor known values, each label is drawn from `class_shares`, if they are known, before
-                any noise. Else samples without a label have the null label, "any class".
+                One class for all samples, or one for each, by number or by name. Without labels, conditions and known
+                values, each label is drawn from `class_shares`, if they are known, before any noise. Otherwise, the
+                default is the null label, "any class".
             condition (`dict[str, float]` or array, *optional*):
-                The condition in its own units: by the columns' names, or as `[condition_dim]` for all samples, or
-                `[batch_size, condition_dim]`.
+                The condition in its own units: a dictionary by column name, or an array, `[condition_dim]` for all
+                samples or `[batch_size, condition_dim]`.
             guidance_scale (`float`, defaults to 1):
                 w of classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): the network's
-                output becomes w · output(x, t, c) + (1 − w) · output(x, t, ∅). Where w is not 1, a step costs two
-                evaluations of the network, as one batch.
+                output becomes w · output(x, t, c) + (1 − w) · output(x, t, ∅). If w is not 1, a denoising step costs
+                two network evaluations, in one batch.
             guidance_interval (`tuple[float, float]`, *optional*):
-                `(t_high, t_low)`: guide only in the steps whose timestep lies between (Kynkäänniemi et al. 2024,
-                https://arxiv.org/abs/2404.07724).
+                `(t_high, t_low)`, the range of timesteps to guide at (Kynkäänniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724); by default all.
             guide (`ModelMixin`, *optional*):
-                A smaller or less trained network of the same data, whose output takes the place of output(x, t, ∅)
+                A smaller or less trained network of the same data, whose output replaces output(x, t, ∅)
                 (autoguidance, Karras et al. 2024, https://arxiv.org/abs/2406.02507). It needs no labels.
             known (`dict[str, float]`, array or `PIL.Image.Image`, *optional*):
-                What part of the samples is to be, for all or for each: points in the data's own units, with NaN (or,
-                by name, nothing) for coordinates to draw; images in [0, 1], `[height, width, channels]` as an array,
-                `[channels, height, width]` as a tensor, or in 8 bits as a picture.
+                Values that the samples must have, one array for all samples or one for each. Points: in the data's own
+                units, as an array with NaN for coordinates to draw, or by column name. Images: a picture, or in
+                [0, 1] an array, `[height, width, channels]`, or a tensor, `[channels, height, width]`.
             mask (array or `PIL.Image.Image`, *optional*):
-                Where `known` is known: true, or white, there; of a point's or of an image's shape, `[height, width]`.
+                True where `known` holds: `[dimension]` or `[height, width]`, or a picture that is white there.
             resample (`int`, defaults to 1):
-                How often each step is taken, going back by one timestep's noise in between, so that the drawn part
-                fits the known one (RePaint, Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865, algorithm 1).
+                Number of times that each step is taken, with one timestep's noise added back in between, so that the
+                drawn part fits the known part (RePaint, Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865,
+                algorithm 1).
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback_on_step_end(pipe, step, timestep, {"latents": x_t})`. The
-                `"latents"` of the dictionary that it returns, if there are any, take x_t's place.
+                Called after each step as `callback_on_step_end(pipe, step, timestep, {"latents": x_t})`. If it returns
+                a dictionary with `"latents"`, they replace x_t.
 
         Returns:
-            `ImagePipelineOutput`, `PointPipelineOutput` or `tuple`: the samples. Arrays and tensors of images are in
-            [0, 1], `[batch, height, width, channels]` and `[batch, channels, height, width]`.
+            `ImagePipelineOutput`, `PointPipelineOutput` or `tuple`: the samples. Images as arrays or tensors are in
+            [0, 1], `[batch, height, width, channels]` or `[batch, channels, height, width]`.
 
         Raises:
-            ValueError: if an argument has another shape, isn't finite, or asks for what the network doesn't know.
+            ValueError: if an argument is out of range, has the wrong shape, or doesn't fit the network.
         """
         if batch_size is None:
             batch_size = 1 if latents is None else len(latents)
@@ -247,15 +247,14 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if self.config.class_shares is not None and class_labels is None and condition is None and known is None:
             class_labels = self._draw_labels(batch_size, generator)
         asked = self._to_arguments(class_labels, condition, batch_size)
-        predict = functools.partial(
-            self._predict, asked=asked, null=self._null_of(asked, guidance_scale, guide), guide=guide
-        )
+        null = self._null_of(asked, guidance_scale, guide)
         t_high, t_low = guidance_interval or (math.inf, -math.inf)
         y, m = self._to_known(known, mask, shape)
         if (y is not None or resample > 1) and not hasattr(self.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(self.scheduler).__name__} takes no known values: it has no alphas_cumprod")
+        draw = functools.partial(randn_tensor, shape, generator=generator, device=device, dtype=dtype)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            latents = draw()
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
 
@@ -265,8 +264,6 @@ class DDPMMLPPipeline(DiffusionPipeline):
         scheduler.set_timesteps(num_inference_steps, device=device)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
-        draw = functools.partial(randn_tensor, shape, generator=generator, device=device, dtype=dtype)
-
         x_t = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
         timesteps = [*scheduler.timesteps]
         for i, t in enumerate(self.progress_bar(timesteps)):
@@ -274,12 +271,12 @@ class DDPMMLPPipeline(DiffusionPipeline):
             for repetition in reversed(range(resample)):
                 state = _state_of(scheduler)
                 w = guidance_scale if t_low <= t <= t_high else 1.0
-                eps = predict(scheduler.scale_model_input(x_t, t), t, guidance_scale=w)
+                eps = self._predict(scheduler.scale_model_input(x_t, t), t, asked, null, guide, w)
                 x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
                 if y is not None:
                     signal, noise = self._rates(next_t)
                     x_t = m * (signal * y + (noise * draw() if next_t is not None else 0.0)) + (1 - m) * x_t
-                if repetition > 0:  # back to t: q(x_t | x_t′)
+                if repetition > 0:  # go back to t: draw from q(x_t | x_t′)
                     signal, noise = self._rates(next_t)
                     scheduler.__dict__.update(state)
                     of_x_0, sigma = self._rates(t)
@@ -301,7 +298,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         guide: ModelMixin | None = None,
         guidance_scale: float = 1.0,
     ) -> torch.Tensor:
-        """Call the network: guided, before anything is clipped, where the scale is not 1."""
+        """Call the network, with guidance if the scale is not 1."""
         if guidance_scale == 1:
             output, other = self.unet(x_t, t, **asked).sample, None
         elif guide is not None:
@@ -316,34 +313,32 @@ class DDPMMLPPipeline(DiffusionPipeline):
         return torch.cat([eps, variance], dim=1) if self.learns_variance else eps
 
     def _rates(self, t: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The shares of x_0 and of noise in the scheduler's sample at a timestep, which may lie between two of
-        training's; of `None`, after the last step, 1 and 0."""
+        """Return the coefficients of x_0 and of noise in the scheduler's sample at t, or after the last step."""
         if t is None:
             return torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         (alpha_cumprod,) = alphas_cumprod_at(self.scheduler, [float(t)])
-        # What the network sees is of variance 1; some schedulers keep another multiple of it.
+        # The network's input has variance 1; some schedulers' samples are a multiple of it.
         scale = self.scheduler.scale_model_input(torch.ones((), dtype=torch.float64), t)
         return alpha_cumprod.sqrt() / scale, (1 - alpha_cumprod).sqrt() / scale
 
     def _to_arguments(self, class_labels: Any, condition: Any, batch_size: int) -> dict[str, torch.Tensor]:
-        """What the network is told beside x_t and t, one for each sample."""
+        """Return the network's arguments besides x_t and t, with one row for each sample."""
         arguments, device = {}, self._execution_device
         if class_labels is not None and not self.num_classes:
             raise ValueError("class_labels: the network knows no classes")
         if self.num_classes:
-            labels = self.null_label if class_labels is None else class_labels
+            labels: Any = self.null_label if class_labels is None else class_labels
             if labels is None:
                 raise ValueError("the network needs class_labels: it has no null label")
             is_one = isinstance(labels, str) or np.ndim(labels) == 0
-            given: Any = [labels] if is_one else labels
-            numbers = [self._to_class(label) for label in given]
+            numbers = [self._to_class(label) for label in ([labels] if is_one else labels)]
             if len(numbers) not in (1, batch_size):
                 raise ValueError(f"class_labels must be one, or {batch_size}, got {len(numbers)}")
             arguments["class_labels"] = torch.tensor(numbers, device=device).expand(batch_size)
         columns = self.condition_columns
-        if condition is not None and not columns:
-            raise ValueError("condition: the network takes none")
         if condition is not None:
+            if not columns:
+                raise ValueError("condition: the network takes no condition")
             values = _named_values(condition, columns, "condition")
             if values.shape not in ((len(columns),), (batch_size, len(columns))) or not np.isfinite(values).all():
                 raise ValueError(
@@ -355,17 +350,17 @@ class DDPMMLPPipeline(DiffusionPipeline):
             condition = torch.tensor(values, dtype=self.unet.dtype, device=device)
             arguments["condition"] = condition.expand(batch_size, -1)
         elif columns:
-            nothing = torch.full((batch_size, len(columns)), math.nan, dtype=self.unet.dtype, device=device)
-            arguments["condition"] = nothing
+            shape = (batch_size, len(columns))
+            arguments["condition"] = torch.full(shape, math.nan, dtype=self.unet.dtype, device=device)
         return arguments
 
     def _draw_labels(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> list[int]:
-        """Draw labels from the shares of the classes, with a generator for the batch or one for each sample."""
+        """Draw labels from the class shares, with one generator for the batch or one for each sample."""
         shares = torch.tensor(self.config.class_shares)
         if len(shares) != len(self.class_names):
             raise ValueError(f"class_shares must hold {len(self.class_names)} numbers, got {len(shares)}")
         if isinstance(generator, list):
-            if len(generator) > 1:  # one generator is for the batch, as for the noise
+            if len(generator) > 1:  # a list of one is for the batch, as in `randn_tensor`
                 return [label for i in range(batch_size) for label in self._draw_labels(1, [generator[i]])]
             generator = generator[0]
         device = self._execution_device if generator is None else generator.device
@@ -387,7 +382,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
     def _null_of(
         self, asked: dict[str, torch.Tensor], guidance_scale: float, guide: ModelMixin | None
     ) -> dict[str, torch.Tensor]:
-        """The arguments of the other half of guidance: no label, no condition; or what the guide takes of them."""
+        """Return the arguments for the second term of guidance: no label and no condition, or those of the guide."""
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
         if guidance_scale == 1:
@@ -398,14 +393,14 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if not asked:
             raise ValueError("guidance_scale needs a network that takes labels or conditions, or a guide")
         if "class_labels" in asked and self.null_label is None:
-            raise ValueError("guidance_scale needs a null label: name the one that the network was trained with")
+            raise ValueError("guidance_scale needs a null label: pass the network's as the pipeline's null_label")
         nulls: dict[str, Any] = {"class_labels": self.null_label, "condition": math.nan}
         return {name: torch.full_like(value, nulls[name]) for name, value in asked.items()}
 
     def _to_known(
         self, known: Any, mask: Any, shape: tuple[int, ...]
     ) -> tuple[torch.Tensor | None, torch.Tensor | float]:
-        """y and m of x ← m · (α y + σ z) + (1 − m) · x, in the network's units, as they broadcast with samples."""
+        """Return y and m of x ← m · (α y + σ z) + (1 − m) · x, in the network's units. Both broadcast with samples."""
         if known is None:
             if mask is not None:
                 raise ValueError("a mask needs known values")
@@ -428,10 +423,11 @@ class DDPMMLPPipeline(DiffusionPipeline):
                 values.expand(shape)
             except RuntimeError:
                 raise ValueError(f"{name} doesn't fit samples of the shape {shape}") from None
-        if not y.expand(shape)[m.expand(shape)].isfinite().all():
+        y = torch.where(m, y, 0.0)
+        if not y.isfinite().all():
             raise ValueError("known values must be finite where the mask says that they are known")
         device, dtype = self._execution_device, self.unet.dtype
-        return torch.where(m, y, 0.0).to(device=device, dtype=dtype), m.to(device=device, dtype=dtype)
+        return y.to(device=device, dtype=dtype), m.to(device=device, dtype=dtype)
 
     def _to_output(self, x_0: torch.Tensor, output_type: str) -> tuple[Any, type[BaseOutput]]:
         if self.is_points:
@@ -450,25 +446,25 @@ class DDPMMLPPipeline(DiffusionPipeline):
             return x
         return x * x.new_tensor(self.config.data_std) + x.new_tensor(self.config.data_mean)
 
-    # A checkpoint carries the code of its pipeline and of its model, so that diffusers alone can load it, with
-    # trust_remote_code=True; with the plugin installed, the plugin's code is used, and none of the folder's runs.
+    # A checkpoint carries the code of its pipeline and its model, so that diffusers alone can load it with
+    # trust_remote_code=True. With the plugin installed, the plugin's code runs instead of the folder's.
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> "DDPMMLPPipeline":
-        """Like `DiffusionPipeline.from_pretrained`, but refuse pickled weights unless `use_safetensors` allows."""
+        """Like `DiffusionPipeline.from_pretrained`, but load pickled weights only with `use_safetensors=False`."""
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json`, and beside it the code that it names."""
+        """Write `model_index.json` and copies of the code that it names."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
         index.pop("_name_or_path", None)  # a path of the machine that saved it
         index["_class_name"] = _carry_code(type(self), folder)
         for key in ("data_columns", "class_names", "condition_columns"):
-            if index.get(key):  # diffusers' download takes a list that begins with a string for a component
+            if index.get(key):  # diffusers' download would take a list of strings for a component
                 index[key] = [index[key]]
         for name, component in self.components.items():
             component = getattr(component, "_orig_mod", component)  # what torch.compile wraps
@@ -478,8 +474,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Like `DiffusionPipeline.load_config`, but with the installed classes in place of those that a folder
-        carries."""
+        """Like `DiffusionPipeline.load_config`, but with the installed classes instead of the folder's copies."""
         loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         if not _IS_CARRIED:
@@ -488,8 +483,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        # Both load_config (for folders) and download (for the hub) read model_index.json here. What it names is
-        # imported: so nothing may be named but models and schedulers of diffusers' and of the installed plugin's.
+        # Both load_config (for folders) and download (for the hub) read model_index.json here, and import the classes
+        # that it names. So it may only name models and schedulers of diffusers or of the installed plugin.
         index = super()._dict_from_json_file(json_file, **kwargs)
         if _IS_CARRIED:
             return index
@@ -498,27 +493,30 @@ class DDPMMLPPipeline(DiffusionPipeline):
         for name, kind in _COMPONENTS.items():
             if _installed(index.get(name), kind) is None:
                 raise ValueError(
-                    f"{json_file} has {index.get(name)} as its {name}, which is no {kind.__name__} of diffusers or of "
-                    "this plugin. If you trust its code: DiffusionPipeline.from_pretrained(…, trust_remote_code=True)"
+                    f"{json_file} has {index.get(name)} as its {name}, but only a {kind.__name__} of diffusers or of "
+                    "this plugin is loaded. If you trust the folder's code, load it with "
+                    "DiffusionPipeline.from_pretrained(…, trust_remote_code=True)"
                 )
-        if any(Path(json_file).parent.glob("unet/*.index.json")):  # which may name pickles
+        if any(Path(json_file).parent.glob("unet/*.index.json")):  # an index may name pickles
             raise ValueError(f"{json_file}: weights in several files are not supported")
         return index
 
 
 def _unwrap(names: list[str] | list[list[str]] | None) -> Any:
-    """The names as they were before `save_config` put them into a list of their own."""
+    """Undo the list that `save_config` puts around names."""
     return names[0] if names and isinstance(names[0], list) else names
 
 
 def default_num_inference_steps(scheduler: SchedulerMixin) -> int:
-    """Return the number of sampling steps that a scheduler takes unless told otherwise."""
+    """Return a scheduler's default number of denoising steps."""
     return getattr(scheduler, "default_num_inference_steps", None) or scheduler.config.num_train_timesteps
 
 
 def alphas_cumprod_at(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> torch.Tensor:
-    """Return ᾱ at timesteps that may lie between two of training's, float64 `[timesteps]`: the logarithm of the
-    signal-to-noise ratio is interpolated, unless the scheduler says what it is."""
+    """Return ᾱ at timesteps that may lie between those of training, float64 `[timesteps]`.
+
+    The logarithm of the signal-to-noise ratio is interpolated, unless the scheduler has its own `alphas_cumprod_at`.
+    """
     if hasattr(scheduler, "alphas_cumprod_at"):
         return scheduler.alphas_cumprod_at(timesteps)
     log_snr = torch.logit(scheduler.alphas_cumprod.double()).cpu().numpy()
@@ -526,12 +524,12 @@ def alphas_cumprod_at(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> 
 
 
 def _state_of(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """What a scheduler remembers of its steps, so that a step can be taken again."""
+    """Return a copy of a scheduler's attributes, so that a step can be taken again."""
     return {name: [*value] if isinstance(value, list) else value for name, value in vars(scheduler).items()}
 
 
 def _named_values(values: Any, columns: list[str], what: str) -> np.ndarray:
-    """Return values by the columns' names, or an array of them, as float64; NaN for known values that aren't named."""
+    """Return a dictionary's values in the columns' order, NaN for missing known values; or an array as float64."""
     if not isinstance(values, Mapping):
         return np.asarray(values, dtype=np.float64)
     unknown = [name for name in values if name not in columns]
@@ -543,7 +541,7 @@ def _named_values(values: Any, columns: list[str], what: str) -> np.ndarray:
 
 
 def _to_channels_first(images: Any, channels: int) -> torch.Tensor:
-    """Images in [0, 1], `[…, channels, height, width]`, from a picture, an array or a tensor."""
+    """Return a picture, an array or a tensor as images in [0, 1], `[…, channels, height, width]`."""
     if isinstance(images, torch.Tensor):
         return images.double()
     if isinstance(images, PIL.Image.Image):
@@ -555,7 +553,7 @@ def _to_channels_first(images: Any, channels: int) -> torch.Tensor:
 
 
 def _installed(entry: Any, kind: type) -> list[str] | None:
-    """The module and class that an entry of `model_index.json` stands for; `None` if there is none of that kind."""
+    """Return the installed module and class that an entry of `model_index.json` names; `None` if not of this kind."""
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(name, str) for name in entry):
         return None
     module, name = entry
@@ -568,7 +566,7 @@ def _installed(entry: Any, kind: type) -> list[str] | None:
 
 
 def _carry_code(cls: type, folder: Path) -> list[str]:
-    """Copy the file that defines `cls` into `folder`; return what `model_index.json` says of it."""
+    """Copy the file that defines `cls` into `folder`, and return the class's entry for `model_index.json`."""
     source = Path(inspect.getfile(cls))
     if not (folder / source.name).exists() or not source.samefile(folder / source.name):
         shutil.copyfile(source, folder / source.name)

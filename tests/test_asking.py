@@ -412,8 +412,9 @@ def test_known_parts_of_images(tmp_path):
     ):
         np.testing.assert_allclose(images[:, :, :4], np.broadcast_to(known[:, :4], (3, 8, 4, 1)), atol=1e-6)
         assert np.ptp(images[:, :, 4:], axis=0).max() > 0.05
-    with pytest.raises(ConfigurationError, match="8×8"):
-        sampler.sample(1, known=known, mask=mask[:5])
+    for wrong in (mask[:5], mask[0]):
+        with pytest.raises(ConfigurationError, match="8×8"):
+            sampler.sample(1, known=known, mask=wrong)
 
 
 def test_a_figure_shows_data_and_samples_of_the_same_conditions():

@@ -1,4 +1,4 @@
-"""What ddpm-fit and ddpm-tune share: their data, their features and their report."""
+"""Shared parts of ddpm-fit and ddpm-tune: data, features and report."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from .parser import leaving_out
 
 FIGURES = ("tables.png", "samples.png", "nearest.png")
 NUM_FIT_POINTS = 100_000
-NUM_POINTS, NUM_IMAGES = 5_000, 2_000  # of the report
-POINT_REPEATS = 3
-DATA_SEED = 1000  # of the report's points; the fit's have seed 0
+NUM_POINTS, NUM_IMAGES = 5_000, 2_000  # samples of each measurement
+POINT_REPEATS = 3  # measurements of points, whose mean is reported
+DATA_SEED = 1000  # seed of the report's points; the fit's is 0
 STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ddim", {}),
     ("dpmsolver_multistep", {"algorithm_type": "sde-dpmsolver++"}),
@@ -45,7 +45,7 @@ STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A sampler to measure: a table, played with the weights of a checkpoint. Samples of `shown` ones are drawn."""
+    """A sampler to measure: a step table with a checkpoint's weights. If `shown`, a figure shows its samples."""
 
     name: str
     table: StepTable
@@ -55,14 +55,14 @@ class Candidate:
 
 @dataclasses.dataclass
 class Report:
-    """What was measured of some candidates.
+    """Measurements of some candidates.
 
     Attributes:
-        title: what the distances are of.
-        rows: the measurements, real data first.
-        pictures: samples by title.
-        neighbours: images of the last candidate shown, and the training images that they are closest to.
-        nearest: median root mean square differences to the nearest training image.
+        title: name of the distance.
+        rows: the measurements, those of real data first.
+        pictures: samples to show, by title.
+        neighbours: images of the last candidate and the training images nearest to them, by title.
+        nearest: median RMS difference to the nearest training image, with the images' name.
     """
 
     title: str
@@ -86,11 +86,11 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers, for a .json file."""
+        """Return the measurements as JSON-compatible values."""
         return {"rows": [dataclasses.asdict(row) for row in self.rows], "nearest": self.nearest}
 
     def draw(self, folder: Path, tables: Sequence[StepTable], pipeline: DDPMMLPPipeline) -> None:
-        """Write the figures, and replace earlier ones."""
+        """Write the figures to a folder, and replace earlier ones."""
         drawn = {
             "tables.png": figures.plot_fits(tables, pipeline.scheduler),
             "samples.png": figures.plot_panels(self.pictures),
@@ -102,17 +102,13 @@ class Report:
 
 
 def load_data(args: Any, pipeline: DDPMMLPPipeline) -> TensorBatches:
-    """Load the data that `--dataset` and the options beside it name."""
-    with leaving_out(args.skip_corrupt) as on_corrupt:
-        number = args.num_samples or (NUM_FIT_POINTS if pipeline.is_points else None)
-        form = _form(args)
-        return load_normalized(
-            pipeline, args.dataset, number, split=args.split or "train", **form, on_corrupt=on_corrupt
-        )
+    """Load the data set that the command's options name."""
+    number = args.num_samples or (NUM_FIT_POINTS if pipeline.is_points else None)
+    return _load(args, pipeline, number, split=args.split or "train")
 
 
 def make_features(features: str | None, pipeline: DDPMMLPPipeline) -> FitFeatures:
-    """Return what samples are compared on: by default coordinates, or the activations of the pipeline's network."""
+    """Return the features to compare samples on: by default coordinates, or the network's activations for images."""
     if pipeline.is_points:
         if features is not None:
             raise ConfigurationError("--features are for images: points are fitted by their coordinates")
@@ -126,7 +122,7 @@ def make_features(features: str | None, pipeline: DDPMMLPPipeline) -> FitFeature
 
 
 def stock_candidates(pipeline: DDPMMLPPipeline, checkpoint: Path, num_calls: Sequence[int]) -> list[Candidate]:
-    """Return the default sampler without a table, and some stock schedulers with few calls."""
+    """Return the exporter's default sampler, and stock schedulers with few calls."""
     trained_with = pipeline.scheduler
     name, steps, options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
     steps = min(steps, trained_with.config.num_train_timesteps)
@@ -142,18 +138,19 @@ def measure(
     args: Any,
     pipeline: DDPMMLPPipeline,
     data: TensorBatches,
-    held_out: Sequence[int],
+    held_out: list[int],
     candidates: Sequence[Candidate],
 ) -> Report:
-    """Measure candidates on data and features that no table was fitted to.
+    """Measure candidates on data that no table was fitted to.
 
     Args:
         args: the command's options.
         pipeline: the pipeline, for its units.
-        data: the training data, of which the fit has not used those of the indices `held_out`.
-        candidates: what to measure.
+        data: the training data.
+        held_out: indices of the data that were not fitted to.
+        candidates: the samplers to measure.
     """
-    references, fresh, title, network = _references(args, pipeline, data, list(held_out))
+    references, fresh, title, network = _references(args, pipeline, data, held_out)
     number = min(len(references[0].x_0), NUM_POINTS if pipeline.is_points else NUM_IMAGES)
     num_shown = figures.NUM_POINTS if pipeline.is_points else figures.NUM_IMAGES
     T = pipeline.scheduler.config.num_train_timesteps
@@ -173,57 +170,60 @@ def measure(
                 rows.append(judge.measure(candidate.name, number))
                 if candidate.shown:
                     calls = len(candidate.table)
-                    title_shown = f"{candidate.name}, {calls} call{'s' if calls > 1 else ''}"
-                    pictures[title_shown] = figures.to_show(pipeline, judge.draw(references[0], num_shown, 0))
+                    name = f"{candidate.name}, {calls} call{'s' if calls > 1 else ''}"
+                    pictures[name] = figures.to_show(pipeline, judge.draw(references[0], num_shown, 0))
         report = Report(title, rows, pictures)
         if not pipeline.is_points:
             _add_nearest(report, judge, references[0], data, pipeline)
     return report
 
 
-def _form(args: Any) -> dict[str, Any]:
-    return {"fit": args.fit, "noise": args.dataset_noise}
+def _load(args: Any, pipeline: DDPMMLPPipeline, number: int | None, **options: Any) -> TensorBatches:
+    with leaving_out(args.skip_corrupt) as on_corrupt:
+        form = {"fit": args.fit, "noise": args.dataset_noise, "on_corrupt": on_corrupt}
+        return load_normalized(pipeline, args.dataset, number, **form, **options)
 
 
 def _references(
     args: Any, pipeline: DDPMMLPPipeline, data: TensorBatches, held_out: list[int]
 ) -> tuple[list[Batch], list[Batch], str, Any]:
-    """Return references and as many fresh data for each seed, a title, and the features that they are compared on.
+    """Return reference data and fresh data for each measurement, the distance's name, and the feature network.
 
-    Where there are no other data, the held-out part, by which a fit has chosen the best table, is cut in halves.
+    If there are no other data, each half of the held-out part serves as one of them.
     """
-    has_others = args.dataset in POINT_SETS if pipeline.is_points else args.dataset is not None
-    if not has_others:
-        half, seeds = len(held_out) // 2, range(POINT_REPEATS if pipeline.is_points else 1)
-        orders = [np.random.default_rng(seed).permutation(held_out) for seed in seeds]
-        references = [data.__getitems__(order[:half].tolist()) for order in orders]
-        fresh = [data.__getitems__(order[half : 2 * half].tolist()) for order in orders]
-        if pipeline.is_points:
-            return references, fresh, "sliced Wasserstein distance", None
-        features, network = choose_features(args.judge, pipeline.sample_shape[0], half)
-        return references, fresh, f"Fréchet distance on {features}", network
+    halves: list[tuple[Batch, Batch]]
+    to, repeats = "", range(POINT_REPEATS if pipeline.is_points else 1)
+    if args.dataset is None or (pipeline.is_points and args.dataset not in POINT_SETS):
+        orders = [np.random.default_rng(seed).permutation(held_out) for seed in repeats]
+        halves = [_halves(data, order.tolist()) for order in orders]
+    elif pipeline.is_points:
+        both = [_load(args, pipeline, 2 * NUM_POINTS, seed=DATA_SEED + seed) for seed in repeats]
+        halves = [_halves(points, list(range(2 * NUM_POINTS))) for points in both]
+    else:
+        split = choose_split(args.dataset, HELD_OUT_SPLITS)
+        test = _load(args, pipeline, None, split=split)
+        shuffled = torch.randperm(len(test), generator=torch.Generator().manual_seed(DATA_SEED)).tolist()
+        number = min(NUM_IMAGES, len(test))
+        halves = [(test.__getitems__(shuffled), data.__getitems__(held_out[:number]))]
+        to = f" to {len(test):,} images of the split {split!r},"
+    references, fresh = map(list, zip(*halves, strict=True))
     if pipeline.is_points:
-        seeds = range(DATA_SEED, DATA_SEED + POINT_REPEATS)
-        both = [load_normalized(pipeline, args.dataset, 2 * NUM_POINTS, seed=seed, **_form(args)) for seed in seeds]
-        references = [points.__getitems__(list(range(NUM_POINTS))) for points in both]
-        fresh = [points.__getitems__(list(range(NUM_POINTS, 2 * NUM_POINTS))) for points in both]
         return references, fresh, "sliced Wasserstein distance", None
-    split = choose_split(args.dataset, HELD_OUT_SPLITS)
-    with leaving_out(args.skip_corrupt) as on_corrupt:
-        test = load_normalized(pipeline, args.dataset, None, split=split, **_form(args), on_corrupt=on_corrupt)
-    number = min(NUM_IMAGES, len(test))
-    features, network = choose_features(args.judge, pipeline.sample_shape[0], number, len(test))
-    fresh = [data.__getitems__(held_out[:number])]
-    shuffled = torch.randperm(len(test), generator=torch.Generator().manual_seed(DATA_SEED)).tolist()
-    references = [test.__getitems__(shuffled)]
-    title = f"Fréchet distance to {len(test):,} images of the split {split!r}, on {features}"
-    return references, fresh, title, network
+    features, network = choose_features(
+        args.judge, pipeline.sample_shape[0], len(fresh[0].x_0), len(references[0].x_0)
+    )
+    return references, fresh, f"Fréchet distance{to} on {features}", network
+
+
+def _halves(data: TensorBatches, indices: list[int]) -> tuple[Batch, Batch]:
+    half = len(indices) // 2
+    return data.__getitems__(indices[:half]), data.__getitems__(indices[half : 2 * half])
 
 
 def _add_nearest(
     report: Report, judge: TableJudge, references: Batch, data: TensorBatches, pipeline: DDPMMLPPipeline
 ) -> None:
-    """Find the training images that samples of the last candidate are closest to, and real images, too."""
+    """Find the training images nearest to samples of the last candidate, and to real images."""
     train = data.__getitems__(list(range(len(data)))).x_0
     shown = judge.draw(references, figures.NUM_IMAGES, 1)
     indices, distances = nearest(shown, train)

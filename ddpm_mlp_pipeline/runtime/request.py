@@ -1,4 +1,4 @@
-"""What one asks of samples: labels, a condition, known values; checked, and in the network's units."""
+"""Check the labels, conditions and known values that samples are drawn with; bring them to the network's units."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Asked(TypedDict, total=False):
-    """The arguments of a draw that say what to draw: see `OnnxSampler.sample`."""
+    """The arguments of `OnnxSampler.sample` that choose what is drawn."""
 
     class_labels: int | str | Sequence[int | str] | npt.NDArray[np.integer[Any]] | None
     condition: Mapping[str, float] | Sequence[Any] | npt.NDArray[np.floating[Any]] | None
@@ -32,16 +32,15 @@ class Asked(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked of the samples of a draw. Each array has one row for all samples, or one for each.
+    """The checked arguments of a draw. Each array has one row for all samples, or one row for each sample.
 
     Attributes:
-        inputs: of the network, beside `sample` and `timestep`: `class_labels` int64 `[rows]` and `condition` float32
-            `[rows, condition_dim]`, NaN for none.
-        null: the same inputs for the second half of guidance.
+        inputs: inputs of the network besides `sample` and `timestep`: `class_labels` int64 `[rows]` and `condition`
+            float32 `[rows, condition_dim]`, NaN for no condition.
+        null: the same inputs without label and condition, for guidance; empty if no call is guided.
         known: y, float32 `[rows, *sample_shape]`, or `None`.
         mask: m, float32 that broadcasts with `known`: 1 where y is known, 0 elsewhere.
-        class_shares: probabilities to draw each sample's label by, if nothing is asked. The labels replace those of
-            `inputs`.
+        class_shares: probability of each class. If given, `of` draws the labels, and ignores those of `inputs`.
     """
 
     inputs: dict[str, npt.NDArray[Any]]
@@ -51,14 +50,13 @@ class Request:
     class_shares: list[float] | None = None
 
     def of(self, samples: range, seed: int) -> Request:
-        """Return the part that concerns some of the samples of a seed, with a row of inputs for each."""
+        """Return the request for some of a seed's samples, with one row of inputs for each of them."""
 
         def rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return values[samples.start : samples.stop] if len(values) > 1 else values
 
         def for_each(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            values = rows(values)
-            return np.ascontiguousarray(np.broadcast_to(values, (len(samples), *values.shape[1:])))
+            return np.ascontiguousarray(np.broadcast_to(rows(values), (len(samples), *values.shape[1:])))
 
         inputs, null = (
             {name: for_each(values) for name, values in given.items()} for given in (self.inputs, self.null)
@@ -82,30 +80,36 @@ def resolve(
     mask: Any = None,
     resample: int = 1,
 ) -> tuple[Request, StepTable]:
-    """Check what is asked against what a bundle knows.
+    """Check a draw's arguments against a bundle.
 
     Args:
-        info: the bundle's `bundle.json`.
-        table: its step table.
-        num_samples: how many samples are drawn.
-        class_labels, …: as `OnnxSampler.sample` takes them.
+        info: the content of `bundle.json`.
+        table: the bundle's step table.
+        num_samples: number of samples to draw.
+        class_labels, …: see `OnnxSampler.sample`.
 
     Returns:
-        The request, and the table to draw by, guided and resampled as asked.
+        The request, and the step table with the guidance and the resampling.
 
     Raises:
-        ConfigurationError: if an argument has another shape, isn't finite, or asks for what the network doesn't know.
+        ConfigurationError: if an argument has the wrong shape, isn't finite, or doesn't fit the network.
+        BundleError: if the table can't be resampled.
     """
     if type(resample) is not int or resample < 1:
         raise ConfigurationError(f"resample must be a whole number of at least 1, got {resample}")
-    is_nothing_asked = all(values is None for values in (class_labels, condition, known))
-    takes_labels = "class_labels" in info["inputs"]
-    class_shares = info.get("class_shares") if takes_labels and is_nothing_asked else None
+    class_shares = None
+    if "class_labels" in info["inputs"] and class_labels is None and condition is None and known is None:
+        class_shares = info.get("class_shares")
     if class_shares is not None:
-        class_labels = 0  # in place of the labels that `Request.of` draws
+        class_labels = 0  # a placeholder, until `Request.of` draws the labels
     inputs = _inputs(info, num_samples, class_labels, condition)
     if guidance_scale is not None:
-        table = table.guided(_finite(guidance_scale, "guidance_scale"), _interval(guidance_interval))
+        if guidance_interval is not None:
+            t_high, t_low = (_finite(t, "guidance_interval") for t in guidance_interval)
+            if t_high < t_low:
+                raise ConfigurationError(f"guidance_interval must be (t_high, t_low), got ({t_high:g}, {t_low:g})")
+            guidance_interval = t_high, t_low
+        table = table.guided(_finite(guidance_scale, "guidance_scale"), guidance_interval)
     elif guidance_interval is not None:
         raise ConfigurationError("guidance_interval needs a guidance_scale")
     null = {}
@@ -143,13 +147,13 @@ def _inputs(info: dict[str, Any], num_samples: int, class_labels: Any, condition
             values = np.atleast_2d(_by_name(condition, columns, "condition"))
             if values.shape not in ((1, len(columns)), (num_samples, len(columns))) or not np.isfinite(values).all():
                 raise ConfigurationError(
-                    f"condition must hold finite numbers, {len(columns)} of them ({', '.join(columns)}) for all "
-                    f"samples or for each of {num_samples}"
+                    f"condition must hold finite numbers, {len(columns)} ({', '.join(columns)}) for all samples or "
+                    f"for each of {num_samples}"
                 )
             mean, std = np.array(info["condition_mean"]), np.array(info["condition_std"])
             inputs["condition"] = ((values - mean) / std).astype(np.float32)
     elif condition is not None:
-        raise ConfigurationError("condition: this network takes none")
+        raise ConfigurationError("condition: this network takes no condition")
     return inputs
 
 
@@ -169,7 +173,7 @@ def _class(info: dict[str, Any], label: Any) -> int:
 def _known(
     info: dict[str, Any], num_samples: int, known: Any, mask: Any
 ) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.float32] | None]:
-    """y and m in the network's units, with one row or one for each sample."""
+    """Return y in the network's units and m, both with one row, or with one for each sample."""
     if known is None:
         if mask is not None:
             raise ConfigurationError("a mask needs known values")
@@ -177,36 +181,35 @@ def _known(
     shape = tuple(info["sample_shape"])
     if len(shape) == 1:
         y = np.atleast_2d(_by_name(known, info["data_columns"], "known"))
-        _check_rows(y, shape, num_samples, "known")
+        _check_rows(y, num_samples, shape, "known")
         y = (y - np.array(info["data_mean"])) / np.array(info["data_std"])
         m = ~np.isnan(y) if mask is None else np.atleast_2d(np.asarray(mask)).astype(bool)
+        _check_rows(m, num_samples, shape, "the mask")
     else:
         if mask is None:
             raise ConfigurationError("known images need a mask, which is true where they are known")
         y = 2 * _images(known, shape[0]) - 1
         y = np.moveaxis(y.reshape(-1, *y.shape[-3:]), -1, 1)
-        _check_rows(y, shape, num_samples, "known")
+        _check_rows(y, num_samples, shape, "known")
         m = np.asarray(mask)
         m = m > 127 if m.dtype == np.uint8 else m.astype(bool)
-        m = m.reshape(-1, 1, *m.shape[-2:])
-        if m.shape[2:] != shape[1:]:
-            raise ConfigurationError(
-                f"the mask must be of {shape[1]}×{shape[2]} pixels, got {m.shape[2]}×{m.shape[3]}"
-            )
-    if m.ndim != y.ndim or len(m) not in (1, num_samples) or (len(shape) == 1 and m.shape[1:] != shape):
-        raise ConfigurationError(f"the mask must have the shape {shape}, or {(num_samples, *shape)}, got {m.shape}")
-    if not np.isfinite(np.broadcast_arrays(y, m)[0][np.broadcast_arrays(y, m)[1]]).all():
+        if m.shape[-2:] != shape[1:]:
+            raise ConfigurationError(f"the mask must be of {shape[1]}×{shape[2]} pixels, got the shape {m.shape}")
+        m = m.reshape(-1, 1, *shape[1:])
+        _check_rows(m, num_samples, (1, *shape[1:]), "the mask")
+    y = np.where(m, y, 0)
+    if not np.isfinite(y).all():
         raise ConfigurationError("known values must be finite where the mask says that they are known")
-    return np.where(m, y, 0).astype(np.float32), m.astype(np.float32)
+    return y.astype(np.float32), m.astype(np.float32)
 
 
-def _check_rows(values: npt.NDArray[Any], shape: tuple[int, ...], num_samples: int, what: str) -> None:
-    if values.shape[1:] != shape or len(values) not in (1, num_samples):
+def _check_rows(values: npt.NDArray[Any], num_samples: int, shape: tuple[int, ...], what: str) -> None:
+    if values.shape not in ((1, *shape), (num_samples, *shape)):
         raise ConfigurationError(f"{what} must have the shape {shape}, or {(num_samples, *shape)}, got {values.shape}")
 
 
 def _images(images: Any, channels: int) -> npt.NDArray[np.float64]:
-    """Images in [0, 1], `[…, height, width, channels]`, from a picture or an array."""
+    """Return a picture or an array as images in [0, 1], `[…, height, width, channels]`."""
     if hasattr(images, "convert"):
         array = np.asarray(images.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]), dtype=np.float64) / 255
         return array.reshape(*array.shape[:2], channels)
@@ -217,13 +220,13 @@ def _images(images: Any, channels: int) -> npt.NDArray[np.float64]:
 
 
 def _by_name(values: Any, columns: list[str], what: str) -> npt.NDArray[np.float64]:
-    """Values by the columns' names, or an array of them; NaN for known columns that aren't named."""
+    """Return a dictionary's values in the columns' order, NaN for missing known values; or an array as it is."""
     if not isinstance(values, Mapping):
         return _numbers(values, what)
     if unknown := [name for name in values if name not in columns]:
         raise ConfigurationError(f"{what} has no column {unknown[0]!r}, only {', '.join(columns)}")
     if what == "condition" and (missing := [name for name in columns if name not in values]):
-        raise ConfigurationError(f"the condition lacks {missing[0]!r}")
+        raise ConfigurationError(f"the condition lacks {missing[0]!r}: its columns are {', '.join(columns)}")
     return _numbers([values.get(name, math.nan) for name in columns], what)
 
 
@@ -239,12 +242,3 @@ def _finite(value: Any, what: str) -> float:
     if number.ndim != 0 or not np.isfinite(number):
         raise ConfigurationError(f"{what} must be a finite number, got {value}")
     return float(number)
-
-
-def _interval(interval: Any) -> tuple[float, float] | None:
-    if interval is None:
-        return None
-    t_high, t_low = (_finite(t, "guidance_interval") for t in interval)
-    if t_high < t_low:
-        raise ConfigurationError(f"guidance_interval must be (t_high, t_low), got ({t_high:g}, {t_low:g})")
-    return t_high, t_low

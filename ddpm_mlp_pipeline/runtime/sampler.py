@@ -26,22 +26,19 @@ from .step_table import EPS, X_0, StepTable, X, Z
 if TYPE_CHECKING:
     from typing import Unpack
 
-MAX_SAMPLES = 2**32  # a sample's index is one word of the noise's counter
-
-
-# Numbers of noise drawn at once: enough to make numpy's overhead small, few enough to stay in the cache
-NOISE_CHUNK = 2**16
+MAX_SAMPLES = 2**32  # the noise generator's counter has 32 bits for a sample's index
+NOISE_CHUNK = 2**16  # values of noise drawn at once: large enough to hide numpy's overhead, and fits the CPU's cache
 
 
 @dataclass(frozen=True, eq=False)
 class DenoisingStep:
-    """One sampling step's outcome.
+    """The result of one denoising step.
 
     Attributes:
-        index: of the step, from 0.
-        timestep: what the network was told.
-        sample: float32 `[num_samples, *sample_shape]`, in the network's units: `OnnxSampler.to_data_units` turns it
-            into points or images. It is the caller's to keep.
+        index: number of the step, from 0.
+        timestep: the timestep given to the network.
+        sample: float32 `[num_samples, *sample_shape]`, in the network's units. `OnnxSampler.to_data_units` turns it
+            into points or images. Later steps do not change the array.
     """
 
     index: int
@@ -50,10 +47,10 @@ class DenoisingStep:
 
 
 class Sampler(Protocol):
-    """Whatever draws points or images batch by batch: [`OnnxSampler`], or with torch `CheckpointSampler`.
+    """A source of points or images, drawn batch by batch: [`OnnxSampler`], or with torch `CheckpointSampler`.
 
     Attributes:
-        sample_shape: of one sample: `(dimension,)` of points, `(channels, height, width)` of images.
+        sample_shape: shape of one sample: `(dimension,)` for points, `(channels, height, width)` for images.
     """
 
     sample_shape: tuple[int, ...]
@@ -69,7 +66,7 @@ class Sampler(Protocol):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes that the network knows; empty if it takes no labels."""
+        """Names of the network's classes; empty if it takes no labels."""
 
     @property
     def condition_columns(self) -> list[str]:
@@ -80,7 +77,7 @@ class Sampler(Protocol):
         """Name of the scheduler's class."""
 
     def __len__(self) -> int:
-        """Number of the sampling steps."""
+        """Number of denoising steps."""
 
     def batches(
         self,
@@ -90,40 +87,42 @@ class Sampler(Protocol):
         on_step: Callable[[int], Any] | None = None,
         **asked: Unpack[Asked],
     ) -> Generator[np.ndarray, None, None]:
-        """Draw samples, and yield them batch by batch, in order: see [`OnnxSampler.sample`]."""
+        """Draw samples as [`OnnxSampler.sample`] does, and yield them batch by batch, in order."""
 
 
 class OnnxSampler(Sampler):
-    """Draws points or images from a bundle folder that `ddpm-export` wrote.
+    """Draw points or images from a bundle, a folder that `ddpm-export` writes.
 
-    Sample i of a seed is the same, up to the rounding of float32, however many are asked for and in whatever batches.
+    Sample i of a seed is the same, up to float32 rounding, for any number of samples and any batch size.
 
     Args:
         bundle: the folder, with `unet.onnx`, `step_table.json` and `bundle.json`.
-        num_threads: CPU threads to use; by default, one for each core.
+        num_threads: number of CPU threads; by default one for each core.
 
     Raises:
         BundleError: if a file is missing, can't be read, or doesn't fit the others.
+        ConfigurationError: if `num_threads` is less than 1.
     """
 
     def __init__(self, bundle: str | os.PathLike[str], num_threads: int | None = None):
         self.folder = Path(bundle)
         if num_threads is not None and num_threads < 1:
             raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
-        self.num_threads = num_threads or _num_cores()
+        if hasattr(os, "sched_getaffinity"):  # the cores that this process may use
+            self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        else:
+            self.num_threads = num_threads or os.cpu_count() or 1
         self.info = read_info(self.folder / "bundle.json")
         path = self.folder / "step_table.json"
         self.table = StepTable.parse(read_file(self.folder, path.name, self.info), path)
         self._network = self._read_network()
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
-        self._on_step_lock = threading.Lock()
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._check_network(self._session(self.num_threads))
 
     @property
     def data_columns(self) -> list[str]:
-        columns: list[str] = self.info["data_columns"]
-        return columns
+        return list(self.info["data_columns"])
 
     @property
     def class_names(self) -> list[str]:
@@ -148,28 +147,29 @@ class OnnxSampler(Sampler):
         on_step: Callable[[int], Any] | None = None,
         **asked: Unpack[Asked],
     ) -> npt.NDArray[np.float32]:
-        """Draw samples: any that the network has learned, or those that are asked for.
+        """Draw samples, optionally with given labels, conditions or known values.
 
-        Sample i of a seed has the same noise whatever is asked, so that classes can be compared.
+        The noise of sample i depends on the seed and i only, so that samples of different classes can be compared.
 
         Args:
-            num_samples: how many.
+            num_samples: number of samples, at most 2³².
             seed: in [0, 2⁶³); the same seed gives the same samples.
-            batch_size: at most so many go through the network together; it bounds memory and changes no sample.
-            on_step: called after each step with the number of samples that it moved, for a progress bar; one call at a
-                time, but from several threads.
-            class_labels: the class of all samples, or of each: names of `class_names`, or numbers. Where nothing is
-                asked, neither a label nor a condition nor known values, each sample's label is drawn from the bundle's
-                `class_shares`, if it has them. Else samples without a label have the null label, "any class".
-            condition: in its own units, by the columns' names or as an array, `[condition_dim]` for all samples or
-                `[num_samples, condition_dim]`.
-            guidance_scale: w of classifier-free guidance, by default as exported; 1 is none. A guided step costs two
-                evaluations of the network.
-            guidance_interval: `(t_high, t_low)`, the timesteps to guide at; by default all.
-            known: what part of the samples is to be: points in the data's units, by name or as an array, with NaN for
-                coordinates to draw; images in [0, 1], `[height, width, channels]`, or a picture. One, or one for each.
-            mask: bool, true where `known` is known: a point's shape, or `[height, width]`; or a picture, white there.
-            resample: how often each step is taken, so that the drawn part fits the known one: see
+            batch_size: largest number of samples in a network evaluation. It bounds memory and doesn't change samples.
+            on_step: called after each denoising step with the number of samples in its batch, for a progress bar.
+                Calls come from several threads, one at a time.
+            class_labels: one class for all samples, or one for each, as names from `class_names` or as numbers.
+                Without labels, conditions and known values, each label is drawn from the bundle's `class_shares`, if
+                it has them. Otherwise, the default is the null label, "any class".
+            condition: in its own units, as a dictionary by column name or as an array, `[condition_dim]` for all
+                samples or `[num_samples, condition_dim]`.
+            guidance_scale: w of classifier-free guidance; by default as exported; 1 for no guidance. A guided step
+                costs two network evaluations.
+            guidance_interval: `(t_high, t_low)`, the range of timesteps to guide at; by default all.
+            known: values that the samples must have, one array for all samples or one for each. Points: in the data's
+                units, by column name or as an array, with NaN for coordinates to draw. Images: a picture, or an array
+                in [0, 1], `[height, width, channels]`.
+            mask: bool, true where `known` holds: `[dimension]` or `[height, width]`, or a picture that is white there.
+            resample: number of times that each step is taken, so that the drawn part fits the known part: see
                 [`StepTable.repeated`][].
 
         Returns:
@@ -177,8 +177,8 @@ class OnnxSampler(Sampler):
             `[num_samples, height, width, channels]`.
 
         Raises:
-            ConfigurationError: if a number is out of range, or what is asked doesn't fit the network.
-            DivergenceError: if a sample is not finite; it names the step.
+            ConfigurationError: if an argument is out of range or doesn't fit the network.
+            DivergenceError: if a sample is not finite; the message names the step.
         """
         return np.concatenate([*self.batches(num_samples, seed, batch_size, on_step, **asked)])
 
@@ -190,38 +190,48 @@ class OnnxSampler(Sampler):
         on_step: Callable[[int], Any] | None = None,
         **asked: Unpack[Asked],
     ) -> Generator[npt.NDArray[np.float32], None, None]:
-        """Draw samples, as [`sample`][OnnxSampler.sample] does, and yield them batch by batch, in order.
+        """Draw samples as [`sample`][OnnxSampler.sample] does, and yield them batch by batch, in order.
 
-        Batches are independent, so they run side by side, one thread each: that keeps the cores busier than sharing
-        every small operation of one batch among them. At most two for each thread are held in memory.
+        Batches run in parallel, one thread each, because a batch's operations are too small to divide among cores. At
+        most two batches for each thread are held in memory.
         """
         if num_samples < 1 or batch_size < 1:
             raise ConfigurationError(f"num_samples and batch_size must be at least 1, got {num_samples}, {batch_size}")
         if num_samples > MAX_SAMPLES:
-            raise ConfigurationError(f"a seed has {MAX_SAMPLES} samples at most, got {num_samples}")
+            raise ConfigurationError(f"a seed has {MAX_SAMPLES} samples at most, got {num_samples}: use several seeds")
         request, table = resolve(self.info, self.table, num_samples, **asked)
         batch_size = min(batch_size, math.ceil(num_samples / self.num_threads))
         samples = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
         workers = min(self.num_threads, len(samples))
         session = self._session(max(1, self.num_threads // workers))
+        stop, lock = threading.Event(), threading.Lock()
 
-        def draw(part: range, stop: threading.Event | None = None) -> npt.NDArray[np.float32]:
-            return self._draw(session, table, request, part, seed, on_step, stop)
+        def draw(part: range) -> npt.NDArray[np.float32]:
+            for x in self._steps(session, table, request, part, seed):  # noqa: B007
+                if stop.is_set():
+                    break
+                if on_step is not None:
+                    with lock:
+                        on_step(len(part))
+            if not np.isfinite(x).all():  # NaN and infinity survive later steps, so the last sample shows them
+                steps = enumerate(self._steps(session, table, request, part, seed))
+                k = next((k for k, x in steps if not np.isfinite(x).all()), len(table) - 1)
+                raise DivergenceError.at_step(k, float(table.timesteps[k]))
+            return self.to_data_units(x)
 
         if workers == 1:
             yield from map(draw, samples)
             return
-        stop = threading.Event()
         with ThreadPoolExecutor(workers) as pool:
             waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
             try:
                 for part in samples:
-                    waiting.append(pool.submit(draw, part, stop))
+                    waiting.append(pool.submit(draw, part))
                     if len(waiting) == 2 * workers:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
-            finally:  # also after Ctrl-C, or where the caller wants no more
+            finally:  # also after Ctrl-C, or when the caller closes the generator
                 stop.set()
                 for future in waiting:
                     future.cancel()
@@ -235,20 +245,19 @@ class OnnxSampler(Sampler):
         noises: Iterable[npt.NDArray[np.float32]] | None = None,
         **asked: Unpack[Asked],
     ) -> Generator[DenoisingStep, npt.NDArray[np.float32] | None, None]:
-        """Sample one batch, and yield what every step makes of it: the process, to be drawn or measured.
+        """Draw one batch, and yield the result of each denoising step.
 
-        Send the generator a sample, and the next step starts from that instead of the one that it has yielded.
+        A sample that is sent to the generator replaces the one that it has just yielded.
 
         Args:
             num_samples: size of the batch.
             seed: in [0, 2⁶³).
             latents: x_T to start from instead of the seed's, float32 `[num_samples, *sample_shape]`.
-            noises: the noise of the steps that add any, one after the other, instead of the seed's.
-            asked: what to draw: see [`sample`][OnnxSampler.sample].
+            noises: noise for each step that adds any, in place of the seed's, each of the shape of `latents`.
+            asked: labels, conditions and known values, as for [`sample`][OnnxSampler.sample].
 
         Raises:
-            ConfigurationError: if a number is out of range, `latents` has another shape, or what is asked doesn't fit
-                the network.
+            ConfigurationError: if an argument is out of range, has the wrong shape, or doesn't fit the network.
         """
         if num_samples < 1:
             raise ConfigurationError(f"num_samples must be at least 1, got {num_samples}")
@@ -257,61 +266,44 @@ class OnnxSampler(Sampler):
                 f"latents must have the shape {(num_samples, *self.sample_shape)}, got {latents.shape}"
             )
         request, table = resolve(self.info, self.table, num_samples, **asked)
-        all_, noises = range(num_samples), None if noises is None else iter(noises)
-        samples = self._steps(self._session(self.num_threads), table, request, all_, seed, latents, noises)
+        session, batch = self._session(self.num_threads), range(num_samples)
+        given = None if noises is None else iter(noises)
+        samples = self._steps(session, table, request, batch, seed, latents, given)
         replacement = None
         for k, t in enumerate(table.timesteps.tolist()):
             replacement = yield DenoisingStep(k, t, samples.send(replacement))
 
     def first_input(self, num_samples: int = 1, seed: int = 0) -> npt.NDArray[np.float32]:
-        """What the network sees in the first call, float32 `[num_samples, *sample_shape]`."""
+        """Return the network's input in the first call, float32 `[num_samples, *sample_shape]`."""
         return self._latents(range(num_samples), seed) * np.float32(self.table.initial_scale)
 
     def _latents(self, samples: range, seed: int) -> npt.NDArray[np.float32]:
-        """x_T, of variance 1."""
+        """Draw x_T, of variance 1."""
         latents = normal(seed, samples, math.prod(self.sample_shape), range(1))
         return latents.reshape(len(samples), *self.sample_shape)
 
     def predict(
         self, sample: npt.NDArray[np.floating], timestep: float, **asked: Unpack[Asked]
     ) -> npt.NDArray[np.float32]:
-        """The network alone: its output for x_t, float32 `[batch, …]`, both in the network's units.
+        """Evaluate the network once, without guidance.
 
         Args:
-            sample: x_t, `[batch, *sample_shape]`.
-            timestep: t, one for all.
-            asked: `class_labels` and `condition`, as [`sample`][OnnxSampler.sample] takes them. No label is drawn:
-                the null label stands for none.
+            sample: x_t, `[batch, *sample_shape]`, in the network's units.
+            timestep: t of all samples.
+            asked: `class_labels` and `condition`, as for [`sample`][OnnxSampler.sample], but the default is always
+                the null label.
+
+        Returns:
+            The network's output, float32 `[batch, channels, …]`: the noise prediction, followed by as many channels
+            for the variance if it is learned.
         """
         info = {**self.info, "class_shares": None}
         request, _ = resolve(info, self.table.guided(1.0), len(sample), **asked)
         feeds = {"sample": sample.astype(np.float32), "timestep": np.array(timestep, dtype=np.float32)}
-        feeds |= request.of(range(len(sample)), seed=0).inputs  # the seed has no effect: nothing is drawn
+        feeds |= request.of(range(len(sample)), seed=0).inputs  # without shares of classes, the seed has no effect
         output: npt.NDArray[np.float32]
         (output,) = self._session(self.num_threads).run(["out_sample"], feeds)
         return output
-
-    def _draw(
-        self,
-        session: ort.InferenceSession,
-        table: StepTable,
-        request: Request,
-        samples: range,
-        seed: int,
-        on_step: Callable[[int], Any] | None,
-        stop: threading.Event | None = None,
-    ) -> npt.NDArray[np.float32]:
-        for x in self._steps(session, table, request, samples, seed):  # noqa: B007
-            if stop is not None and stop.is_set():
-                break
-            if on_step is not None:
-                with self._on_step_lock:  # batches run in threads of their own
-                    on_step(len(samples))
-        if not np.isfinite(x).all():  # which it stays from step to step, so that it is enough to look at the end
-            steps = enumerate(self._steps(session, table, request, samples, seed))
-            k = next((k for k, x in steps if not np.isfinite(x).all()), len(table) - 1)
-            raise DivergenceError.at_step(k, float(table.timesteps[k]))
-        return self.to_data_units(x)
 
     def _steps(
         self,
@@ -323,23 +315,21 @@ class OnnxSampler(Sampler):
         latents: npt.NDArray[np.float32] | None = None,
         noises: Iterator[npt.NDArray[np.float32]] | None = None,
     ) -> Generator[npt.NDArray[np.float32], npt.NDArray[np.float32] | None, None]:
-        """Yield the sample after each step; one that is sent takes its place."""
+        """Yield the sample after each step; a sample that is sent replaces it."""
         if not 0 <= seed < 2**63:
             raise ConfigurationError(f"seed must be in [0, 2⁶³), got {seed}")
         request = request.of(samples, seed)
         shape = (len(samples), *self.sample_shape)
-        size = math.prod(shape)
         if noises is None:
             noises = _noise_of_steps(seed, samples, self.sample_shape, table.is_stochastic)
         if latents is None:
             latents = self._latents(samples, seed)
 
-        # What the table's coefficients multiply: for each call of the network that is remembered, x, ε, x̂_0 and z. The
-        # newest takes the oldest's place. The network reads x and writes ε in place.
-        history = np.zeros((table.history, 4, size), dtype=np.float32)
-        history[0, X].reshape(shape)[...] = latents
+        # The terms x, ε, x̂_0 and z of the last network calls. The newest call overwrites the oldest.
+        history = np.zeros((table.history, 4, math.prod(shape)), dtype=np.float32)
+        history[0, X] = latents.ravel()
         history[0, X] *= np.float32(table.initial_scale)
-        terms = history.reshape(-1, size)
+        terms = history.reshape(-1, history.shape[-1])
         network = _Network(session, history, shape, request, self._channels, bool(table.is_guided.any()))
 
         clip_range, is_stochastic = table.clip_range, table.is_stochastic.tolist()
@@ -347,7 +337,7 @@ class OnnxSampler(Sampler):
         to_x_0 = table.to_x_0.astype(np.float32)
         calls = np.arange(len(table))[:, None]
         places = (calls - np.arange(table.history)) % table.history
-        to_next = table.to_next[calls, places].reshape(len(table), -1).astype(np.float32)  # in the order of the places
+        to_next = table.to_next[calls, places].reshape(len(table), -1).astype(np.float32)  # in the order of `terms`
         for k, t in enumerate(table.timesteps.tolist()):
             place = k % table.history
             now = history[place]
@@ -361,27 +351,20 @@ class OnnxSampler(Sampler):
                     a, b = table.log_variance[k].astype(np.float32)
                     now[Z].reshape(shape)[...] *= np.exp((a * v + b) / 2)
             x = to_next[k].dot(terms)
-            if request.known is not None:
-                self._replace_known(x.reshape(shape), request, samples, seed, table, k)
+            if request.known is not None and request.mask is not None and table.alphas_cumprod is not None:
+                # x ← m (√ᾱ′ y + √(1 − ᾱ′) z′) + (1 − m) x, with ᾱ′ of the next call, or 1 after the last
+                y = request.known
+                if k + 1 < len(table):
+                    z = normal(seed, samples, math.prod(self.sample_shape), range(k, k + 1), stream=1).reshape(shape)
+                    alpha_cumprod = table.alphas_cumprod[k + 1]
+                    y = np.float32(np.sqrt(alpha_cumprod)) * y + np.float32(np.sqrt(1 - alpha_cumprod)) * z
+                x = (request.mask * y + (1 - request.mask) * x.reshape(shape)).ravel()
             history[(k + 1) % table.history, X] = x
             if (replacement := (yield x.reshape(shape))) is not None:
                 history[(k + 1) % table.history, X] = replacement.ravel()
 
-    def _replace_known(
-        self, x: npt.NDArray[np.float32], request: Request, samples: range, seed: int, table: StepTable, k: int
-    ) -> None:
-        """x ← m (√ᾱ′ y + √(1 − ᾱ′) z′) + (1 − m) x, with ᾱ′ of the next call, or 1 after the last."""
-        y, mask, alphas_cumprod = request.known, request.mask, table.alphas_cumprod
-        if y is None or mask is None or alphas_cumprod is None:
-            return
-        if k + 1 < len(table):
-            z = normal(seed, samples, math.prod(self.sample_shape), range(k, k + 1), stream=1).reshape(x.shape)
-            alpha_cumprod = alphas_cumprod[k + 1]
-            y = np.float32(np.sqrt(alpha_cumprod)) * y + np.float32(np.sqrt(1 - alpha_cumprod)) * z
-        x[...] = mask * y + (1 - mask) * x
-
     def to_data_units(self, sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as `sample` returns."""
+        """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as in `sample`."""
         if self.is_points:
             mean, std = (np.asarray(self.info[name], dtype=np.float32) for name in ("data_mean", "data_std"))
             return sample * std + mean
@@ -395,35 +378,35 @@ class OnnxSampler(Sampler):
         except ValueError as error:
             raise BundleError(f"can't load {path}: {error}") from None
         if refers_elsewhere:
-            raise BundleError(f"{path} gives the location of weights in other files: refused")
+            raise BundleError(
+                f"{path} gives the location of weights in other files, which a bundle may not: export again"
+            )
         return network
 
     def _session(self, num_threads: int) -> ort.InferenceSession:
         if num_threads not in self._sessions:
             options = ort.SessionOptions()
             options.intra_op_num_threads = num_threads
-            options.log_severity_level = 4  # the error is raised; there is no need to log it, too
+            options.log_severity_level = 4  # errors are raised, and need not be logged as well
             options.add_session_config_entry("session.load_model_format", "ONNX")
             try:
                 session = ort.InferenceSession(self._network, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime's errors have no base class but this
+            except Exception as error:  # the only base class of onnxruntime's errors
                 raise BundleError(f"can't load {self.folder / 'unet.onnx'}: {error}") from None
             self._sessions[num_threads] = session
         return self._sessions[num_threads]
 
     def _check_network(self, session: ort.InferenceSession) -> None:
         found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
-        inputs = self.info["inputs"]
+        inputs, path = self.info["inputs"], self.folder / "unet.onnx"
         if set(found) != {*inputs, "out_sample"}:
             raise BundleError(
-                f"{self.folder / 'unet.onnx'} must have the inputs {', '.join(inputs[:-1])} and {inputs[-1]} and the "
-                "output out_sample, "
+                f"{path} must have the inputs {', '.join(inputs[:-1])} and {inputs[-1]} and the output out_sample, "
                 f"but has {', '.join(found)}"
             )
         channels, *size = self.sample_shape
-        self._channels = channels  # of the output: twice as many where the network predicts the variance, too
-        if self.table.log_variance is not None or tuple(found["out_sample"].shape[1:]) == (2 * channels, *size):
-            self._channels = 2 * channels
+        learns_variance = tuple(found["out_sample"].shape[1:]) == (2 * channels, *size)
+        self._channels = 2 * channels if learns_variance or self.table.log_variance is not None else channels
         for name, expected in (("sample", self.sample_shape), ("out_sample", (self._channels, *size))):
             if tuple(found[name].shape[1:]) != expected:
                 raise BundleError(
@@ -435,20 +418,20 @@ class OnnxSampler(Sampler):
         try:
             labels = None if self.info.get("null_label", 0) is not None else 0
             self.predict(np.zeros((1, *self.sample_shape)), 0, class_labels=labels)
-        except Exception as error:  # whatever its declarations promise: other types, or nodes that don't fit
-            raise BundleError(f"{self.folder / 'unet.onnx'} can't be run: {error}") from None
+        except Exception as error:  # such as inputs of another type, which the names and shapes don't show
+            raise BundleError(f"{path} can't be run: {error}") from None
 
 
 class _Network:
-    """The network's calls in one batch: inputs and outputs lie where they are used.
+    """The network's calls in one batch. ONNX Runtime reads x from the history and writes ε into it, without copies.
 
     Args:
-        session: of the network.
-        history: float32 `[calls remembered, 4, size]`: x is read from it, and ε written into it.
-        shape: of x.
-        request: the further inputs.
-        channels: of the network's output: as many as x has, or twice as many with a learned variance.
-        is_guided: whether any call is.
+        session: the network's session.
+        history: float32 `[calls remembered, 4, size]`, with the terms of each call.
+        shape: shape of x.
+        request: the network's other inputs.
+        channels: number of the output's channels: those of x, or twice as many with a learned variance.
+        is_guided: whether any call is guided.
     """
 
     def __init__(
@@ -460,55 +443,51 @@ class _Network:
         channels: int,
         is_guided: bool,
     ):
-        self.session, self.history, self.shape = session, history, shape
+        self.session, self.inputs = session, request.inputs
+        self.x, self.eps = (history[:, term].reshape(-1, *shape) for term in (X, EPS))
         self.timestep = np.empty((), dtype=np.float32)
-        self.inputs = request.inputs
-        self.is_direct = channels == shape[1]
-        self.output = None if self.is_direct else np.empty((shape[0], channels, *shape[2:]), dtype=np.float32)
-        outputs = history[:, EPS] if self.output is None else [self.output] * len(history)
-        self.calls = [self._bind(x, out, shape[0], self.inputs) for x, out in zip(history[:, X], outputs, strict=True)]
+        self.output = None if channels == shape[1] else np.empty((shape[0], channels, *shape[2:]), dtype=np.float32)
+        outputs = self.eps if self.output is None else [self.output] * len(history)
+        self.calls = [self._bind(x, output, self.inputs) for x, output in zip(self.x, outputs, strict=True)]
         if is_guided:  # both halves in one batch
-            self.both = np.empty((2, *shape), dtype=np.float32)
-            self.outputs = np.empty((2, shape[0], channels, *shape[2:]), dtype=np.float32)
+            self.both = np.empty((2 * shape[0], *shape[1:]), dtype=np.float32)
+            self.outputs = np.empty((2 * shape[0], channels, *shape[2:]), dtype=np.float32)
             self.halves = {name: np.concatenate([self.inputs[name], request.null[name]]) for name in self.inputs}
-            self.guided_call = self._bind(self.both, self.outputs, 2 * shape[0], self.halves)
+            self.guided_call = self._bind(self.both, self.outputs, self.halves)
 
     def __call__(self, place: int, t: float, guidance_scale: float) -> npt.NDArray[np.float32] | None:
-        """Write the ε of a call to its place in the history; return v, if the network predicts the variance."""
+        """Write the call's ε to its place in the history; return v if the network predicts the variance."""
         self.timestep[...] = t
-        eps, channels = self.history[place, EPS].reshape(self.shape), self.shape[1]
+        x, eps = self.x[place], self.eps[place]
+        batch, channels = x.shape[:2]
         if guidance_scale == 1:
             self.session.run_with_iobinding(self.calls[place])
             if self.output is None:
                 return None
             eps[...] = self.output[:, :channels]
             return self.output[:, channels:]
-        self.both[...] = self.history[place, X].reshape(self.shape)
+        self.both[:batch] = self.both[batch:] = x
         self.session.run_with_iobinding(self.guided_call)
-        conditional, null = self.outputs[:, :, :channels]
+        conditional, null = self.outputs[:batch, :channels], self.outputs[batch:, :channels]
         w = np.float32(guidance_scale)
         eps[...] = w * conditional + (1 - w) * null
-        return self.outputs[0, :, channels:]
+        return self.outputs[:batch, channels:]
 
     def _bind(
-        self, x: npt.NDArray[np.float32], out: npt.NDArray[np.float32], batch: int, inputs: dict[str, npt.NDArray[Any]]
+        self, x: npt.NDArray[np.float32], output: npt.NDArray[np.float32], inputs: dict[str, npt.NDArray[Any]]
     ) -> ort.IOBinding:
         binding = self.session.io_binding()
-        channels = self.shape[1] if self.is_direct else 2 * self.shape[1]
-        binding.bind_input("sample", "cpu", 0, np.float32, (batch, *self.shape[1:]), x.ctypes.data)
-        binding.bind_input("timestep", "cpu", 0, np.float32, (), self.timestep.ctypes.data)
-        for name, values in inputs.items():
+        for name, values in {"sample": x, "timestep": self.timestep, **inputs}.items():
             binding.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
-        binding.bind_output("out_sample", "cpu", 0, np.float32, (batch, channels, *self.shape[2:]), out.ctypes.data)
+        binding.bind_output("out_sample", "cpu", 0, np.float32, output.shape, output.ctypes.data)
         return binding
 
 
 def _noise_of_steps(
     seed: int, samples: range, sample_shape: tuple[int, ...], is_stochastic: npt.NDArray[np.bool_]
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """The noise of each step that adds any, `[len(samples), *sample_shape]`, drawn for many steps at once."""
-    dimension = math.prod(sample_shape)
-    steps = len(is_stochastic)
+    """Yield the noise of each step that adds any, `[len(samples), *sample_shape]`, drawn for many steps at once."""
+    dimension, steps = math.prod(sample_shape), len(is_stochastic)
     chunk = max(1, NOISE_CHUNK // (len(samples) * dimension))
     for start in range(0, steps, chunk):
         stop = min(start + chunk, steps)
@@ -517,9 +496,3 @@ def _noise_of_steps(
         noises = normal(seed, samples, dimension, range(start + 1, stop + 1))  # draw 0 is the initial sample
         noises = noises.reshape(stop - start, len(samples), *sample_shape)
         yield from noises[is_stochastic[start:stop]]
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

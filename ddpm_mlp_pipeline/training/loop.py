@@ -20,36 +20,36 @@ def train(
     draw_samples: DrawSamples | None = None,
     augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> list[float]:
-    """Train the pipeline's ε-network, with the pipeline's scheduler as the forward process, and save the pipeline.
+    """Train the pipeline's network with the scheduler's forward process, and save the pipeline.
 
     Args:
-        pipeline: the untrained network and the stock `DDPMScheduler` to train it with; afterwards it holds the
-            trained weights (their average, with `use_ema`), in the main process.
-        dataset: the training data as the network is to see it, normalised points or images in [-1, 1], whose
-            `__getitems__(indices)` is a `Batch`.
-        args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
+        pipeline: the untrained network and a stock `DDPMScheduler`. Afterwards it holds the trained weights, or their
+            average with `use_ema`, in the main process.
+        dataset: the training data in the network's units: normalised points, or images in [-1, 1]. Its
+            `__getitems__(indices)` returns a `Batch`.
+        args: the options. `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
         draw_samples: called as `draw_samples(pipeline, ema, epoch)` after every `args.save_samples_epochs` epochs,
             and at the end.
-        augment: called as `augment(x_0, u)` with a batch's x_0 and a random number from [0, 1) for each of its
-            samples; returns the x_0 to train on. (What the data set itself drew could not be drawn again by a resumed
-            run, since batches are fetched ahead.)
+        augment: called as `augment(x_0, u)` with a batch's x_0 and a random number in [0, 1) for each sample; returns
+            the x_0 to train on. A data set should not draw random numbers itself: batches are fetched ahead, so a
+            resumed run could not repeat them.
 
     Returns:
-        The loss of every optimizer step.
+        The loss of each optimizer step.
 
     Raises:
         OutputExistsError: if `args.output_dir` holds another run's checkpoint: see `check_output_dir`.
         ConfigurationError: if the batch size exceeds the number of samples.
-        CheckpointError: if the state to resume from doesn't exist, is broken, or is another model's.
+        CheckpointError: if the state to resume from doesn't exist, is broken, or belongs to another model.
         DivergenceError: if the loss or its gradient is no longer finite. The step is not taken.
-        StoppedBySignal: after Ctrl-C or SIGTERM, once the step under way is done and its state is saved.
+        StoppedBySignal: after Ctrl-C or SIGTERM, once the current step is done and its state is saved.
     """
     run = prepare_run(pipeline, dataset, args, draw_samples, args.save_samples_epochs)
     unet, scheduler, device = run.network, pipeline.scheduler, run.accelerator.device
     loss_function = make_loss(pipeline, args.loss_type)
     T = scheduler.config.num_train_timesteps
-    # Every process draws the random numbers of the whole batch and uses its own rows of them, so that several
-    # processes, each with its part of a batch, do what one does.
+    # Each process draws the random numbers of all processes and uses its own rows, so that several processes train as
+    # one process with the whole batch does.
     total, rows = run.total_batch_size, run.rows
 
     with run.in_progress():
@@ -59,8 +59,8 @@ def train(
             if batch.known and args.label_dropout:
                 is_forgotten = torch.rand(total, device=device)[rows] < args.label_dropout
                 batch = batch.forget(is_forgotten, pipeline.null_label)
-            # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε
-            # (or on the same of another target than ε, or on a term of the bound: see losses.py).
+            # Algorithm 1: draw t and ε, and take a step on |ε − ε_θ(x_t, t)|², x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε.
+            # losses.py has the other losses.
             t = torch.randint(T, (total,), device=device)[rows]
             eps = torch.randn(total, *batch.x_0.shape[1:], device=device)[rows]
             errors = loss_function(unet, batch, t, eps)

@@ -1,4 +1,4 @@
-"""What surrounds a training step: Accelerate, the optimizer, resuming, the average of the weights, the result."""
+"""A training run on Accelerate: data order, optimizer steps, weight averaging, resuming and saving."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from .options import RunArguments, TrainingArguments
 from .state import Checkpoints, deferred_signals, explain_writing, resumes_in
 
 DrawSamples = Callable[[DDPMMLPPipeline, EMAModel | None, int], None]
-CHECKPOINT = ("model_index.json", "pipeline.py", "unet", "scheduler")  # what a run writes to output_dir
+CHECKPOINT = ("model_index.json", "pipeline.py", "unet", "scheduler")  # entries of output_dir
 
 
 def check_output_dir(args: RunArguments, *others: str) -> None:
-    """Refuse to replace what another run has left in `args.output_dir`, unless this run goes on from a state there.
+    """Refuse to replace another run's output in `args.output_dir`, unless this run resumes from a state there.
 
     Args:
         args: the run's options.
-        others: names that the run writes there beside the checkpoint's.
+        others: names of the files that the run writes there in addition to the checkpoint's.
 
     Raises:
-        OutputExistsError: if there is such an entry, and `args.overwrite_output_dir` isn't set.
+        OutputExistsError: if such an entry exists, and `args.overwrite_output_dir` isn't set.
         ConfigurationError: if `args.output_dir` is a file.
     """
     output_dir = Path(args.output_dir)
@@ -48,22 +48,24 @@ def check_output_dir(args: RunArguments, *others: str) -> None:
         raise ConfigurationError(f"output_dir must be a folder, but {output_dir} is a file")
     overwrite = args.overwrite_output_dir or resumes_in(output_dir, args.resume_from_checkpoint)
     check_names(output_dir, (*CHECKPOINT, *others), overwrite)
-    if (
-        isinstance(args, TrainingArguments) and args.save_samples_epochs is not None
-    ):  # a run that was killed before its first state may have left some
+    if isinstance(args, TrainingArguments) and args.save_samples_epochs is not None:
+        # A run that was killed before it saved a state may have left samples.
         check_names(output_dir, ["samples"], overwrite or args.resume_from_checkpoint == "latest")
 
 
 @dataclasses.dataclass
 class Run:
-    """What surrounds a training step: Accelerate's objects, the average of the weights, and how far the run goes.
+    """A training run in progress, made by `prepare_run`.
 
     Attributes:
-        network: the network that is trained, as Accelerate has prepared it.
-        whole: a network to hold the result: FSDP divides the one that is trained among the processes.
+        network: the trained network, as Accelerate has prepared it.
+        whole: a copy of the network that receives the result, because FSDP shards the trained one.
         steps_per_epoch, max_train_steps: in optimizer steps.
-        losses: of the optimizer steps so far.
-        batch_losses: of the batches whose gradients make the next step.
+        losses: loss of each optimizer step so far.
+        batch_losses: losses of the batches accumulated for the next step.
+        lr: learning rate of the current step.
+        progress: the progress bar.
+        signals: signals received since the loop began.
     """
 
     args: RunArguments
@@ -82,46 +84,46 @@ class Run:
     samples_epochs: int | None
     losses: list[float] = dataclasses.field(default_factory=list)
     batch_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    lr: float = math.nan  # of the step under way
-    progress: Any = None  # the progress bar
-    signals: list[int] = dataclasses.field(default_factory=list)  # that have come since the loop began
+    lr: float = math.nan
+    progress: Any = None
+    signals: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def total_batch_size(self) -> int:
-        """The batch size of all processes together."""
+        """Number of samples in a batch of all processes."""
         return self.args.train_batch_size * self.accelerator.num_processes
 
     @property
     def rows(self) -> slice:
-        """This process's rows of the whole batch."""
+        """This process's rows in the batch of all processes."""
         first = self.args.train_batch_size * self.accelerator.process_index
         return slice(first, first + self.args.train_batch_size)
 
     @contextlib.contextmanager
     def in_progress(self) -> Iterator[None]:
-        """Load the state to resume from, show the progress, and defer Ctrl-C and SIGTERM to the end of a step.
+        """Load the state to resume from, show a progress bar, and defer Ctrl-C and SIGTERM to the end of a step.
 
         Raises:
-            CheckpointError: if that state doesn't exist, is broken, or is another run's.
+            CheckpointError: if that state doesn't exist, is broken, or belongs to another run.
         """
         self.losses = self.checkpoints.begin(self.args.resume_from_checkpoint)
         step = len(self.losses)
         if step > 0:
             self.accelerator.print(f"resuming at step {step}")
-        disable = not self.accelerator.is_local_main_process
-        bar = progress_bar(total=self.max_train_steps, initial=step, desc="training", disable=disable)
+        hidden = not self.accelerator.is_local_main_process
+        bar = progress_bar(total=self.max_train_steps, initial=step, desc="training", disable=hidden)
         with bar as self.progress, deferred_signals(self.accelerator) as self.signals:
             yield
 
     def batches(self) -> Iterator[Batch]:
-        """Yield the batches that follow after the steps so far, until there are no more steps to take."""
+        """Yield the batches of the steps that remain."""
         while len(self.losses) < self.max_train_steps:
             epoch, steps_done = divmod(len(self.losses), self.steps_per_epoch)
             loader = self.accelerator.skip_first_batches(
                 self.dataloader, steps_done * self.args.gradient_accumulation_steps
             )
-            # Accelerate begins at the first order again if only one of them knows the epoch: of the first with several
-            # processes, of the second before 1.15.
+            # Accelerate starts again with the first epoch's order unless it knows the epoch. Which loader must know it
+            # depends on the number of processes and on the version (before or after 1.15).
             for each in (self.dataloader, loader):
                 each.set_epoch(epoch)
             for batch in loader:
@@ -133,15 +135,15 @@ class Run:
     def take_step(
         self, loss: torch.Tensor, shown: torch.Tensor, batch: Batch, t: torch.Tensor, eps: torch.Tensor
     ) -> None:
-        """Add a batch's gradient, and when `gradient_accumulation_steps` batches have come, take an optimizer step.
+        """Add a batch's gradient, and after `gradient_accumulation_steps` batches take an optimizer step.
 
         Args:
             loss: the batch's loss, a scalar.
-            shown: what is logged and shown of it.
-            batch, t, eps: what the network was told, to find out why a step diverges.
+            shown: the loss to log and show, a scalar.
+            batch, t, eps: the batch with its timesteps and noise, to find the reason if the step diverges.
 
         Raises:
-            DivergenceError: if loss or gradient are no longer finite. The step is not taken.
+            DivergenceError: if the loss or its gradient is no longer finite. The step is not taken.
             StoppedBySignal: if Ctrl-C or SIGTERM came during the step. The state is saved first.
         """
         accelerator = self.accelerator
@@ -156,22 +158,23 @@ class Run:
             self._end_step()
 
     def _clip_gradient(self, batch: Batch, t: torch.Tensor, eps: torch.Tensor) -> float:
-        """Clip the gradient of the step under way, and return the step's loss."""
+        """Clip the gradient, and return the step's loss."""
         accelerator, self.lr = self.accelerator, self.lr_scheduler.get_last_lr()[0]
-        # (DeepSpeed, which clips on its own, may have no norm to tell.)
+        # DeepSpeed clips by itself, and may not return the norm.
         norm = float(accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm) or 0.0)
         loss = accelerator.reduce(torch.stack(self.batch_losses).mean(), "mean").item()
         self.batch_losses.clear()
         if not math.isfinite(loss + norm) and not _will_be_skipped(accelerator):
-            step = len(self.losses) + 1
-            what = f"the gradient's norm is {norm:.2g} and the loss is {loss} at step {step}"
             x_t = self.pipeline.scheduler.add_noise(batch.x_0, eps, t)
-            remedy = f"with a learning rate of {self.lr:.2g}: {_remedy(accelerator, self.network, x_t, t, batch)}"
-            raise DivergenceError(f"{what}, {remedy}; {self.checkpoints.last_good}")
+            raise DivergenceError(
+                f"the gradient's norm is {norm:.2g} and the loss is {loss} at step {len(self.losses) + 1}, with a "
+                f"learning rate of {self.lr:.2g}: {_remedy(accelerator, self.network, x_t, t, batch)}; "
+                f"{self.checkpoints.last_good}"
+            )
         return loss
 
     def _end_step(self) -> None:
-        """Average the weights, report, and save what is due."""
+        """Average the weights, report the loss, and draw samples or save the state if due."""
         args, accelerator, step = self.args, self.accelerator, len(self.losses)
         if self.ema is not None:
             self.ema.step(self.network.parameters())
@@ -181,9 +184,9 @@ class Run:
         accelerator.log(report, step=step)
         if self.draw_samples is not None and self.samples_epochs is not None and accelerator.is_main_process:
             is_due = step % (self.steps_per_epoch * self.samples_epochs) == 0 or step == self.max_train_steps
-            if is_due:  # before the state is saved: a run that goes on from there has them already
+            if is_due:  # before the state is saved, because a run that resumes from it doesn't draw them again
                 self.draw_samples(self.pipeline, self.ema, math.ceil(step / self.steps_per_epoch))
-        is_stopped = accelerator.check_trigger()  # by a signal to any process
+        is_stopped = accelerator.check_trigger()  # whether any process got a signal
         is_due = args.checkpointing_steps is not None and step % args.checkpointing_steps == 0
         if is_due or is_stopped:
             self.checkpoints.save(self.losses)
@@ -192,12 +195,12 @@ class Run:
             raise StoppedBySignal(message, self.signals[0] if self.signals else signal.SIGTERM)
 
     def result(self) -> torch.nn.Module:
-        """Return a network with the trained weights (their average, with `use_ema`), in the main process.
+        """Return a network with the trained weights, or with their average if `use_ema` is set.
 
-        In the other processes, it has the weights that the run began with.
+        In processes other than the main one, it has the initial weights.
         """
         if self.ema is not None:
-            self.ema.foreach = False  # FSDP's tensors can only be copied one by one
+            self.ema.foreach = False  # FSDP's tensors don't support the fused copy
             self.ema.copy_to(self.network.parameters())
         weights = self.accelerator.get_state_dict(self.network)
         if self.accelerator.is_main_process:
@@ -205,12 +208,12 @@ class Run:
         return self.whole.to(self.accelerator.device).eval()
 
     def save(self) -> None:
-        """Save the pipeline whole, in the main process, and end the run."""
+        """Save the pipeline in the main process, whole or not at all, and end the run."""
         accelerator, output_dir = self.accelerator, Path(self.args.output_dir)
         if accelerator.is_main_process:
             with explain_writing(output_dir), tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
                 self.pipeline.save_pretrained(folder)
-                for file in Path(folder).glob("*/*.safetensors"):  # which safetensors keeps private
+                for file in Path(folder).glob("*/*.safetensors"):  # which safetensors makes private
                     shutil.copymode(Path(folder) / self.pipeline.config_name, file)
                 move_into(Path(folder), output_dir, last=self.pipeline.config_name)
         accelerator.wait_for_everyone()
@@ -226,15 +229,16 @@ def prepare_run(
     network: torch.nn.Module | None = None,
     learning_rates: Mapping[str, float] | None = None,
 ) -> Run:
-    """Check the options against the data, and have Accelerate prepare network, optimizer and data.
+    """Check the options against the data, and prepare network, optimizer and data with Accelerate.
 
     Args:
-        pipeline: the pipeline that is saved at the end.
-        dataset: the data.
+        pipeline: the pipeline to save at the end.
+        dataset: the training data.
         args: the options.
         draw_samples: see `train`; called after every `samples_epochs` epochs, and at the end.
-        network: what is trained, by default the pipeline's network.
-        learning_rates: the peak learning rates of some of its parameters, by name.
+        samples_epochs: number of epochs between draws; by default none is drawn.
+        network: the network to train; by default the pipeline's.
+        learning_rates: peak learning rates by name of parameter; by default `args.learning_rate`.
 
     Raises:
         OutputExistsError, ConfigurationError: see `train`.
@@ -249,18 +253,18 @@ def prepare_run(
     network = pipeline.unet if network is None else network
     whole = copy.deepcopy(network)
     if accelerator.distributed_type == DistributedType.FSDP:
-        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP divides no other
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP shards no other
     own = learning_rates or {}
     groups: list[dict[str, Any]] = [{"params": [p for name, p in network.named_parameters() if name not in own]}]
     groups += [{"params": [network.get_parameter(name)], "lr": lr} for name, lr in own.items()]
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
     dataloader: DataLoader[Batch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # it takes whatever has a length and `__getitems__`
+        dataset,  # type: ignore[arg-type]  # any class with a length and `__getitems__` works
         batch_size=args.train_batch_size,
         shuffle=True,
         drop_last=True,
-        collate_fn=_identity,
-        # Its own generator: from the global one, a resumed run would draw once more than one that never stopped.
+        collate_fn=lambda batch: batch,
+        # With the global generator, a resumed run would draw once more than a run that never stopped.
         generator=torch.Generator(),
     )
     network, optimizer, dataloader = accelerator.prepare(network, optimizer, dataloader)
@@ -279,9 +283,9 @@ def prepare_run(
         ema = EMAModel(network.parameters(), decay=args.ema_max_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
         ema.to(accelerator.device)
     if args.report_to != "none":
-        options = {name: value for name, value in vars(args).items() if value is not None}
-        plain = {name: value if isinstance(value, int | float) else str(value) for name, value in options.items()}
-        accelerator.init_trackers("train", plain)
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        options = {name: value if isinstance(value, int | float) else str(value) for name, value in given.items()}
+        accelerator.init_trackers("train", options)
     checkpoints = Checkpoints(accelerator, pipeline, ema, Path(args.output_dir), args.checkpoints_total_limit)
     return Run(
         args=args,
@@ -312,33 +316,28 @@ def _make_accelerator(args: RunArguments) -> Accelerator:
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
-            # The order of the data follows from seed and epoch alone, so that a resumed run finds its place in it.
+            # The order of the data depends on seed and epoch only, so that a resumed run finds its place.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         )
     except ValueError as error:  # such as fp16 on a CPU
         raise ConfigurationError(str(error)) from None
     if args.report_to != "none" and not accelerator.log_with:
-        raise ConfigurationError(f"report_to: {args.report_to} is not installed")
+        raise ConfigurationError(f"report_to: {args.report_to} is not installed: install it, or pass --report_to none")
     return accelerator
 
 
 def _will_be_skipped(accelerator: Accelerator) -> bool:
-    """Whether the step is one that fp16's scaler leaves out, to go on with gradients scaled less. Below a scale of 1
-    it is not the scale that makes them overflow."""
+    """Tell whether fp16's scaler will skip a step that overflows. Below a scale of 1, the scale is not the cause."""
     return accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
 
 
 def _remedy(
     accelerator: Accelerator, network: torch.nn.Module, x_t: torch.Tensor, t: torch.Tensor, batch: Batch
 ) -> str:
-    """What to do about numbers gone bad: an overflow of 16 bits is told from a divergence by float32's output."""
+    """Return advice after a divergence. If float32 gives a finite output, 16-bit numbers have overflowed."""
     if accelerator.mixed_precision != "no":
         with torch.no_grad():
             prediction = accelerator.unwrap_model(network, keep_fp32_wrapper=False)(x_t, t, **batch.known).sample
         if prediction.square().mean().isfinite():
             return f"{accelerator.mixed_precision} overflows where float32 does not, so use --mixed_precision no"
     return "a lower --learning_rate may help"
-
-
-def _identity(batch: Any) -> Any:
-    return batch

@@ -1,6 +1,8 @@
-"""Data as the target of samples: how far the samples of a table are from them, in the network's own features."""
+"""The distance between a step table's samples and data, as a loss and as a score on held-out data."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,26 +15,26 @@ from .fit_features import FitFeatures, PointFeatures, energy_distance, mean_dist
 from .options import FittingArguments
 from .table_parameters import TableParameters, draw
 
-CHUNK = 256  # samples at once, where no gradient is needed
+CHUNK = 256  # samples drawn together when no gradient is needed
 
 
 class Target:
     """
-    Data that samples are compared with, a part of them held out.
+    Data to compare samples with, divided into a part to fit to and a held-out part.
 
-    All randomness follows from the options' seed and the numbers given to `generator`.
+    All randomness depends on the options' seed and the numbers given to `generator`.
 
     Args:
         pipeline: the pipeline, for its classes.
-        data: data in the network's units, in the pipeline's classes and conditions.
-        features: what samples and data are compared on.
+        data: data in the network's units, with the pipeline's classes and conditions.
+        features: the features that samples and data are compared on.
         args: the options.
 
     Attributes:
-        fitted, held_out: indices of the data, each in the order of the labels.
+        fitted, held_out: indices of the data of each part, sorted by label.
 
     Raises:
-        DatasetError: if there are too few data, or they lack the labels that the network takes.
+        DatasetError: if there are too few data, or the network takes labels that the data lack.
     """
 
     def __init__(self, pipeline: DDPMMLPPipeline, data: TensorBatches, features: FitFeatures, args: FittingArguments):
@@ -44,62 +46,60 @@ class Target:
         if len(data) < 2 * args.batch_size:
             raise DatasetError(f"{len(data)} samples are too few for a fit: it needs {2 * args.batch_size}")
         order = torch.randperm(len(data), generator=self.generator(0, 0)).tolist()
-        needed = args.num_held_out + args.num_references
-        held_out = min(args.num_held_out, len(data) // 2) if len(data) < needed else args.num_held_out
+        held_out = args.num_held_out
+        if len(data) < held_out + args.num_references:
+            held_out = min(held_out, len(data) // 2)
         self.held_out, self.fitted = order[:held_out], order[held_out:]
         if data.class_labels is not None:
             for indices in (self.held_out, self.fitted):
                 indices.sort(key=data.class_labels.tolist().__getitem__)  # stable
         number = min(args.num_references, len(self.fitted))
-        self.references = self._features_of(self._some(number, self.generator(0, 3)))
-        self.held_out_references = self._features_of(data.__getitems__(self.held_out))
+        self.references = self._measure(self._some(number, self.generator(0, 3)))
+        self.held_out_references = self._measure(data.__getitems__(self.held_out))
 
     def generator(self, *key: int) -> torch.Generator:
-        """Return a generator of the stream that seed and key stand for."""
+        """Return a generator that is seeded with the options' seed and the key."""
         (seed,) = np.random.SeedSequence([self.args.seed, *key]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
     def distance(self, parameters: TableParameters, network: nn.Module, generator: torch.Generator) -> torch.Tensor:
-        """Return the distance between fresh samples and data of the same shares of labels and conditions."""
+        """Return the energy distance between fresh samples and data, with gradients: a scalar."""
         args = self.args
         batch = self._some(args.batch_size, generator)
         samples = batch._replace(x_0=draw(parameters, network, batch, generator))
         references, scales = self.references
-        if len(self.fitted) > args.num_references and isinstance(self.features, PointFeatures):  # cheap: take others
+        if len(self.fitted) > args.num_references and isinstance(self.features, PointFeatures):  # new ones are cheap
             references = self.features(self._some(args.num_references, generator), generator)
         return energy_distance(self.features(samples, generator), references, scales)
 
     @torch.no_grad()
     def held_out_distance(self, parameters: TableParameters, network: nn.Module) -> float:
-        """Return the distance between samples, always of the same noise, and the held-out data."""
+        """Return the energy distance between samples and the held-out data. The samples' noise is always the same."""
         generator = self.generator(0, 1)
-        labels = self._some(self.args.num_drawn, generator, self.held_out)
-        groups: list[list[torch.Tensor]] = []
-        for batch in _split(labels):
-            samples = batch._replace(x_0=draw(parameters, network, batch, generator))
-            groups.append(self.features(samples, generator))
-        features = [torch.cat(some) for some in zip(*groups, strict=True)]
-        return float(energy_distance(features, *self.held_out_references))
+        batches = _split(self._some(self.args.num_drawn, generator, self.held_out))
+        samples = (batch._replace(x_0=draw(parameters, network, batch, generator)) for batch in batches)
+        return float(energy_distance(self._features(samples, generator), *self.held_out_references))
 
     @torch.no_grad()
-    def _features_of(self, data: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the features of data, and their mean distances."""
-        generator = self.generator(0, 2)
-        batches = _split(data)
-        groups = [self.features(batch, generator) for batch in batches]
-        features = [torch.cat(some) for some in zip(*groups, strict=True)]
+    def _measure(self, data: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the features of data, and the mean distance within each."""
+        features = self._features(_split(data), self.generator(0, 2))
         return features, [mean_distance(x) for x in features]
 
-    def _some(self, number: int, generator: torch.Generator, indices: list[int] | None = None) -> Batch:
-        """Choose some of the data, by default of those that the table is fitted to.
+    def _features(self, batches: Iterable[Batch], generator: torch.Generator) -> list[torch.Tensor]:
+        groups = [self.features(batch, generator) for batch in batches]
+        return [torch.cat(some) for some in zip(*groups, strict=True)]
 
-        Each class has its share of them, up to one: chance in the labels would move the distance more than a step.
+    def _some(self, number: int, generator: torch.Generator, indices: list[int] | None = None) -> Batch:
+        """Choose data at random, by default from those to fit to. Each class has its share of them, up to one sample.
+
+        Random shares would change the distance more than a step of the optimizer does.
         """
-        indices = self.fitted if indices is None else indices  # in the order of their labels
+        indices = self.fitted if indices is None else indices  # sorted by label
         places = (torch.arange(number) + torch.rand(number, generator=generator)) * (len(indices) / number)
         return self.data.__getitems__([indices[int(place)] for place in places.clamp(max=len(indices) - 1)])
 
 
 def _split(batch: Batch) -> list[Batch]:
-    """Split a batch into some of at most `CHUNK` samples."""
+    """Split a batch into batches of at most `CHUNK` samples."""
     return [batch.take(slice(i, i + CHUNK)) for i in range(0, len(batch.x_0), CHUNK)]

@@ -1,4 +1,4 @@
-"""Tune a network together with a step table of few calls, by the distance of their samples to data."""
+"""Tune a network and a step table of few calls together, to lower the distance of their samples to data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .run import prepare_run
 from .table_parameters import TableParameters
 from .target import Target
 
-DENOISING_SHARE = 3  # of a batch, one in so many is also denoised
+DENOISING_SHARE = 3  # one of this many samples of a batch enters the denoising loss
 
 
 class TunedNetwork(nn.Module):
-    """A network with the numbers of a step table beside its weights, so that one optimizer and one EMA have both."""
+    """A network with a step table's numbers as a parameter, so that one optimizer and one EMA hold both."""
 
     def __init__(self, unet: nn.Module, numbers: torch.Tensor):
         super().__init__()
@@ -41,20 +41,21 @@ def tune(
 ) -> tuple[list[float], list[int]]:
     """Tune the pipeline's network to a step table of `args.num_calls` calls, and save both.
 
-    The loss is the energy distance between samples and data, through all calls, plus a share of the denoising loss,
-    without which the network forgets what a noised sample is.
+    The loss is the energy distance between samples and data, with gradients through all calls, plus
+    `args.denoising_weight` times the denoising loss, which keeps the network a noise predictor.
 
     Args:
-        pipeline: the pipeline to tune; afterwards it holds the tuned network and a `StepTableScheduler`.
-        data: data in the network's units, in the pipeline's classes and conditions.
-        features: what samples and data are compared on. Activations must be those of another, frozen copy.
-        args: the options; `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
+        pipeline: the pipeline to tune. Afterwards it holds the tuned network and a `StepTableScheduler`.
+        data: data in the network's units, with the pipeline's classes and conditions.
+        features: the features that samples and data are compared on. Activations must come from a frozen copy of the
+            network.
+        args: the options. `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
 
     Returns:
-        The distance of every optimizer step, and the indices of the data that were held out.
+        The distance of each optimizer step, and the indices of the held-out data.
 
     Raises:
-        DatasetError: if there are too few data, or they lack the labels that the network takes.
+        DatasetError: if there are too few data, or the network takes labels that the data lack.
         OutputExistsError, ConfigurationError, CheckpointError, DivergenceError, StoppedBySignal: see `train`.
     """
     scheduler, T = pipeline.scheduler, pipeline.scheduler.config.num_train_timesteps
