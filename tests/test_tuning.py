@@ -42,15 +42,16 @@ def test_gaussian_data_are_drawn_by_a_network_that_was_wrong(calls, tmp_path):
     assert points.std() == pytest.approx(VARIANCE**0.5, rel=0.05)
 
 
-def test_the_denoising_loss_keeps_the_network_a_denoiser(tmp_path):
-    """For the exact network, the distance alone may move ε anywhere that one call needs it; the anchor holds it."""
+def test_the_denoising_loss_leads_to_the_exact_network(tmp_path):
+    """The distance alone is content with any ε that the table makes up for; the denoising loss wants the true one."""
     factors = []
     for weight in (0.0, 100.0):
-        pipe = gaussian_pipeline()
-        tune(pipe, gaussian_data(), PointFeatures(), options(tmp_path / str(weight), denoising_weight=weight))
+        pipe = gaussian_pipeline(scale=0.5)
+        args = options(tmp_path / str(weight), denoising_weight=weight, learning_rate=0.02, max_train_steps=150)
+        tune(pipe, gaussian_data(), PointFeatures(), args)
         factors.append(pipe.unet.factor.item())
     free, held = factors
-    assert abs(held - 1) < 0.02 < abs(free - 1)
+    assert abs(held - 1) < 0.05 < abs(free - 1)
 
 
 class Stop(Exception):

@@ -305,7 +305,7 @@ class TuningArguments(RunArguments):
         None, "optimizer steps; overrides num_epochs (default of both: 2,000 for points, 1,500 for images)"
     )
     learning_rate: float | None = option(  # type: ignore[assignment]
-        None, "peak learning rate of Adam for the weights; by default 2e-3 for points, 2e-4 for images"
+        None, "peak learning rate of Adam for the weights; by default 2e-3 for points, 6e-4 for images"
     )
     lr_warmup_steps: int = option(20, "optimizer steps of linear learning rate warm-up")
     ema_max_decay: float = option(0.99, "maximum decay of the EMA, after its warm-up")
@@ -319,7 +319,7 @@ class TuningArguments(RunArguments):
 
     def of_kind(self, is_points: bool) -> TuningArguments:
         """Return the options with the defaults for points or for images."""
-        batch_size, learning_rate, steps = (1024, 2e-3, 2000) if is_points else (96, 2e-4, 1500)
+        batch_size, learning_rate, steps = (1024, 2e-3, 2000) if is_points else (96, 6e-4, 1500)
         defaults: dict[str, Any] = {"train_batch_size": batch_size, "learning_rate": learning_rate}
         if self.num_epochs is None:
             defaults["max_train_steps"] = steps
