@@ -116,6 +116,7 @@ def build_sampler(
             samples = op.Cast(op.Round(op.Mul(samples, 255.0)), to=ir.DataType.UINT8)
     builder.add_output(samples, "samples")
     model = ir.Model(graph, ir_version=network.ir_version, producer_name="ddpm-mlp-pipeline")
+    RemoveUnusedNodesPass()(model)  # a single row leaves some
     NameFixPass()(model)  # names of the network and of the sampler may collide
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
