@@ -140,10 +140,12 @@ def test_comparing_schedulers(trained, squares, run, run_forked, tmp_path):
     assert all(row["frechet_distance"] > 0 and row["ms_per_sample"]["1"] > 0 for row in rows.values())
     assert rows["ddpm", 4]["network_calls"] == 4
     # An existing row is reused, except for its time; with another number of samples, it is measured again.
-    output.write_text(output.read_text().replace(str(rows["ddpm", 4]["frechet_distance"]), "123.25"))
+    output.write_text(output.read_text().replace(str(rows["ddpm", 4]["frechet_distance"]), "123.2"))
     again = run_forked(*argv[:-2])
-    assert "ddpm, 4 steps: 123.25" in again.stdout
-    assert "ddpm, 4 steps: 123.25" not in run_forked(*argv[:7], 71, *argv[8:-2]).stdout
+    assert "ddpm, 4 steps: 123.2" in again.stdout
+    measured = run_forked(*argv[:7], 71, *argv[8:-2])
+    assert measured.returncode == 0, measured.stderr
+    assert "ddpm, 4 steps: 123.2" not in measured.stdout
     assert_one_line_error(run_forked(*argv[:-1], "ddim:eta"), "NAME=VALUE")
     output.write_text('{"a": 1}')
     assert_one_line_error(run_forked(*argv[:-1]), "does not hold what ddpm-compare writes")

@@ -105,7 +105,10 @@ def resolve(
     inputs = _inputs(info, num_samples, class_labels, condition)
     if guidance_scale is not None:
         if guidance_interval is not None:
-            t_high, t_low = (_finite(t, "guidance_interval") for t in guidance_interval)
+            bounds = _numbers(guidance_interval, "guidance_interval")
+            if bounds.shape != (2,) or not np.isfinite(bounds).all():
+                raise ConfigurationError("guidance_interval must be 2 finite numbers")
+            t_high, t_low = map(float, bounds)
             if t_high < t_low:
                 raise ConfigurationError(f"guidance_interval must be (t_high, t_low), got ({t_high:g}, {t_low:g})")
             guidance_interval = t_high, t_low
@@ -226,7 +229,7 @@ def _by_name(values: Any, columns: list[str], what: str) -> npt.NDArray[np.float
     if unknown := [name for name in values if name not in columns]:
         raise ConfigurationError(f"{what} has no column {unknown[0]!r}, only {', '.join(columns)}")
     if what == "condition" and (missing := [name for name in columns if name not in values]):
-        raise ConfigurationError(f"the condition lacks {missing[0]!r}: its columns are {', '.join(columns)}")
+        raise ConfigurationError(f"the condition lacks {missing[0]!r}")
     return _numbers([values.get(name, math.nan) for name in columns], what)
 
 

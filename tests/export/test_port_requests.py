@@ -101,6 +101,7 @@ def test_what_cannot_be_drawn_is_told_as_in_python(draw_in_node, labelled_points
             {"guidanceScale": NAN},
             {"guidanceInterval": [500, 100]},
             {"guidanceScale": 2, "guidanceInterval": [100, 500]},
+            {"guidanceScale": 2, "guidanceInterval": [500]},
             {"resample": 0},
             {"resample": 1.5},
             {"known": {"z": 1}},

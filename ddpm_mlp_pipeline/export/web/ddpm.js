@@ -391,12 +391,12 @@ function inputsOf(info, numSamples, classLabels, condition) {
     const isOf = [1, numSamples].some((rows) => values.length === rows * columns.length);
     if (condition != null && !(isOf && values.every(isNumber))) {
       fail(
-        `condition must hold finite numbers, ${columns.length} of them (${columns.join(", ")}) for all samples ` +
+        `condition must hold finite numbers, ${columns.length} (${columns.join(", ")}) for all samples ` +
           `or for each of ${numSamples}`,
       );
     }
     inputs.condition = Float32Array.from(values, (v, i) => (v - mean[i % mean.length]) / std[i % std.length]);
-  } else if (condition != null) fail("condition: this network takes none");
+  } else if (condition != null) fail("condition: this network takes no condition");
   return inputs;
 }
 
