@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/installed
 	@mkdir -p $(DEMO)
 	$(LAUNCH) train_scripts/train_points.py --config heart --output_dir $(DEMO)/heart --overwrite_output_dir
-	$(BIN)/ddpm-export $(DEMO)/heart $(DEMO)/heart-onnx --scheduler ddim --num_inference_steps 50 --overwrite
+	$(BIN)/ddpm-export $(DEMO)/heart $(DEMO)/heart-onnx --fit 8 --dataset heart --overwrite
 	$(BIN)/ddpm-sample $(DEMO)/heart-onnx --num_samples 2000 --seed 0 --output $(DEMO)/heart.png --overwrite
 	@echo
 	@echo "Made here, on this machine:"
