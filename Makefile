@@ -129,6 +129,8 @@ pictures: runs/swiss_roll_angle/model_index.json | .venv/installed
 	cp runs/heart/process.gif docs/images/heart.gif
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-onnx --overwrite
 	$(BIN)/ddpm-sample runs/mnist-onnx --num_samples 64 --seed 0 --output docs/images/mnist.png --overwrite
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist_1 runs/mnist-1-onnx --overwrite
+	$(BIN)/ddpm-sample runs/mnist-1-onnx --num_samples 64 --seed 0 --output docs/images/mnist_1.png --overwrite
 	$(BIN)/ddpm-plot drift ddpm_mlp_pipeline/checkpoints/swiss_roll_2015 --dataset swiss_roll --dataset_noise 0.001 \
 		--output docs/images/swiss_roll_2015.png --overwrite
 	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/images/mnist_reverse.png --overwrite

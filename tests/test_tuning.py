@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ TUNE = ROOT / "train_scripts" / "tune.py"
 
 def options(folder, **changes):
     values = {"num_calls": 1, "train_batch_size": 256, "max_train_steps": 60, "report_to": "none"}
-    return TuningArguments(output_dir=str(folder), checkpoint="", dataset="", **values | changes)
+    return TuningArguments(output_dir=str(folder), **values | changes)
 
 
 @pytest.mark.parametrize("calls", [1, 2])
@@ -127,3 +128,17 @@ def test_two_processes(run, tmp_path):
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row["distance"] for row in json.loads((output / "tune.json").read_text())["rows"]}
     assert rows["tuned"] < 0.5 * min(rows["ddim"], rows["dpmsolver_multistep"])
+
+
+@pytest.mark.slow
+def test_the_column_of_labels_serves_the_tuning_and_the_report(run, tmp_path):
+    """A stock-like checkpoint, whose training did not record the column: the data's held-out split needs it, too."""
+    checkpoint = shutil.copytree(pretrained("moons"), tmp_path / "moons")
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    (checkpoint / "model_index.json").write_text(json.dumps(index | {"label_column": None}))
+    argv = ("ddpm-tune", "--checkpoint", checkpoint, "--dataset", "two_moons", "--output_dir", tmp_path / "tuned")
+    argv = (*argv, "--num_samples", 3000, "--train_batch_size", 64, "--max_train_steps", 5, "--report_to", "none")
+    assert_one_line_error(run(*argv), "--label_column")
+    result = run(*argv, "--label_column", "label")
+    assert result.returncode == 0, result.stderr
+    assert "tuned" in result.stdout

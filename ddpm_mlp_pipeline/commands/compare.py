@@ -49,6 +49,7 @@ with command_imports("ddpm-compare", __name__):
         squared_energy_distance,
         to_uint8,
     )
+    from ..judge.sources import DATA_SEED, NUM_IMAGES, NUM_POINTS
     from ..loading import fingerprint, load_checkpoint
     from ..pipeline import DDPMMLPPipeline
     from ..table_scheduler import StepTableScheduler
@@ -66,8 +67,6 @@ SAMPLERS = (
     "sasolver",
 )
 REQUIRED_KEYS = {"scheduler", "num_inference_steps", "num_samples"}
-NUM_POINTS, NUM_IMAGES = 10_000, 2_000
-DATA_SEED = 1000  # training's data have seed 0
 MAX_PIXEL_REFERENCES = 2000  # all pairs are compared
 LABELS = {
     "frechet_distance": "Fréchet distance",

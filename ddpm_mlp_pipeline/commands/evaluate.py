@@ -18,7 +18,7 @@ from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..export.schedulers import SCHEDULERS
 from ..files import whole_file
 from ..judge import metrics
-from ..judge.sources import Source, open_source
+from ..judge.sources import DATA_SEED, NUM_IMAGES, NUM_POINTS, Source, open_source
 from ..runtime.request import Asked
 from .asking import add_guidance_options
 from .parser import (
@@ -38,10 +38,8 @@ if TYPE_CHECKING:
     import torch
 
 
-NUM_POINTS, NUM_IMAGES = 10_000, 2_000
 MIN_OF_CLASS = 70  # a Fréchet distance of 64 features needs more samples
 POINT_REPEATS, IMAGE_REPEATS, IMAGE_FLOOR_REPEATS = 5, 1, 5
-DATA_SEED = 1000  # of the first draw of data
 LABELS = {
     "sliced_wasserstein_distance": "sliced Wasserstein distance",
     "energy_distance": "energy distance",

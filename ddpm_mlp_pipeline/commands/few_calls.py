@@ -23,6 +23,7 @@ from ..export.exporter import DEFAULT_OF_IMAGES, DEFAULT_OF_POINTS, export_bundl
 from ..judge.features import FeatureNetwork, load_features
 from ..judge.few_calls import TableJudge, TableRow, nearest
 from ..judge.metrics import choose_features
+from ..judge.sources import DATA_SEED
 from ..loading import load_checkpoint
 from ..pipeline import DDPMMLPPipeline
 from ..progress import progress_bar
@@ -36,7 +37,6 @@ FIGURES = ("tables.png", "samples.png", "nearest.png")
 NUM_FIT_POINTS = 100_000
 NUM_POINTS, NUM_IMAGES = 5_000, 2_000  # samples of each measurement
 POINT_REPEATS = 3  # measurements of points, whose mean is reported
-DATA_SEED = 1000  # seed of the report's points; the fit's is 0
 STOCK: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ddim", {}),
     ("dpmsolver_multistep", {"algorithm_type": "sde-dpmsolver++"}),
@@ -99,6 +99,14 @@ class Report:
             drawn["nearest.png"] = figures.plot_panels(self.neighbours, 2)
         for name, figure in drawn.items():
             figures.save(figure, folder / name, overwrite=True)
+
+
+def load_pipeline(args: Any) -> DDPMMLPPipeline:
+    """Load the checkpoint, which knows the data's column of labels from its training or from `--label_column`."""
+    pipeline = load_checkpoint(args.checkpoint)
+    if args.label_column is not None:
+        pipeline.register_to_config(label_column=args.label_column)
+    return pipeline
 
 
 def load_data(args: Any, pipeline: DDPMMLPPipeline) -> TensorBatches:

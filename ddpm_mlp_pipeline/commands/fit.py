@@ -20,7 +20,7 @@ with command_imports("ddpm-fit", __name__):
     from ..checkpoint_sampler import CheckpointSampler
     from ..data.batches import TensorBatches
     from ..data.normalized import normalize
-    from ..loading import fingerprint, load_checkpoint
+    from ..loading import fingerprint
     from ..pipeline import DDPMMLPPipeline
     from ..progress import progress_bar, sampling_bar
     from ..runtime.request import Asked
@@ -35,6 +35,7 @@ with command_imports("ddpm-fit", __name__):
         Candidate,
         Report,
         load_data,
+        load_pipeline,
         make_features,
         measure,
         stock_candidates,
@@ -61,9 +62,7 @@ def fit(args: Namespace) -> None:
     if (args.dataset is None) == (args.data_free is None):
         raise ConfigurationError("name the data with --dataset, or pass --data_free N")
     check_folder(args.output, is_own, args.overwrite)
-    pipeline = load_checkpoint(args.checkpoint)
-    if args.label_column is not None:
-        pipeline.register_to_config(label_column=args.label_column)
+    pipeline = load_pipeline(args)
     data = load_data(args, pipeline) if args.data_free is None else _own_samples(args, pipeline)
     options = {
         name: getattr(args, name) for name in ("steps", "batch_size", "seed") if getattr(args, name) is not None

@@ -13,13 +13,12 @@ from .parser import command, command_imports
 with command_imports("ddpm-tune", __name__):
     from ..export.compile import compile_scheduler
     from ..files import whole_file
-    from ..loading import load_checkpoint
     from ..table_scheduler import StepTableScheduler
-    from ..training.options import PRESETS, TuningArguments
+    from ..training.options import PRESETS, CheckpointTuningArguments
     from ..training.processes import this_process
     from ..training.run import check_output_dir
     from ..training.tuning import tune
-    from .few_calls import FIGURES, Candidate, load_data, make_features, measure, stock_candidates
+    from .few_calls import FIGURES, Candidate, load_data, load_pipeline, make_features, measure, stock_candidates
     from .presets import parse_options
 
 REPORT = "tune.json"
@@ -27,12 +26,10 @@ REPORT = "tune.json"
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_options(TuningArguments, argv, __doc__, PRESETS)
+    args = parse_options(CheckpointTuningArguments, argv, __doc__, PRESETS)
     check_output_dir(args, *FIGURES, REPORT)
     begun, checkpoint, process = time.monotonic(), Path(args.checkpoint), this_process()
-    pipeline, frozen = load_checkpoint(checkpoint), load_checkpoint(checkpoint)
-    if args.label_column is not None:
-        pipeline.register_to_config(label_column=args.label_column)
+    pipeline, frozen = load_pipeline(args), load_pipeline(args)
     with process.local_main_process_first():
         data = load_data(args, pipeline)
     frozen.unet.requires_grad_(False).eval()

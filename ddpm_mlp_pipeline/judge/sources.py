@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 IMAGE_BATCH_SIZE, POINT_BATCH_SIZE = 64, 512
+NUM_POINTS, NUM_IMAGES = 10_000, 2_000  # samples to compare with data, unless told otherwise
+DATA_SEED = 1000  # of the first draw of data; training and fits draw theirs with 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..pipeline import DDPMMLPPipeline
 from ..runtime.step_table import StepTable
 from .fit_features import FitFeatures
 from .options import FittingArguments
-from .table_parameters import TableParameters
+from .table_parameters import TableParameters, check_num_calls
 from .target import Target
 
 AVERAGING = 0.9  # decay of the average of the parameters over the optimiser's steps
@@ -89,9 +89,8 @@ class TableFitter:
             ConfigurationError: if there are more calls than training timesteps.
             DivergenceError: if the distance is not finite.
         """
-        T, previous = self.pipeline.scheduler.config.num_train_timesteps, None
-        if max(num_calls) > T or min(num_calls) < 1:
-            raise ConfigurationError(f"the numbers of calls must be from 1 to {T}, the number of training timesteps")
+        check_num_calls(num_calls, self.pipeline.scheduler.config.num_train_timesteps)
+        previous: TableParameters | None = None
         for number in sorted(set(num_calls), reverse=True):
             if previous is None:
                 start = TableParameters.start(number, self.args, self.pipeline.scheduler)

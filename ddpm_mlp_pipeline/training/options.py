@@ -276,25 +276,13 @@ _OF_IMAGES: dict[str, Any] = {
 
 @dataclasses.dataclass(kw_only=True)
 class TuningArguments(RunArguments):
-    """Options of tuning a checkpoint to a sampler of few calls. `of_kind` sets those left `None` by the kind of data.
+    """Options of tuning a network to a sampler of few calls. `of_kind` sets those left `None` by the kind of data.
 
     Raises:
         ConfigurationError: if a value is out of range.
     """
 
-    checkpoint: str = option(help="the checkpoint folder to begin from")
-    dataset: str = option(help="a point set's name, a file of points, or an image data set")
     num_calls: int = option(1, "network calls of the sampler")
-    num_samples: int | None = option(None, "number of samples to tune to (default: 100,000 points, all images)")
-    dataset_noise: float | None = option(None, "noise of a point set, as in training; by default the set's own")
-    split: str | None = option(None, "split of an image data set; by default train")
-    fit: str = option("resize", "how images are fitted, as in training", choices=["resize", "pad"])
-    skip_corrupt: bool = option(False, "skip images that can't be read, and list them")
-    label_column: str | None = option(None, "the data's column of labels; by default the one of training")
-    features: str | None = option(
-        None, "a feature network's folder to compare on; by default coordinates, or the network's own activations"
-    )
-    judge: str | None = option(None, "features that the report compares images on")
     denoising_weight: float = option(0.1, "weight of the denoising loss beside the distance to the data")
     table_learning_rate: float = option(0.01, "peak learning rate of the step table's numbers")
 
@@ -312,7 +300,7 @@ class TuningArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least({"num_calls": 1, "num_samples": 1})
+        self._check_least({"num_calls": 1})
         self._check_positive("table_learning_rate")
         if not 0 <= self.denoising_weight < math.inf:
             raise ConfigurationError(f"denoising_weight must be at least 0, got {self.denoising_weight}")
@@ -332,3 +320,25 @@ class TuningArguments(RunArguments):
         if is_points:
             return FittingArguments.of_points(**common, num_references=2 * common["batch_size"])
         return FittingArguments.of_images(**common)
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointTuningArguments(TuningArguments):
+    """Options of tuning a checkpoint folder: what to tune, the data, and what to compare samples on."""
+
+    checkpoint: str = option(help="the checkpoint folder to begin from")
+    dataset: str = option(help="a point set's name, a file of points, or an image data set")
+    num_samples: int | None = option(None, "number of samples to tune to (default: 100,000 points, all images)")
+    dataset_noise: float | None = option(None, "noise of a point set, as in training; by default the set's own")
+    split: str | None = option(None, "split of an image data set; by default train")
+    fit: str = option("resize", "how images are fitted, as in training", choices=["resize", "pad"])
+    skip_corrupt: bool = option(False, "skip images that can't be read, and list them")
+    label_column: str | None = option(None, "the data's column of labels; by default the one of training")
+    features: str | None = option(
+        None, "a feature network's folder to compare on; by default coordinates, or the network's own activations"
+    )
+    judge: str | None = option(None, "features that the report compares images on")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least({"num_samples": 1})

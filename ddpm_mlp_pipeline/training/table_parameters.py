@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,24 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from ..data.batches import Batch
+from ..errors import ConfigurationError
 from ..runtime.step_table import StepTable
 from ..table_scheduler import StepTableScheduler, Terms, next_sample, predict_x_0
 from .options import FittingArguments
 
 LOG_SNR_SCALE = 10.0  # one step of the optimiser moves the log SNR by so much more than the other numbers
+
+
+def check_num_calls(num_calls: Sequence[int], num_train_timesteps: int) -> None:
+    """Refuse numbers of calls that no table can have.
+
+    Raises:
+        ConfigurationError: if one is below 1 or above the number of training timesteps.
+    """
+    if max(num_calls) > num_train_timesteps or min(num_calls) < 1:
+        raise ConfigurationError(
+            f"num_calls must be from 1 to {num_train_timesteps}, the number of training timesteps"
+        )
 
 
 @dataclasses.dataclass

@@ -11,14 +11,13 @@ from torch import nn
 from torch.utils.data import Subset
 
 from ..data.batches import BatchDataset, TensorBatches
-from ..errors import ConfigurationError
 from ..pipeline import DDPMMLPPipeline
 from ..table_scheduler import StepTableScheduler
 from .fit_features import FitFeatures
 from .losses import simple_loss
 from .options import TuningArguments
 from .run import prepare_run
-from .table_parameters import TableParameters
+from .table_parameters import TableParameters, check_num_calls
 from .target import Target
 
 DENOISING_SHARE = 3  # one of this many samples of a batch enters the denoising loss
@@ -59,8 +58,7 @@ def tune(
         OutputExistsError, ConfigurationError, CheckpointError, DivergenceError, StoppedBySignal: see `train`.
     """
     scheduler, T = pipeline.scheduler, pipeline.scheduler.config.num_train_timesteps
-    if args.num_calls > T:
-        raise ConfigurationError(f"num_calls must be from 1 to {T}, the number of training timesteps")
+    check_num_calls([args.num_calls], T)
     args = args.of_kind(pipeline.is_points)
     fitting = args.for_target(pipeline.is_points)
     target = Target(pipeline, data, features, fitting)
