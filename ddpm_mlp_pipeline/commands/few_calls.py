@@ -126,7 +126,7 @@ def make_features(features: str | None, pipeline: DDPMMLPPipeline) -> FitFeature
     network = load_features(features)
     if not isinstance(network, FeatureNetwork):
         raise ConfigurationError("--features must be the folder of a network that train_features.py wrote")
-    return Preprocessed(network.requires_grad_(False).embed)
+    return Preprocessed(network.to(pipeline.device).requires_grad_(False).embed)
 
 
 def stock_candidates(pipeline: DDPMMLPPipeline, checkpoint: Path, num_calls: Sequence[int]) -> list[Candidate]:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images, labels, class_names = load_labelled_images(
             args.dataset_name, args.label_column, args.split, *form, on_corrupt=on_corrupt
         )
-    data = ImageBatches(images, labels)
+    data = ImageBatches(images, labels).to_accelerator(process.device)
     pipeline, losses = train_on_images(args, data, class_names, functools.partial(draw_samples, args))
     x_0, steps = to_network_units(images[: figures.NUM_IMAGES]), args.ddpm_num_inference_steps
     finish_run(args, pipeline, x_0, losses, args.dataset_name, repo_id, steps)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline, frozen = load_pipeline(args), load_pipeline(args)
     with process.local_main_process_first():
         data = load_data(args, pipeline)
-    frozen.unet.requires_grad_(False).eval()
+    frozen.to(process.device).unet.requires_grad_(False).eval()
     losses, held_out = tune(pipeline, data, make_features(args.features, frozen), args)
     if not process.is_main_process:
         return

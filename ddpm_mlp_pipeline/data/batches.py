@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 
 class Batch(NamedTuple):
@@ -27,6 +30,10 @@ class Batch(NamedTuple):
         """The network's arguments besides x_t and t."""
         given = {"class_labels": self.class_labels, "condition": self.condition}
         return {name: values for name, values in given.items() if values is not None}
+
+    def to(self, device: torch.device) -> Batch:
+        """Move the samples, with their labels and conditions, to a device."""
+        return Batch(self.x_0.to(device), **{name: values.to(device) for name, values in self.known.items()})
 
     def take(self, rows: slice | torch.Tensor) -> Batch:
         """Return some of the samples, with their labels and conditions."""
@@ -69,9 +76,24 @@ class TensorBatches(Dataset[Batch]):
     ):
         self.samples, self.class_labels, self.condition = samples, class_labels, condition
 
+    def to(self, device: torch.device) -> Self:
+        """Move the data set to a device, whose memory must hold it."""
+        known = (None if known is None else known.to(device) for known in (self.class_labels, self.condition))
+        return type(self)(self.samples.to(device), *known)
+
+    def to_accelerator(self, device: torch.device) -> Self:
+        """Move the data set to a GPU that trains, if it takes a quarter of the free memory at most.
+
+        Batches are then chosen there, which is several times as fast as to send each of them.
+        """
+        if device.type != "cuda" or self.samples.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+            return self
+        return self.to(device)
+
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        labels, condition = (None if all_ is None else all_[indices] for all_ in (self.class_labels, self.condition))
-        return Batch(self.samples[indices], labels, condition)
+        rows = torch.tensor(indices, device=self.samples.device)
+        labels, condition = (None if all_ is None else all_[rows] for all_ in (self.class_labels, self.condition))
+        return Batch(self.samples[rows], labels, condition)

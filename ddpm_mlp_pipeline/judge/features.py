@@ -51,6 +51,8 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
             Width of the last hidden layer.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 128)`):
             Width at each resolution, from the highest. Each has half the height and width of the previous one.
+        layers_per_block (`int`, defaults to 1):
+            Number of convolutions at each resolution.
     """
 
     @register_to_config
@@ -61,13 +63,18 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         num_classes: int = 10,
         num_features: int = 64,
         block_out_channels: tuple[int, ...] = (32, 64, 128),
+        layers_per_block: int = 1,
     ):
         super().__init__()
         self.channels = (in_channels,)
         self.num_features = num_features
         blocks: list[nn.Module] = []
-        for width, previous in zip(block_out_channels, (in_channels, *block_out_channels), strict=False):
-            blocks += [nn.Conv2d(previous, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        channels = in_channels
+        for width in block_out_channels:
+            for _ in range(layers_per_block):
+                blocks += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+            blocks.append(nn.MaxPool2d(2))
         size = sample_size // 2 ** len(block_out_channels)
         self.blocks = nn.Sequential(*blocks, nn.Flatten())
         self.hidden = nn.Linear(block_out_channels[-1] * size**2, num_features)

@@ -86,7 +86,7 @@ class NetworkFeatures:
     def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
         features = []
         for t, alpha_cumprod in zip(self.timesteps, self.alphas_cumprod, strict=True):
-            noise = torch.randn(batch.x_0.shape, generator=generator)
+            noise = torch.randn(batch.x_0.shape, generator=generator).to(batch.x_0.device)
             x_t = alpha_cumprod**0.5 * batch.x_0 + (1 - alpha_cumprod) ** 0.5 * noise
             with _outputs(self.blocks) as outputs, contextlib.suppress(_Done):
                 self.network(x_t, t, **batch.known)

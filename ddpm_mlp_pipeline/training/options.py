@@ -30,6 +30,21 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) 
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+def widths_of(block_out_channels: str) -> tuple[int, ...]:
+    """Return the widths in a list such as `"32,64,128"`.
+
+    Raises:
+        ConfigurationError: if they are not positive whole numbers.
+    """
+    try:
+        widths = tuple(int(width) for width in block_out_channels.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) < 1:
+        raise ConfigurationError(f"block_out_channels must be widths such as 32,64,128, got {block_out_channels!r}")
+    return widths
+
+
 @dataclasses.dataclass(kw_only=True)
 class RunArguments:
     """Options of any run of the optimizer, named as in diffusers' training scripts.
@@ -200,6 +215,7 @@ class ImageTrainingArguments(TrainingArguments):
     model: str = option("unet", "network; stock is diffusers' UNet2DModel", choices=["unet", "mlp", "stock"])
     block_out_channels: str = option("32,64,128", "unet, stock: width at each resolution, separated by commas")
     layers_per_block: int = option(1, "unet, stock: residual blocks at each resolution, down and up")
+    patch_size: int = option(2, "unet: stride of the first and the last convolution")
     attention: bool = option(True, "unet, stock: self-attention at the lowest resolution")
     time_conditioning: str = option("every_block", "unet: where the timestep enters", choices=["every_block", "once"])
     embedding_dim: int = option(100, "mlp: size of the timestep's embedding")

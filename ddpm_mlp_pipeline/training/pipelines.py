@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, DatasetError
 from ..models.mlp import MLPModel
 from ..models.unet import SmallUNet2DModel
 from ..pipeline import DDPMMLPPipeline
-from .options import ImageTrainingArguments, PointTrainingArguments
+from .options import ImageTrainingArguments, PointTrainingArguments, widths_of
 
 
 def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, TensorBatches]:
@@ -102,15 +102,14 @@ def make_image_pipeline(
         "num_class_embeds": num_classes or None,
     }
     try:
-        widths = tuple(int(width) for width in args.block_out_channels.split(","))
+        widths = widths_of(args.block_out_channels)
         of_unets = {"block_out_channels": widths, "layers_per_block": args.layers_per_block}
         if args.model == "mlp":
             mlp = {name: getattr(args, name) for name in ("embedding_dim", "hidden_dim", "num_hidden_layers")}
             unet = MLPModel(**shared, **mlp)
         elif args.model == "unet":
-            unet = SmallUNet2DModel(
-                **shared, **of_unets, attention=args.attention, time_conditioning=args.time_conditioning
-            )
+            own = {name: getattr(args, name) for name in ("patch_size", "attention", "time_conditioning")}
+            unet = SmallUNet2DModel(**shared, **of_unets, **own)
         else:
             divisor = 2 ** (len(widths) - 1)
             if any(length % divisor for length in size):

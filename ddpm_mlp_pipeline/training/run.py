@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    ProjectConfiguration,
+    is_compiled_module,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -202,7 +208,9 @@ class Run:
         if self.ema is not None:
             self.ema.foreach = False  # FSDP's tensors don't support the fused copy
             self.ema.copy_to(self.network.parameters())
-        weights = self.accelerator.get_state_dict(self.network)
+        # A compiled module adds a prefix to the names of its weights.
+        network = self.network._orig_mod if is_compiled_module(self.network) else self.network
+        weights = self.accelerator.get_state_dict(network)
         if self.accelerator.is_main_process:
             self.whole.load_state_dict(weights)
         return self.whole.to(self.accelerator.device).eval()

@@ -133,9 +133,11 @@ class TableParameters:
 
 def draw(parameters: TableParameters, network: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
     """Draw samples with a table, `[batch, *sample_shape]`, with the labels and conditions of a batch."""
-    x, past = torch.randn(batch.x_0.shape, generator=generator), list[Terms]()
+    shape, device = batch.x_0.shape, batch.x_0.device
+    parameters = dataclasses.replace(parameters, numbers=parameters.numbers.to(device))
+    x, past = torch.randn(shape, generator=generator).to(device), list[Terms]()
     for t, to_x_0, to_next in parameters.rows():
-        z = torch.randn(batch.x_0.shape, generator=generator)
+        z = torch.randn(shape, generator=generator).to(device)
         eps = network(x, t, **batch.known).sample[:, : x.shape[1]]
         past = [(x, eps, predict_x_0(x, eps, to_x_0, parameters.clip_range), z), *past][:2]
         x = next_sample(to_next, past)

@@ -25,7 +25,8 @@ class Target:
     All randomness depends on the options' seed and the numbers given to `generator`.
 
     Args:
-        pipeline: the pipeline, for its classes.
+        pipeline: the pipeline, for its classes and its device. Random numbers are drawn on the CPU, the same for every
+            device.
         data: data in the network's units, with the pipeline's classes and conditions.
         features: the features that samples and data are compared on.
         args: the options.
@@ -38,7 +39,7 @@ class Target:
     """
 
     def __init__(self, pipeline: DDPMMLPPipeline, data: TensorBatches, features: FitFeatures, args: FittingArguments):
-        self.data, self.features, self.args = data, features, args
+        self.data, self.features, self.args, self.device = data, features, args, pipeline.device
         if pipeline.num_classes and data.class_labels is None:
             raise DatasetError(
                 "the network takes labels, but the data have none: name their column with --label_column"
@@ -55,7 +56,7 @@ class Target:
                 indices.sort(key=data.class_labels.tolist().__getitem__)  # stable
         number = min(args.num_references, len(self.fitted))
         self.references = self._measure(self._some(number, self.generator(0, 3)))
-        self.held_out_references = self._measure(data.__getitems__(self.held_out))
+        self.held_out_references = self._measure(data.__getitems__(self.held_out).to(self.device))
 
     def generator(self, *key: int) -> torch.Generator:
         """Return a generator that is seeded with the options' seed and the key."""
@@ -97,7 +98,8 @@ class Target:
         """
         indices = self.fitted if indices is None else indices  # sorted by label
         places = (torch.arange(number) + torch.rand(number, generator=generator)) * (len(indices) / number)
-        return self.data.__getitems__([indices[int(place)] for place in places.clamp(max=len(indices) - 1)])
+        chosen = [indices[int(place)] for place in places.clamp(max=len(indices) - 1)]
+        return self.data.__getitems__(chosen).to(self.device)
 
 
 def _split(batch: Batch) -> list[Batch]:

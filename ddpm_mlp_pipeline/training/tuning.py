@@ -16,6 +16,7 @@ from ..table_scheduler import StepTableScheduler
 from .fit_features import FitFeatures
 from .losses import simple_loss
 from .options import TuningArguments
+from .processes import this_process
 from .run import prepare_run
 from .table_parameters import TableParameters, check_num_calls
 from .target import Target
@@ -47,7 +48,7 @@ def tune(
         pipeline: the pipeline to tune. Afterwards it holds the tuned network and a `StepTableScheduler`.
         data: data in the network's units, with the pipeline's classes and conditions.
         features: the features that samples and data are compared on. Activations must come from a frozen copy of the
-            network.
+            network, on the device of the training.
         args: the options. `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
 
     Returns:
@@ -60,6 +61,7 @@ def tune(
     scheduler, T = pipeline.scheduler, pipeline.scheduler.config.num_train_timesteps
     check_num_calls([args.num_calls], T)
     args = args.of_kind(pipeline.is_points)
+    pipeline.to(this_process().device)
     fitting = args.for_target(pipeline.is_points)
     target = Target(pipeline, data, features, fitting)
     start = TableParameters.start(args.num_calls, fitting, scheduler)
