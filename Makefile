@@ -123,7 +123,7 @@ features: .venv/installed
 	install -m 644 -t ddpm_mlp_pipeline/checkpoints/mnist_features runs/mnist_features/*
 
 # The pictures that the README and the pages show.
-pictures: runs/swiss_roll_angle/model_index.json | .venv/installed
+pictures: runs/heart/model_index.json runs/swiss_roll_angle/model_index.json | .venv/installed
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/heart runs/heart-onnx --overwrite
 	$(BIN)/ddpm-sample runs/heart-onnx --num_samples 2000 --seed 0 --output docs/images/heart.png --overwrite
 	cp runs/heart/process.gif docs/images/heart.gif
@@ -134,18 +134,18 @@ pictures: runs/swiss_roll_angle/model_index.json | .venv/installed
 	$(BIN)/ddpm-plot drift ddpm_mlp_pipeline/checkpoints/swiss_roll_2015 --dataset swiss_roll --dataset_noise 0.001 \
 		--output docs/images/swiss_roll_2015.png --overwrite
 	$(BIN)/ddpm-plot reverse ddpm_mlp_pipeline/checkpoints/mnist --output docs/images/mnist_reverse.png --overwrite
-	$(BIN)/ddpm-plot forward ddpm_mlp_pipeline/checkpoints/mnist --dataset $(MNIST) \
-		--output docs/images/mnist_forward.png --overwrite
 	$(BIN)/ddpm-plot samples runs/swiss_roll_angle --dataset swiss_roll --output docs/images/swiss_roll_angle.png --overwrite
-	$(BIN)/ddpm-sample runs/mnist-onnx --class_labels 0 1 2 3 4 5 6 7 8 9 --num_samples 10 \
+	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-20-onnx --scheduler dpmsolver_multistep \
+		--num_inference_steps 20 --scheduler_options algorithm_type=sde-dpmsolver++ --overwrite
+	$(BIN)/ddpm-sample runs/mnist-20-onnx --class_labels 0 1 2 3 4 5 6 7 8 9 --num_samples 10 \
 		--output docs/images/mnist_classes.png --overwrite
 	for w in 0 1 2 4; do \
-		$(BIN)/ddpm-sample runs/mnist-onnx --class_labels 2 3 4 5 8 --num_samples 5 --guidance_scale $$w --seed 1 \
+		$(BIN)/ddpm-sample runs/mnist-20-onnx --class_labels 2 3 4 5 8 --num_samples 5 --guidance_scale $$w --seed 1 \
 			--output docs/images/mnist_guidance_$$w.png --overwrite || exit 1; \
 	done
 	$(BIN)/ddpm-export ddpm_mlp_pipeline/checkpoints/mnist runs/mnist-ddpm-onnx --scheduler ddpm \
 		--num_inference_steps 100 --overwrite
-	$(BIN)/ddpm-sample runs/mnist-onnx --class_labels 3 --num_samples 1 --seed 2 --output runs/three.png --overwrite
+	$(BIN)/ddpm-sample runs/mnist-20-onnx --class_labels 3 --num_samples 1 --seed 2 --output runs/three.png --overwrite
 	$(BIN)/python -c "from PIL import Image; three = Image.open('runs/three.png'); mask = Image.new('L', three.size); \
 		mask.paste(255, (0, 0, 28, 14)); mask.save('runs/mask.png'); \
 		three.paste(128, (0, 14, 28, 28)); three.save('docs/images/mnist_half.png')"

@@ -1,8 +1,14 @@
 """Helpers for several tests."""
 
+import contextlib
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +39,33 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) 
     assert result.stderr.splitlines()[-1] == line
     for fragment in fragments:
         assert fragment in line, line
+
+
+def peak_memory(*argv: object) -> float:
+    """Run a command to its end, and return the most memory that its process took, in MiB."""
+    process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+
+
+@contextlib.contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests on this machine, and yield the server's address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Payload:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def random_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from diffusers import DDPMScheduler
+from helpers import serving
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel
 
@@ -56,11 +56,8 @@ def hub(tmp_path):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield folder, url, asked
 
 
 LOAD = """

@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from fuzz_files import CODE, GOOD, TARGETS, make_case, make_originals, run_cases
-from helpers import assert_one_line_error
+from helpers import Payload, assert_one_line_error
 from safetensors.torch import load_file, save_file
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, OnnxSampler, StepTable, load_checkpoint, load_points, pretrained
@@ -40,16 +40,6 @@ def originals(tmp_path_factory):
 def marker(tmp_path):
     """A path that exists once the checkpoint's code has run."""
     return tmp_path / "code-has-run"
-
-
-class Payload:
-    """An object that creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.fixture

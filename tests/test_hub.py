@@ -3,11 +3,10 @@
 import base64
 import json
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
-from helpers import ROOT, assert_one_line_error
+from helpers import ROOT, assert_one_line_error, serving
 from huggingface_hub import ModelCard
 
 SCRIPT = ROOT / "train_scripts" / "train_points.py"
@@ -58,12 +57,9 @@ def hub():
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    received["url"] = f"http://127.0.0.1:{server.server_port}"
-    yield received
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        received["url"] = url
+        yield received
 
 
 def test_a_run_is_pushed_with_its_card(run, hub, tmp_path, monkeypatch):

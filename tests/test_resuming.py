@@ -12,7 +12,7 @@ import kill_training
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS
+from helpers import ROOT, SCRIPTS, Payload
 from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import pretrained, train
@@ -120,21 +120,13 @@ def test_a_states_bare_name_is_of_the_output_folder_first(tmp_path, monkeypatch)
     assert train_small(tmp_path / "run", **changes) == result
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize(
     "name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "progress_0.bin", "custom_checkpoint_0.pkl"]
 )
 def test_a_strangers_state_runs_no_code(tmp_path, name):
     train_small(tmp_path / "run", checkpointing_steps=11)
     folder = tmp_path / "run" / "checkpoint-11"
-    torch.save({"losses": Malicious(tmp_path / "ran")}, folder / name)
+    torch.save({"losses": Payload(tmp_path / "ran")}, folder / name)
     (folder / "manifest.json").write_text(json.dumps(_checksums(folder)))
     # Accelerate skips random states that it can't load.
     is_fatal = name != "random_states_0.pkl"

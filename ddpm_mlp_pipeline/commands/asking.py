@@ -50,6 +50,16 @@ def add_guidance_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def read_guidance(args: Namespace) -> Asked:
+    """Return what the options of `add_guidance_options` ask for."""
+    asked = Asked()
+    if args.guidance_scale is not None:
+        asked["guidance_scale"] = args.guidance_scale
+    if args.guidance_interval is not None:
+        asked["guidance_interval"] = tuple(args.guidance_interval)
+    return asked
+
+
 def read_asked(args: Namespace, sampler: Sampler) -> tuple[Asked, int]:
     """Return what is asked for, with one row for each sample where there are several, and the number of samples.
 
@@ -60,7 +70,7 @@ def read_asked(args: Namespace, sampler: Sampler) -> tuple[Asked, int]:
             of rows differ.
     """
     several: dict[str, Any] = {}  # with one row for each of the things that are asked for
-    asked = Asked()
+    asked = read_guidance(args)
     if args.class_labels is not None:
         several["class_labels"] = [_class(label, sampler.class_names) for label in args.class_labels]
     if args.conditions is not None and args.condition is not None:
@@ -82,10 +92,6 @@ def read_asked(args: Namespace, sampler: Sampler) -> tuple[Asked, int]:
             asked["known"], asked["mask"] = _open_picture(path), np.asarray(_open_picture(args.mask).convert("L"))
         else:
             raise ConfigurationError("known images are a picture and a --mask")
-    if args.guidance_scale is not None:
-        asked["guidance_scale"] = args.guidance_scale
-    if args.guidance_interval is not None:
-        asked["guidance_interval"] = tuple(args.guidance_interval)
     asked["resample"] = args.resample
 
     numbers = {name: len(rows) for name, rows in several.items() if len(rows) > 1}
@@ -104,13 +110,19 @@ def _class(label: str, class_names: list[str]) -> str | int:
 def _value(text: str) -> tuple[str, float]:
     """Parse NAME=VALUE, as an argparse type."""
     name, _, value = text.rpartition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not name or not math.isfinite(number):
+    number = _number(value)
+    if not name or number is None:
         raise ArgumentTypeError(f"{text!r} is not NAME=VALUE with a finite number")
     return name, number
+
+
+def _number(text: str) -> float | None:
+    """Parse a finite number; return `None` for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray:
@@ -135,11 +147,8 @@ def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray
         for name, cell in zip(names, line, strict=True):
             if not cell and may_be_empty:
                 continue
-            try:
-                number = float(cell)
-            except ValueError:
-                number = math.nan
-            if not math.isfinite(number):
+            number = _number(cell)
+            if number is None:
                 raise ConfigurationError(f"line {line_number} of {path}: {cell!r} in column {name!r} is not a number")
             table[i, columns.index(name)] = number
     return table

@@ -20,7 +20,7 @@ from ..files import whole_file
 from ..judge import metrics
 from ..judge.sources import DATA_SEED, NUM_IMAGES, NUM_POINTS, Source, open_source
 from ..runtime.request import Asked
-from .asking import add_guidance_options
+from .asking import add_guidance_options, read_guidance
 from .parser import (
     FEATURES_HELP,
     CommandParser,
@@ -215,13 +215,9 @@ def _evaluate_images(source: Source, args: Namespace) -> dict[str, Any]:
 
 def _asked(source: Source, args: Namespace, number: int) -> Asked:
     """Return what to ask for: with `--class_labels`, the classes one after the other."""
-    asked = Asked()
+    asked = read_guidance(args)
     if args.class_labels:
         asked["class_labels"] = [i % len(source.class_names) for i in range(number)]
-    if args.guidance_scale is not None:
-        asked["guidance_scale"] = args.guidance_scale
-    if args.guidance_interval is not None:
-        asked["guidance_interval"] = tuple(args.guidance_interval)
     return asked
 
 

@@ -2,17 +2,15 @@
 
 import configparser
 import json
-import os
 import resource
 import shutil
-import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
 from diffusers import DDPMScheduler
-from helpers import ROOT, SCRIPTS, assert_one_line_error
+from helpers import ROOT, SCRIPTS, assert_one_line_error, peak_memory
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
@@ -283,17 +281,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 1)
     peaks = []
     for number in (1_000, 10_000):
-        argv = (
-            SCRIPTS / "ddpm-sample",
-            tmp_path / "bundle",
-            "--num_samples",
-            number,
-            "--output",
-            tmp_path / f"{number}.npy",
-        )
-        process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        peaks.append(usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2))
+        argv = (tmp_path / "bundle", "--num_samples", number, "--output", tmp_path / f"{number}.npy")
+        peaks.append(peak_memory(SCRIPTS / "ddpm-sample", *argv))
     assert (tmp_path / "10000.npy").stat().st_size > 117 * 2**20
     assert peaks[1] - peaks[0] < 20

@@ -5,6 +5,7 @@
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -15,7 +16,6 @@ import math
 import os
 import shutil
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import assert_one_line_error
+from helpers import assert_one_line_error, serving
 from PIL import Image
 from tabulate import tabulate
 from test_asking import draw_with_torch
@@ -56,18 +56,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def serve():
     """Serve a folder, like `python -m http.server`, and return its address."""
-    servers = []
-
-    def serve(folder):
-        handler = functools.partial(Quiet, directory=folder)
-        servers.append(server := http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with contextlib.ExitStack() as servers:
+        yield lambda folder: servers.enter_context(serving(functools.partial(Quiet, directory=folder)))
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Parity of a bundle with its pipeline: rounding, however magnified, is told from errors."""
 
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from helpers import peak_memory
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, StepTable, export_bundle, load_checkpoint, pretrained
 from ddpm_mlp_pipeline.export.compile import make_scheduler
@@ -122,9 +121,6 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     code = "import sys; from ddpm_mlp_pipeline import export_bundle; export_bundle(*sys.argv[1:4], int(sys.argv[4]))"
     peaks = []
     for steps in (5, 300):
-        argv = (sys.executable, "-c", code, tmp_path / "checkpoint", tmp_path / f"bundle-{steps}", "ddpm", steps)
-        process = subprocess.Popen([str(word) for word in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        peaks.append(usage.ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2))
+        argv = (tmp_path / "checkpoint", tmp_path / f"bundle-{steps}", "ddpm", steps)
+        peaks.append(peak_memory(sys.executable, "-c", code, *argv))
     assert peaks[1] - peaks[0] < 50

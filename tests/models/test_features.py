@@ -1,13 +1,12 @@
 """Feature networks: the shipped one, the training of others, and Inception from a file of weights."""
 
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import MNIST, ROOT, needs_mnist
+from helpers import MNIST, ROOT, Payload, needs_mnist
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.data.images import load_images, load_labelled_images
@@ -38,18 +37,8 @@ def test_a_folder_that_holds_no_network_is_refused(tmp_path):
         load_features(tmp_path)
 
 
-class Intruder:
-    """An object that creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def test_a_file_of_weights_runs_no_code(tmp_path):
-    torch.save({"weights": Intruder(tmp_path / "was here")}, tmp_path / "intruder.pth")
+    torch.save({"weights": Payload(tmp_path / "was here")}, tmp_path / "intruder.pth")
     (tmp_path / "empty.pth").touch()
     for name in ("intruder.pth", "empty.pth"):
         with pytest.raises(CheckpointError, match=f"{name}: it is no PyTorch file of tensors alone"):
