@@ -77,7 +77,8 @@ def class_shares_of(labels: torch.Tensor | np.ndarray | None, num_classes: int) 
     """Return the share of each class among training samples, in the order of their numbers."""
     if labels is None:
         return None
-    shares: list[float] = (np.bincount(labels, minlength=num_classes) / len(labels)).tolist()
+    counts = torch.as_tensor(labels).bincount(minlength=num_classes)
+    shares: list[float] = (counts.cpu().double() / len(labels)).tolist()
     return shares
 
 
