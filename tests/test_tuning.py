@@ -18,7 +18,8 @@ from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
 from ddpm_mlp_pipeline.runtime.noise import normal
 from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
 from ddpm_mlp_pipeline.training.fit_features import PointFeatures
-from ddpm_mlp_pipeline.training.options import TuningArguments
+from ddpm_mlp_pipeline.training.options import FittingArguments, TuningArguments
+from ddpm_mlp_pipeline.training.table_parameters import TableParameters
 from ddpm_mlp_pipeline.training.tuning import tune
 
 TUNE = ROOT / "train_scripts" / "tune.py"
@@ -70,7 +71,9 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
             return super().__call__(batch, generator)
 
     def run(folder, features, **changes):
-        pipe = load_checkpoint(pretrained("heart"))
+        pipe = load_checkpoint(pretrained("heart"))  # with a fitted table, as most networks to be tuned have
+        table = TableParameters.start(3, FittingArguments.of_points(), pipe.scheduler).to_table()
+        pipe.scheduler = StepTableScheduler.from_config(pipe.scheduler.config, tables=[table.to_dict()])
         args = options(folder, num_calls=2, max_train_steps=12, checkpointing_steps=4, **changes)
         data = gaussian_data()
         distances, _ = tune(pipe, data, features, args)

@@ -162,10 +162,10 @@ class Checkpoints:
                 raise ValueError("its data differ: pass the same data, --dataset_size, --dataset_noise and --seed")
             for name in ("unet", "scheduler"):
                 component = getattr(self.pipeline, name)
+                own = json.loads(component.to_json_string())
                 for key, value in component.load_config(folder / name).items():
-                    own = component.config.get(key)
-                    if not key.startswith("_") and (list(own) if isinstance(own, tuple) else own) != value:
-                        raise ValueError(f"its {name} has {key} {value}, not {own}")
+                    if not key.startswith("_") and own.get(key) != value:
+                        raise ValueError(f"its {name} has {key} {value}, not {own.get(key)}")
             if (progress["ema"] is None) != (self.ema is None):
                 raise ValueError(f"it was saved with{'out' if self.ema else ''} --use_ema")
             self.accelerator.load_state(folder, load_kwargs={"weights_only": True})
