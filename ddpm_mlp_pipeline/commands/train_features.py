@@ -14,6 +14,7 @@ from .parser import command, command_imports
 with command_imports("training", __name__):
     import torch
     import torch.nn.functional as F
+    from accelerate import Accelerator
     from accelerate.utils import set_seed
     from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
     from torch.utils.data import DataLoader
@@ -24,7 +25,6 @@ with command_imports("training", __name__):
     from ..judge.features import FeatureNetwork
     from ..progress import progress_bar
     from ..training.options import option, widths_of
-    from ..training.processes import this_process
     from .presets import parse_options
 
 
@@ -44,6 +44,7 @@ class FeatureTrainingArguments:
     label_smoothing: float = option(0.0, "share of each target that is spread over all classes")
     max_shift: int = option(2, "maximum shift of the images, in pixels")
     random_flip: bool = option(False, "mirror half of the images, left to right")
+    mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "bf16"])
     seed: int = option(0, "seed of the weights and of the order of the data")
 
     def __post_init__(self) -> None:
@@ -89,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    device = this_process().device
-    network.to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    device = accelerator.device
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, fused=True)
     data = TensorBatches(images, labels).to_accelerator(device)
     loader: DataLoader[Batch] = DataLoader(
         data, args.train_batch_size, shuffle=True, drop_last=True, collate_fn=lambda batch: batch
@@ -104,8 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 x_0, targets, _ = batch.to(device)
                 if args.random_flip:
                     x_0 = mirror_half(x_0, torch.rand(len(x_0), device=device))
-                logits = network.logits(shift(x_0, args.max_shift))
-                F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing).backward()
+                with accelerator.autocast():
+                    logits = network.logits(shift(x_0, args.max_shift))
+                    loss = F.cross_entropy(logits, targets, label_smoothing=args.label_smoothing)
+                loss.backward()
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()

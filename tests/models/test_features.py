@@ -9,6 +9,7 @@ import torch
 from helpers import MNIST, ROOT, Payload, needs_mnist
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
+from ddpm_mlp_pipeline.commands import train_features
 from ddpm_mlp_pipeline.data.images import load_images, load_labelled_images
 from ddpm_mlp_pipeline.errors import CheckpointError, MissingExtraError
 from ddpm_mlp_pipeline.judge.features import FeatureNetwork, load_features
@@ -85,7 +86,24 @@ def test_training_one(run, tmp_path):
         rows = datasets.Dataset.from_dict({"image": list(pixels), "label": labels}, features)
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
     argv = ("--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "net", "--train_batch_size", 20)
+    argv += ("--layers_per_block", 2, "--block_out_channels", "8,16", "--random_flip", "--mixed_precision", "bf16")
     result = run(sys.executable, ROOT / "train_scripts" / "train_features.py", *argv)
     assert result.returncode == 0, result.stderr
     assert "60 of 60 test images" in result.stdout
-    assert load_features(tmp_path / "net").config.num_classes == 2
+    network = load_features(tmp_path / "net")
+    assert network.config.num_classes == 2
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in network.modules()) == 4
+
+
+def test_each_image_is_shifted_on_its_own():
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (400, 3, 6, 5), dtype=torch.uint8)
+    shifted = train_features.shift(images, 2)
+    moves = {}
+    for image, moved in zip(images, shifted, strict=True):
+        padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
+        windows = {(i, j): padded[:, i : i + 6, j : j + 5] for i in range(5) for j in range(5)}
+        (place,) = (place for place, window in windows.items() if torch.equal(window, moved))
+        moves[place] = moves.get(place, 0) + 1
+    assert len(moves) == 25
+    assert max(moves.values()) < 4 * 400 / 25
