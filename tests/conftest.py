@@ -55,7 +55,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 def run_forked(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a command like `run`, but in a process that is forked from one which has imported the libraries.
 
-    Importing them is nearly all that a refused command does, so that many refusals are tested in a tenth of the time.
+    Importing them takes seconds, and most of what a small or a refused command does.
     """
 
     def run_forked(command: str, *argv: object) -> subprocess.CompletedProcess:

@@ -7,7 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODULES = ["train_points", "train_images", "benchmark", "bound", "compare", "export", "plot", "sample"]
+MODULES = ["train_points", "train_images", "bound", "compare", "doctor", "evaluate", "export", "fit", "plot", "sample"]
+MODULES += ["benchmark", "tune"]
 TIMEOUT = 300  # seconds
 
 

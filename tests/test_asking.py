@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 
 import numpy as np
 import onnxruntime
@@ -429,32 +428,41 @@ def test_a_figure_shows_data_and_samples_of_the_same_conditions():
     np.testing.assert_allclose(rest.std(axis=0), 1, atol=0.2)
 
 
-def test_commands_draw_what_is_asked_for(run, tmp_path):
+def test_commands_draw_what_is_asked_for(run_forked, tmp_path):
     checkpoint, bundle = tmp_path / "moons", tmp_path / "bundle"
-    trained = run(
-        *(sys.executable, "-m", "ddpm_mlp_pipeline.commands.train_points", "--dataset", "two_moons"),
-        *("--label_column", "label", "--max_train_steps", 300, "--output_dir", checkpoint),
+    trained = run_forked(
+        *(
+            "train_points",
+            "--dataset",
+            "two_moons",
+            "--label_column",
+            "label",
+            "--max_train_steps",
+            300,
+            "--output_dir",
+            checkpoint,
+        ),
         *("--no-figures", "--report_to", "none"),
     )
     assert trained.returncode == 0, trained.stderr
-    assert run("ddpm-export", checkpoint, bundle).returncode == 0
+    assert run_forked("export", checkpoint, bundle).returncode == 0
     shares = json.loads((bundle / "bundle.json").read_text())["class_shares"]
     names = load_points("two_moons", 100_000, label_column="label").to_pandas()["label"]
     assert shares == [(names == label).mean() for label in (0, 1)]  # lower, upper
     for source, more in ((bundle, ()), (checkpoint, ("--scheduler", "ddim", "--num_inference_steps", 5))):
-        argv = ("ddpm-sample", source, "--num_samples", 9, *more, "--output")
+        argv = ("sample", source, "--num_samples", 9, *more, "--output")
         for batch_size in (4, 9):
             output = (tmp_path / f"{batch_size}.npy", "--overwrite")
-            assert run(*argv, *output, "--batch_size", batch_size).returncode == 0
+            assert run_forked(*argv, *output, "--batch_size", batch_size).returncode == 0
         np.testing.assert_allclose(np.load(tmp_path / "4.npy"), np.load(tmp_path / "9.npy"), atol=1e-5)
         if source == bundle:
             expected = OnnxSampler(bundle).sample(9, class_labels=draw_labels(0, range(9), shares))
             np.testing.assert_allclose(np.load(tmp_path / "9.npy"), expected, atol=1e-5)
     figure = ("--dataset", "two_moons", "--num_samples", 50, "--output", tmp_path / "moons.png")
-    assert run("ddpm-plot", "samples", checkpoint, *figure).returncode == 0
+    assert run_forked("plot", "samples", checkpoint, *figure).returncode == 0
     assert Image.open(tmp_path / "moons.png").width == 800
     asked = ("--class_labels", "upper", 0, "--num_samples", 3, "--guidance_scale", 2)
-    assert run("ddpm-sample", bundle, *asked, "--output", tmp_path / "a.npy").returncode == 0
+    assert run_forked("sample", bundle, *asked, "--output", tmp_path / "a.npy").returncode == 0
     expected = OnnxSampler(bundle).sample(6, class_labels=["upper"] * 3 + ["lower"] * 3, guidance_scale=2.0)
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-5)
 
@@ -462,7 +470,7 @@ def test_commands_draw_what_is_asked_for(run, tmp_path):
     for source, more in ((bundle, ()), (checkpoint, ("--scheduler", "ddim", "--num_inference_steps", 5))):
         output = tmp_path / f"{source.name}.npy"
         asked = ("--known", tmp_path / "known.csv", "--resample", 2, "--num_samples", 2)
-        result = run("ddpm-sample", source, *asked, "--output", output, *more)
+        result = run_forked("sample", source, *asked, "--output", output, *more)
         assert result.returncode == 0, result.stderr
         points = np.load(output)
         np.testing.assert_allclose(points[:2, 0], 0.5, atol=1e-6)
@@ -470,5 +478,5 @@ def test_commands_draw_what_is_asked_for(run, tmp_path):
 
     (tmp_path / "bad.csv").write_text("x,y\n1,two\n")
     for wrong in (["--class_labels", "left"], ["--known", tmp_path / "bad.csv"], ["--condition", "c=1"]):
-        assert_one_line_error(run("ddpm-sample", bundle, *wrong, "--output", tmp_path / "no.npy"))
+        assert_one_line_error(run_forked("sample", bundle, *wrong, "--output", tmp_path / "no.npy"))
     assert not (tmp_path / "no.npy").exists()

@@ -117,7 +117,7 @@ def test_a_network_that_knows_its_data_by_heart(tmp_path):
     assert "overfitting" in ailments(Patient(pipeline, Batch(few), Batch(held_out)))
 
 
-def test_the_command_on_a_checkpoint(run, heart, tmp_path):
+def test_the_command_on_a_checkpoint(run, run_forked, heart, tmp_path):
     result = run("ddpm-doctor", pretrained("swiss_roll"), "--dataset", "swiss_roll", "--num_samples", 4000)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "nothing is wrong"
@@ -125,44 +125,44 @@ def test_the_command_on_a_checkpoint(run, heart, tmp_path):
     heart.save_pretrained(tmp_path / "sick")
     path = tmp_path / "sick" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "sample"}))
-    result = run("ddpm-doctor", tmp_path / "sick", "--dataset", "heart", "--num_samples", 2000)
+    result = run_forked("doctor", tmp_path / "sick", "--dataset", "heart", "--num_samples", 2000)
     assert result.returncode == 1
     assert "!!  conventions" in result.stdout
     assert "→ say in scheduler_config.json" in result.stdout
-    assert_one_line_error(run("ddpm-doctor", tmp_path, "--dataset", "heart"), "no model_index.json")
-    assert_one_line_error(run("ddpm-doctor", "harts", "--dataset", "heart"), "no preset 'harts'")
+    assert_one_line_error(run_forked("doctor", tmp_path, "--dataset", "heart"), "no model_index.json")
+    assert_one_line_error(run_forked("doctor", "harts", "--dataset", "heart"), "no preset 'harts'")
 
 
-def test_a_checkpoint_of_another_scheduler_with_a_broken_state_beside_it(run, heart, tmp_path):
+def test_a_checkpoint_of_another_scheduler_with_a_broken_state_beside_it(run_forked, heart, tmp_path):
     heart.scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0)
     heart.save_pretrained(tmp_path / "heart")
     (tmp_path / "heart" / "checkpoint-20.broken").mkdir()
     (tmp_path / "heart" / "checkpoint-20.broken" / "model.safetensors").touch()
-    result = run("ddpm-doctor", tmp_path / "heart", "--dataset", "heart", "--num_samples", 2000)
+    result = run_forked("doctor", tmp_path / "heart", "--dataset", "heart", "--num_samples", 2000)
     assert result.returncode == 0, result.stdout + result.stderr
-    too_few = run("ddpm-doctor", tmp_path / "heart", "--dataset", "heart", "--num_samples", 50)
+    too_few = run_forked("doctor", tmp_path / "heart", "--dataset", "heart", "--num_samples", 50)
     assert_one_line_error(too_few, "at least 100 samples, got 50")
 
 
-def test_the_command_on_a_preset(run, tmp_path):
+def test_the_command_on_a_preset(run_forked, tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("ddpm_num_steps: 20\nddpm_beta_schedule: linear\nmax_train_steps: 100\nema_max_decay: 0.9999\n")
-    result = run("ddpm-doctor", preset, "--dataset", "heart")
+    result = run_forked("doctor", preset, "--dataset", "heart")
     assert result.returncode == 1
     ailing = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("!!")]
     assert ailing == ["terminal", "timesteps:", "EMA:"]
-    assert run("ddpm-doctor", "heart").returncode == 0  # on the preset's own data
+    assert run_forked("doctor", "heart").returncode == 0  # on the preset's own data
 
 
-def test_labels_and_guidance_that_fit(run):
+def test_labels_and_guidance_that_fit(run_forked):
     argv = (pretrained("moons"), "--dataset", "two_moons", "--num_samples", 1000, "--guidance_scale", 1.25)
-    result = run("ddpm-doctor", *argv)
+    result = run_forked("doctor", *argv)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line.partition(":")[0] for line in result.stdout.splitlines()]
     assert {"ok  labels", "ok  null state", "ok  guidance"} < set(lines)
 
 
-def test_other_labels_an_untrained_null_state_and_too_much_guidance(run, tmp_path):
+def test_other_labels_an_untrained_null_state_and_too_much_guidance(run_forked, tmp_path):
     pipeline = DDPMMLPPipeline.from_pretrained(pretrained("moons"))
     torch.manual_seed(0)
     torch.nn.init.normal_(pipeline.unet.class_embedding.weight.data[pipeline.null_label])  # as before training
@@ -171,7 +171,7 @@ def test_other_labels_an_untrained_null_state_and_too_much_guidance(run, tmp_pat
     table["moon"] = np.where(np.random.default_rng(0).random(1000) < 0.5, "lower", "upper")  # instead of its own
     table.drop(columns="label").to_csv(tmp_path / "points.csv", index=False)
     argv = ("--dataset", tmp_path / "points.csv", "--label_column", "moon", "--guidance_scale", 6)
-    result = run("ddpm-doctor", tmp_path / "moons", *argv)
+    result = run_forked("doctor", tmp_path / "moons", *argv)
     assert result.returncode == 1
     ailing = [line[4:].partition(":")[0] for line in result.stdout.splitlines() if line.startswith("!!")]
     assert {"labels", "null state", "guidance"} <= set(ailing)
@@ -189,10 +189,10 @@ def test_a_null_state_of_a_condition_that_was_never_trained(heart):
     assert check_null_state(patient).remedy is None
 
 
-def test_a_training_without_a_null_state(run, tmp_path, capsys):
+def test_a_training_without_a_null_state(run_forked, tmp_path, capsys):
     preset = tmp_path / "preset.yaml"
     preset.write_text("dataset: two_moons\nlabel_column: label\nlabel_dropout: 0\n")
-    result = run("ddpm-doctor", preset)
+    result = run_forked("doctor", preset)
     assert result.returncode == 1
     assert "!!  null state: --label_dropout 0" in result.stdout
     for argv, message in [
@@ -207,19 +207,19 @@ def test_a_training_without_a_null_state(run, tmp_path, capsys):
 
 
 @needs_mnist
-def test_the_command_on_images(run, tmp_path):
-    result = run("ddpm-doctor", pretrained("mnist"), "--dataset", MNIST, "--num_samples", 200)
+def test_the_command_on_images(run_forked, tmp_path):
+    result = run_forked("doctor", pretrained("mnist"), "--dataset", MNIST, "--num_samples", 200)
     assert result.returncode == 0, result.stdout + result.stderr
     others = ("--dataset", MNIST.parent / "cifar10", "--num_samples", 100, "--split", "train[:1%]")
-    assert_one_line_error(run("ddpm-doctor", pretrained("mnist"), *others), "the label 'airplane'")
+    assert_one_line_error(run_forked("doctor", pretrained("mnist"), *others), "the label 'airplane'")
     info = json.loads((shutil.copytree(pretrained("mnist"), tmp_path / "mnist") / "model_index.json").read_text())
     (tmp_path / "mnist" / "model_index.json").write_text(json.dumps(info | {"label_column": None}))
-    result = run("ddpm-doctor", tmp_path / "mnist", *others)
+    result = run_forked("doctor", tmp_path / "mnist", *others)
     assert result.returncode == 1
     assert "32×32 of 3 channels" in result.stdout
 
 
-def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run, capsys, tmp_path):
+def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run_forked, capsys, tmp_path):
     """The doctor recommends no single --resolution, and the command line wins over the preset."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -230,7 +230,7 @@ def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run, caps
     (pictures / "50.png").write_bytes(b"")
     preset = tmp_path / "preset.yaml"
     preset.write_text(f"dataset_name: {pictures}\nblock_out_channels: 16,32\nresolution: 8\nema_max_decay: 0.9\n")
-    result = run("ddpm-doctor", preset, "--skip_corrupt", "--resolution", 20, "--fit", "pad", "--channels", 1)
+    result = run_forked("doctor", preset, "--skip_corrupt", "--resolution", 20, "--fit", "pad", "--channels", 1)
     assert "left out 1 image" in result.stderr
     found = " ".join(result.stdout.split())
     assert (
@@ -252,11 +252,11 @@ def test_pictures_of_several_sizes_with_a_preset_and_with_a_checkpoint(run, caps
         assert message in capsys.readouterr().err
 
 
-def test_heavy_tails_and_whole_numbers_in_a_file(run, tmp_path):
+def test_heavy_tails_and_whole_numbers_in_a_file(run_forked, tmp_path):
     rng = np.random.default_rng(0)
     columns = {"plain": rng.normal(size=3000), "price": rng.lognormal(0, 2, 3000), "count": rng.integers(9, size=3000)}
     pd.DataFrame(columns).to_csv(tmp_path / "own.csv", index=False)
-    result = run("ddpm-doctor", "heart", "--dataset", tmp_path / "own.csv")
+    result = run_forked("doctor", "heart", "--dataset", tmp_path / "own.csv")
     assert result.returncode == 1
     found = " ".join(result.stdout.split())
     assert "!! heavy tails: values are more than 10 standard deviations from the mean in 'price' (" in found

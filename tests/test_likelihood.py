@@ -351,9 +351,9 @@ def test_wrong_bounds_end_in_one_line(run_forked, tmp_path):
         assert_one_line_error(run_forked("bound", *argv), *fragments)
 
 
-def test_the_drift_is_drawn(run, tmp_path):
+def test_the_drift_is_drawn(run_forked, tmp_path):
     argv = ("--dataset", "swiss_roll", "--num_samples", 100, "--output", tmp_path / "drift.png")
-    assert run("ddpm-plot", "drift", pretrained("swiss_roll_2015"), *argv).returncode == 0
+    assert run_forked("plot", "drift", pretrained("swiss_roll_2015"), *argv).returncode == 0
     with Image.open(tmp_path / "drift.png") as image:
         assert image.size == (800, 800)
-    assert_one_line_error(run("ddpm-plot", "drift", pretrained("mnist"), *argv, "--overwrite"), "two coordinates")
+    assert_one_line_error(run_forked("plot", "drift", pretrained("mnist"), *argv, "--overwrite"), "two coordinates")

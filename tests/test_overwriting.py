@@ -144,12 +144,12 @@ def test_files_are_replaced_where_that_is_asked_for(run, ddim_bundle, tmp_path):
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
-def test_errors_of_reading_do_not_blame_the_output(run, tmp_path):
+def test_errors_of_reading_do_not_blame_the_output(run_forked, tmp_path):
     (tmp_path / "samples.csv").mkdir()  # not even root can read it as a file
     (tmp_path / "samples.npy").symlink_to(tmp_path / "samples.npy")  # nor this
     for name in ("samples.npy", "samples.csv"):
         argv = (tmp_path / name, "--dataset", "heart", "--output", tmp_path / "out.json")
-        result = run("ddpm-evaluate", *argv)
+        result = run_forked("evaluate", *argv)
         assert_one_line_error(result, name)
         assert "out.json" not in result.stderr
 

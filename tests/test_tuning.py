@@ -99,7 +99,7 @@ def test_wrong_input_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(run, tmp_path):
+def test_the_command(run, run_forked, tmp_path):
     """Tuned for seconds, one call is closer to the data than a solver's; torch, runtime and graph draw the same."""
     output, bundle = tmp_path / "tuned", tmp_path / "bundle"
     argv = ("ddpm-tune", "--checkpoint", pretrained("heart"), "--dataset", "heart", "--output_dir", output)
@@ -109,9 +109,9 @@ def test_the_command(run, tmp_path):
     rows = {row["name"]: row["distance"] for row in json.loads((output / "tune.json").read_text())["rows"]}
     assert rows["tuned"] < 0.5 * min(rows["ddim"], rows["dpmsolver_multistep"])
     assert {"tables.png", "samples.png"} <= {path.name for path in output.iterdir()}
-    assert_one_line_error(run(*argv), "--overwrite_output_dir")
+    assert_one_line_error(run_forked("tune", *argv[1:]), "--overwrite_output_dir")
 
-    assert run("ddpm-export", output, bundle, "--sampler").returncode == 0
+    assert run_forked("export", output, bundle, "--sampler").returncode == 0
     samples = OnnxSampler(bundle, num_threads=1).sample(16, seed=3)
     latents = torch.from_numpy(normal(3, range(16), 2, range(1))[0].copy())
     np.testing.assert_allclose(load_checkpoint(output)(latents=latents).points, samples, atol=1e-4)
@@ -134,14 +134,14 @@ def test_two_processes(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_column_of_labels_serves_the_tuning_and_the_report(run, tmp_path):
+def test_the_column_of_labels_serves_the_tuning_and_the_report(run_forked, tmp_path):
     """A stock-like checkpoint, whose training did not record the column: the data's held-out split needs it, too."""
     checkpoint = shutil.copytree(pretrained("moons"), tmp_path / "moons")
     index = json.loads((checkpoint / "model_index.json").read_text())
     (checkpoint / "model_index.json").write_text(json.dumps(index | {"label_column": None}))
-    argv = ("ddpm-tune", "--checkpoint", checkpoint, "--dataset", "two_moons", "--output_dir", tmp_path / "tuned")
+    argv = ("tune", "--checkpoint", checkpoint, "--dataset", "two_moons", "--output_dir", tmp_path / "tuned")
     argv = (*argv, "--num_samples", 3000, "--train_batch_size", 64, "--max_train_steps", 5, "--report_to", "none")
-    assert_one_line_error(run(*argv), "--label_column")
-    result = run(*argv, "--label_column", "label")
+    assert_one_line_error(run_forked(*argv), "--label_column")
+    result = run_forked(*argv, "--label_column", "label")
     assert result.returncode == 0, result.stderr
     assert "tuned" in result.stdout
