@@ -78,9 +78,10 @@ def test_with_a_network_that_knows_x_0_every_call_sees_the_forward_process(noise
     np.testing.assert_allclose(variances, 1, atol=0.03)  # the first x is N(0, 1), not α x_0 + σ ε
 
 
-def test_the_distance_is_the_unbiased_energy_distance():
+@pytest.mark.parametrize("dimension", [3, 40])  # computed in two ways
+def test_the_distance_is_the_unbiased_energy_distance(dimension):
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((30, 3)), rng.standard_normal((40, 3)) + 0.5
+    x, y = rng.standard_normal((30, dimension)), rng.standard_normal((40, dimension)) + 0.5
     of_x, of_y = (cdist(z, z)[~np.eye(len(z), dtype=bool)].mean() for z in (x, y))
     expected = 2 * cdist(x, y).mean() - of_x - of_y
     x, y = torch.tensor(x), torch.tensor(y)
@@ -196,7 +197,7 @@ def test_wrong_input_is_refused():
 
 
 @pytest.mark.slow
-def test_the_command(run, tmp_path):
+def test_the_command(run, run_forked, tmp_path):
     checkpoint, output = pretrained("heart"), tmp_path / "fitted"
     argv = ("ddpm-fit", checkpoint, output, "--dataset", "heart", "--num_calls", 3, 4, "--steps", 60)
     result = run(*argv)
@@ -210,33 +211,33 @@ def test_the_command(run, tmp_path):
     pipe = load_checkpoint(output)
     assert list(pipe.scheduler.tables) == [3, 4]
     assert pipe.scheduler.default_num_inference_steps == 3
-    assert_one_line_error(run(*argv), "exists and isn't empty")
+    assert_one_line_error(run_forked("fit", *argv[1:]), "exists and isn't empty")
 
-    assert run("ddpm-export", output, tmp_path / "bundle").returncode == 0
+    assert run_forked("export", output, tmp_path / "bundle").returncode == 0
     assert StepTable.load(tmp_path / "bundle/step_table.json").to_dict() == pipe.scheduler.tables[3]
 
 
 @pytest.mark.slow
-def test_the_command_fits_to_its_own_samples_and_an_export_fits(run, tmp_path):
+def test_the_command_fits_to_its_own_samples_and_an_export_fits(run_forked, tmp_path):
     small = ("--num_calls", 2, "--steps", 20, "--batch_size", 64)
-    argv = ("ddpm-fit", pretrained("moons"), tmp_path / "fitted", "--data_free", 400, *small)
-    assert run(*argv).returncode == 0
+    argv = ("fit", pretrained("moons"), tmp_path / "fitted", "--data_free", 400, *small)
+    assert run_forked(*argv).returncode == 0
     kept = np.load(tmp_path / "fitted.samples.npz")["samples"]
     log = json.loads((tmp_path / "fitted/fit.json").read_text())["log"]
     assert min(row["distance"] for row in log) < log[0]["distance"] / 2
-    assert run(*argv, "--overwrite").returncode == 0  # from the same samples
+    assert run_forked(*argv, "--overwrite").returncode == 0  # from the same samples
     assert json.loads((tmp_path / "fitted/fit.json").read_text())["log"] == log
     np.testing.assert_array_equal(np.load(tmp_path / "fitted.samples.npz")["samples"], kept)
-    assert_one_line_error(run(*argv[:4], 300, *small, "--overwrite"), "fitted.samples.npz holds other samples")
+    assert_one_line_error(run_forked(*argv[:4], 300, *small, "--overwrite"), "fitted.samples.npz holds other samples")
 
 
-def test_an_export_fits_a_table(run, tmp_path):
+def test_an_export_fits_a_table(run_forked, tmp_path):
     points = tmp_path / "points.csv"
     DataFrame(gaussian_data(3000).samples.numpy(), columns=["x", "y"]).to_csv(points, index=False)
-    argv = ("ddpm-export", pretrained("heart"), tmp_path / "bundle", "--fit", 1)
-    assert_one_line_error(run(*argv), "--fit needs data: name them with --dataset")
-    assert_one_line_error(run(*argv, "--dataset", points, "--scheduler", "ddim"), "leave out --scheduler")
-    result = run(*argv, "--dataset", points)
+    argv = ("export", pretrained("heart"), tmp_path / "bundle", "--fit", 1)
+    assert_one_line_error(run_forked(*argv), "--fit needs data: name them with --dataset")
+    assert_one_line_error(run_forked(*argv, "--dataset", points, "--scheduler", "ddim"), "leave out --scheduler")
+    result = run_forked(*argv, "--dataset", points)
     assert result.returncode == 0, result.stderr
     table = StepTable.load(tmp_path / "bundle/step_table.json")
     assert (table.scheduler, len(table)) == ("StepTableScheduler", 1)

@@ -16,6 +16,7 @@ from ..models.mlp import MLPModel
 from ..pipeline import DDPMMLPPipeline
 
 LOG_SNRS = (5.3, 2.2)  # log(ᾱ / (1 − ᾱ)) of the noised images: fine detail, and shape
+FEW_COORDINATES = 16  # up to which cdist is faster than products of matrices
 CLASS_DISTANCE = 2.0  # between the points of two classes, in standard deviations
 
 
@@ -123,18 +124,19 @@ def energy_distance(
     return torch.stack([2 * _distances(a, b).mean() - mean_distance(a) - of_b for a, b, of_b in groups]).sum()
 
 
-def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return ‖x − y‖ of all pairs of rows, as `torch.cdist` does, whose gradient takes three times as long.
-
-    `cdist` computes the gradient of both arguments, though only samples need one.
-    """
-    squared = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2) + x.square().sum(dim=1, keepdim=True)
-    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
-
-
 def mean_distance(x: torch.Tensor) -> torch.Tensor:
     """Return the mean distance of two different rows of x."""
-    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+    return _distances(x, x).sum() / (len(x) * (len(x) - 1))
+
+
+def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the distances ‖x − y‖ of all pairs of rows, as `torch.cdist` does."""
+    if x.shape[1] <= FEW_COORDINATES:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    # For many coordinates, cdist takes two and a half times as long: it computes gradients of both arguments, though
+    # only samples need one.
+    squared = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2) + x.square().sum(dim=1, keepdim=True)
+    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
 
 
 class _Done(Exception):
