@@ -6,7 +6,8 @@ LAUNCH := $(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machine
 	--num_cpu_threads_per_process 2
 FAST_TESTS := tests/data tests/models tests/test_files.py tests/test_metrics.py tests/test_package.py tests/test_sources.py \
 	tests/export/test_golden.py tests/export/test_noise.py tests/export/test_runtime.py tests/export/test_step_table.py
-SHIPPED := heart moons swiss_roll swiss_roll_2015 mnist mnist_1
+FITTED := heart moons swiss_roll mnist
+SHIPPED := $(FITTED) swiss_roll_2015 mnist_1
 MNIST ?= ylecun/mnist
 CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1
@@ -72,16 +73,17 @@ pretrained results-% features pictures schedulers: HF_HUB_OFFLINE := 0
 images = $(if $(filter cifar10%,$1),$(CIFAR10),$(MNIST))
 train = $(LAUNCH) train_scripts/$(if $(filter mnist% cifar10%,$1),train_images.py --dataset_name $(images),train_points.py) \
 	--config $1 --output_dir runs/$1 --overwrite_output_dir
-data = --dataset $(if $(filter mnist% cifar10%,$1),$(images),$(firstword $(filter $1,heart) swiss_roll))
+points = $(or $(filter heart,$1),$(if $(filter moons,$1),two_moons),swiss_roll)
+data = --dataset $(if $(filter mnist% cifar10%,$1),$(images),$(points))
 data += $(if $(filter swiss_roll_2015,$1),--dataset_noise 0.001) $(if $(filter mnist_32,$1),--fit pad)
 
 .PRECIOUS: runs/%/model_index.json
 runs/%/model_index.json: | .venv/installed
 	$(call train,$*)
 
-# Samplers of few calls: tables fitted to the MNIST network, and a network tuned to one call.
-runs/mnist_fitted/model_index.json: runs/mnist/model_index.json
-	$(BIN)/ddpm-fit runs/mnist runs/mnist_fitted $(call data,mnist) --num_calls 4 6 8 3 --overwrite
+# Samplers of few calls: tables fitted to the networks, and a network tuned to one call.
+$(FITTED:%=runs/%_fitted/model_index.json): runs/%_fitted/model_index.json: runs/%/model_index.json
+	$(BIN)/ddpm-fit runs/$* runs/$*_fitted $(call data,$*) --num_calls $(if $(filter mnist,$*),4 6 8 3,8 4) --overwrite
 
 runs/mnist_1/model_index.json: runs/mnist/model_index.json
 	$(LAUNCH) train_scripts/tune.py --checkpoint runs/mnist $(call data,mnist) --num_calls 1 --output_dir runs/mnist_1 \
@@ -96,9 +98,9 @@ export HALVE
 
 # Train the checkpoints that the package ships. Their code stays two lines that import the package's own. The second
 # network of digits is stored in float16, to keep the wheel small.
-pretrained: $(patsubst %,runs/%/model_index.json,$(SHIPPED:mnist=mnist_fitted))
+pretrained: $(FITTED:%=runs/%_fitted/model_index.json) runs/swiss_roll_2015/model_index.json runs/mnist_1/model_index.json
 	for name in $(SHIPPED); do \
-		from=$$name; [ $$name != mnist ] || from=mnist_fitted; \
+		from=$${name}_fitted; [ -d runs/$$from ] || from=$$name; \
 		for file in model_index.json scheduler/scheduler_config.json unet/config.json \
 				unet/diffusion_pytorch_model.safetensors; do \
 			install -D -m 644 runs/$$from/$$file ddpm_mlp_pipeline/checkpoints/$$name/$$file || exit 1; \

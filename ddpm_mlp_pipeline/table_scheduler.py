@@ -180,7 +180,10 @@ class StepTableScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps = self.default_num_inference_steps
         if num_inference_steps not in self.tables:
             numbers = ", ".join(map(str, sorted(self.tables)))
-            raise ValueError(f"there is no table of {num_inference_steps} calls, only of {numbers}")
+            raise ValueError(
+                f"there is no table of {num_inference_steps} calls, only of {numbers}: choose one of these, or "
+                "another scheduler, such as DDPMScheduler.from_config(pipeline.scheduler.config)"
+            )
         self._choose(num_inference_steps)
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.timesteps.to(device)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from diffusers import DDPMScheduler
 from helpers import SCRIPTS
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks of pytest's)
 
@@ -17,7 +18,9 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, export_bundle, pretrained
 
 @pytest.fixture
 def heart() -> DDPMMLPPipeline:
+    """The heart with the scheduler that it was trained with, instead of its tables."""
     pipeline = DDPMMLPPipeline.from_pretrained(pretrained("heart"))
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

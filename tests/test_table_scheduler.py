@@ -12,13 +12,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from helpers import assert_one_line_error
 
 from ddpm_mlp_pipeline import (
-    DDPMMLPPipeline,
     OnnxSampler,
     StepTable,
     compile_scheduler,
     export_bundle,
     load_checkpoint,
-    pretrained,
 )
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export.compile import make_scheduler
@@ -28,47 +26,40 @@ STOCK = [("ddpm", 10, {}), ("ddim", 7, {}), ("dpmsolver_multistep", 6, {"algorit
 STOCK += [("heun", 4, {}), ("euler_ancestral", 6, {})]
 
 
-@pytest.fixture
-def pipe():
-    pipe = DDPMMLPPipeline.from_pretrained(pretrained("heart"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def of_tables(scheduler, *numbers):
     tables = [compile_scheduler(scheduler, number).to_dict() for number in numbers]
     return StepTableScheduler.from_config(scheduler.config, tables=tables)
 
 
-def draw(pipe, number=50, **options):
-    return pipe(number, torch.Generator().manual_seed(3), **options).points
+def draw(heart, number=50, **options):
+    return heart(number, torch.Generator().manual_seed(3), **options).points
 
 
 @pytest.mark.parametrize(("name", "steps", "options"), STOCK)
-def test_a_table_draws_what_its_stock_scheduler_draws(pipe, name, steps, options):
-    trained_with = pipe.scheduler
-    pipe.scheduler = make_scheduler(name, trained_with, **options)
-    expected = draw(pipe, num_inference_steps=steps)
-    table = compile_scheduler(pipe.scheduler, steps)
-    pipe.scheduler = StepTableScheduler.from_config(trained_with.config, tables=[table.to_dict()])
-    np.testing.assert_allclose(draw(pipe), expected, atol=2e-5)
+def test_a_table_draws_what_its_stock_scheduler_draws(heart, name, steps, options):
+    trained_with = heart.scheduler
+    heart.scheduler = make_scheduler(name, trained_with, **options)
+    expected = draw(heart, num_inference_steps=steps)
+    table = compile_scheduler(heart.scheduler, steps)
+    heart.scheduler = StepTableScheduler.from_config(trained_with.config, tables=[table.to_dict()])
+    np.testing.assert_allclose(draw(heart), expected, atol=2e-5)
 
 
-def test_known_values_are_filled_as_with_the_stock_scheduler(pipe):
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+def test_known_values_are_filled_as_with_the_stock_scheduler(heart):
+    heart.scheduler = DDIMScheduler.from_config(heart.scheduler.config)
     known = {"known": {"x": 0.5}, "resample": 2}
-    expected = draw(pipe, num_inference_steps=10, **known)
-    pipe.scheduler = of_tables(pipe.scheduler, 10)
-    actual = draw(pipe, **known)
+    expected = draw(heart, num_inference_steps=10, **known)
+    heart.scheduler = of_tables(heart.scheduler, 10)
+    actual = draw(heart, **known)
     np.testing.assert_allclose(actual, expected, atol=2e-5)
     np.testing.assert_allclose(actual[:, 0], 0.5, atol=1e-6)
 
 
-def test_a_checkpoint_with_tables_loads_with_and_without_the_plugin_and_goes_back_to_stock(pipe, tmp_path, caplog):
-    trained_with = pipe.scheduler
-    pipe.scheduler = of_tables(trained_with, 8, 4)
-    expected = draw(pipe), draw(pipe, num_inference_steps=4)
-    pipe.save_pretrained(tmp_path / "fitted")
+def test_a_checkpoint_with_tables_loads_with_and_without_the_plugin_and_goes_back_to_stock(heart, tmp_path, caplog):
+    trained_with = heart.scheduler
+    heart.scheduler = of_tables(trained_with, 8, 4)
+    expected = draw(heart), draw(heart, num_inference_steps=4)
+    heart.save_pretrained(tmp_path / "fitted")
     index = json.loads((tmp_path / "fitted/model_index.json").read_text())
     assert index["scheduler"] == ["table_scheduler", "StepTableScheduler"]
     without = DiffusionPipeline.from_pretrained(tmp_path / "fitted", trust_remote_code=True)
@@ -86,33 +77,33 @@ def test_a_checkpoint_with_tables_loads_with_and_without_the_plugin_and_goes_bac
         assert {**back.config, **version} == {**trained_with.config, **version}
 
 
-def test_an_export_keeps_the_table_and_every_form_of_the_bundle_plays_it(pipe, tmp_path):
-    pipe.scheduler = of_tables(pipe.scheduler, 8, 4)
-    pipe.save_pretrained(tmp_path / "fitted")
+def test_an_export_keeps_the_table_and_every_form_of_the_bundle_plays_it(heart, tmp_path):
+    heart.scheduler = of_tables(heart.scheduler, 8, 4)
+    heart.save_pretrained(tmp_path / "fitted")
     report = export_bundle(tmp_path / "fitted", tmp_path / "bundle", sampler="float32")
     assert max(difference[-1] for difference in report.parity.differences.values()) < 1e-4
     assert report.sampler_difference < 1e-4
     table = StepTable.load(tmp_path / "bundle/step_table.json")
-    assert table.to_dict() == pipe.scheduler.tables[8]
+    assert table.to_dict() == heart.scheduler.tables[8]
     export_bundle(tmp_path / "fitted", tmp_path / "four", num_inference_steps=4)
     assert len(OnnxSampler(tmp_path / "four")) == 4
     export_bundle(tmp_path / "fitted", tmp_path / "stock", "ddim", 10)
     assert OnnxSampler(tmp_path / "stock").scheduler == "DDIMScheduler"
 
 
-def test_a_number_of_calls_without_a_table_is_refused(pipe, run, tmp_path):
-    pipe.scheduler = of_tables(pipe.scheduler, 8, 4)
+def test_a_number_of_calls_without_a_table_is_refused(heart, run, tmp_path):
+    heart.scheduler = of_tables(heart.scheduler, 8, 4)
     with pytest.raises(ValueError, match="there is no table of 5 calls, only of 4, 8"):
-        draw(pipe, num_inference_steps=5)
+        draw(heart, num_inference_steps=5)
     with pytest.raises(ConfigurationError, match="no table of 5 calls, only of 4, 8"):
-        compile_scheduler(pipe.scheduler, 5)
-    pipe.save_pretrained(tmp_path / "fitted")
+        compile_scheduler(heart.scheduler, 5)
+    heart.save_pretrained(tmp_path / "fitted")
     argv = ("ddpm-sample", tmp_path / "fitted", "--num_inference_steps", 5, "--output", tmp_path / "a.csv")
     assert_one_line_error(run(*argv), "the checkpoint has no table of 5 calls, only of 4, 8")
 
 
-def test_steps_beyond_the_last_are_refused(pipe):
-    scheduler = of_tables(pipe.scheduler, 2)
+def test_steps_beyond_the_last_are_refused(heart):
+    scheduler = of_tables(heart.scheduler, 2)
     x = torch.zeros(1, 2)
     for t in scheduler.timesteps:
         x = scheduler.step(x, t, x).prev_sample
@@ -139,8 +130,8 @@ def _wrong(change):
         (_wrong(lambda table: table.pop("clip_range")), "not a step table: KeyError"),
     ],
 )
-def test_a_wrong_table_is_refused(pipe, change, message):
-    table = compile_scheduler(pipe.scheduler, 3).to_dict()
+def test_a_wrong_table_is_refused(heart, change, message):
+    table = compile_scheduler(heart.scheduler, 3).to_dict()
     with pytest.raises(ValueError, match=message):
         StepTableScheduler(tables=[change(table)])
     with pytest.raises(ValueError, match="at least one table"):

@@ -213,7 +213,11 @@ def test_wrong_samplings_end_in_one_line(run_forked, ddim_bundle, tmp_path):
         ((tmp_path / "cwd", "--output", ok), ["is not a bundle"]),
         ((ddim_bundle, "--output", tmp_path / "folder"), ["a folder is for images"]),
         ((ddim_bundle, "--output", ok, "--scheduler", "ddpm"), ["step table"]),
-        ((pretrained("heart"), "--output", ok, "--num_inference_steps", 1001), ["from 1 to 1000"]),
+        ((pretrained("heart"), "--output", ok, "--num_inference_steps", 5), ["no table of 5 calls"]),
+        (
+            (pretrained("heart"), "--scheduler", "ddim", "--output", ok, "--num_inference_steps", 1001),
+            ["from 1 to 1000"],
+        ),
     ]:
         assert_one_line_error(run_forked("sample", *argv), *fragments)
     assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
@@ -264,7 +268,8 @@ def test_wrong_exports_end_in_one_line(run_forked, tmp_path):
     for argv, fragments in [
         ((tmp_path / "nowhere", bundle), ["nowhere doesn't exist"]),
         ((damaged, bundle), ["can't load the checkpoint", "diffusion_pytorch_model.safetensors"]),
-        ((pretrained("heart"), bundle, "--num_inference_steps", 1001), ["from 1 to 1000"]),
+        ((pretrained("heart"), bundle, "--num_inference_steps", 5), ["no table of 5 calls"]),
+        ((pretrained("heart"), bundle, "--scheduler", "ddim", "--num_inference_steps", 1001), ["from 1 to 1000"]),
         ((pretrained("heart"), bundle, "--num_inference_steps", 0), ["at least 1"]),
         ((pretrained("heart"), bundle, "--scheduler", "magic"), ["magic", "ddpm"]),
         ((pretrained("heart"), bundle, *KARRAS), ["UniPC", "can't take 20 steps with these options"]),

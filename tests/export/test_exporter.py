@@ -92,8 +92,9 @@ def test_a_sample_between_two_outcomes_is_no_reason_to_refuse_a_bundle(tmp_path)
     assert not compare(pipeline, tmp_path / "bundle", 50, 1e-4).ok
 
 
-def test_points_are_clipped_by_default(tmp_path):
-    export_bundle(pretrained("heart"), tmp_path / "bundle")
+def test_points_are_clipped_by_default(heart, tmp_path):
+    heart.save_pretrained(tmp_path / "heart")
+    export_bundle(tmp_path / "heart", tmp_path / "bundle")
     assert OnnxSampler(tmp_path / "bundle").table.summary.startswith("DDIMScheduler, 50 network calls, x̂_0 clipped")
 
 
@@ -196,16 +197,17 @@ def test_few_strays_are_reported(tmp_path):
 def test_a_table_need_not_be_compiled_just_now(heart, tmp_path):
     table = compile_scheduler(heart.scheduler, 10)
     table.save(tmp_path / "table.json")
-    export_bundle(pretrained("heart"), tmp_path / "given", table=StepTable.load(tmp_path / "table.json"))
+    heart.save_pretrained(tmp_path / "heart")
+    export_bundle(tmp_path / "heart", tmp_path / "given", table=StepTable.load(tmp_path / "table.json"))
     export_bundle(pretrained("heart"), tmp_path / "compiled", "ddpm", 10)
     given, compiled = (OnnxSampler(tmp_path / name).sample(20, seed=3) for name in ("given", "compiled"))
     np.testing.assert_array_equal(given, compiled)
     wrong = dataclasses.replace(table, to_next=table.to_next * 1.001)
     with pytest.raises(ParityError, match="differs from the pipeline"):
-        export_bundle(pretrained("heart"), tmp_path / "wrong", table=wrong)
+        export_bundle(tmp_path / "heart", tmp_path / "wrong", table=wrong)
     with pytest.raises(ConfigurationError, match="checkpoint's own scheduler"):
-        export_bundle(pretrained("heart"), tmp_path / "both", "ddim", table=table)
-    assert {path.name for path in tmp_path.iterdir()} == {"table.json", "given", "compiled"}
+        export_bundle(tmp_path / "heart", tmp_path / "both", "ddim", table=table)
+    assert {path.name for path in tmp_path.iterdir()} == {"table.json", "heart", "given", "compiled"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -321,10 +323,8 @@ def test_damaged_checkpoints_are_refused(heart, tmp_path, name, keep):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_float32_is_enough_for_the_first_steps():
+def test_float32_is_enough_for_the_first_steps(heart):
     """√ᾱ_t is 5e-5 at the cosine schedule's end: only the clip range keeps the prediction of x_0 in bounds."""
-    pipeline = DDPMMLPPipeline.from_pretrained(pretrained("heart"))
-    pipeline.set_progress_bar_config(disable=True)
-    limit = pipeline.scheduler.config.clip_sample_range * np.array(pipeline.config.data_std)
-    points = pipeline(500, torch.Generator().manual_seed(0), 1000).points - pipeline.config.data_mean
+    limit = heart.scheduler.config.clip_sample_range * np.array(heart.config.data_std)
+    points = heart(500, torch.Generator().manual_seed(0), 1000).points - heart.config.data_mean
     assert (np.abs(points) <= limit + 1e-4).all()

@@ -737,7 +737,7 @@ def test_an_unusable_registry_is_one_error_without_secrets(ddim_bundle, registry
 
 
 def test_the_command_writes_a_page(run, onnxruntime_web, tmp_path):
-    argv = ("ddpm-export", pretrained("heart"), tmp_path / "bundle", "--num_inference_steps", 5)
+    argv = ("ddpm-export", pretrained("heart"), tmp_path / "bundle", "--num_inference_steps", 4)
     assert_one_line_error(run(*argv, "--onnxruntime_web", onnxruntime_web), "--web DIR")
     result = run(*argv, "--web", tmp_path / "page", "--onnxruntime_web", onnxruntime_web)
     assert result.returncode == 0, result.stderr
