@@ -183,7 +183,7 @@ def test_features_of_networks_are_differentiable_and_tell_images_apart(model):
 
 
 def test_wrong_input_is_refused():
-    with pytest.raises(DatasetError, match="100 samples are too few for a fit: it needs 512"):
+    with pytest.raises(DatasetError, match="100 samples are too few for a batch size of 256: it can be 50 at most"):
         TableFitter(gaussian_pipeline(), gaussian_data(100), PointFeatures(), arguments())
     unet = MLPModel(2, hidden_dim=16, num_hidden_layers=2, embedding_dim=8, num_class_embeds=2)
     with pytest.raises(DatasetError, match="name their column with --label_column"):
@@ -250,7 +250,7 @@ def test_the_command_refuses_wrong_input(run_forked, tmp_path):
     points.write_text("x,y\n" + "0,1\n1,0\n" * 100)
     argv = ("fit", pretrained("heart"), output, "--dataset")
     for more, message in [
-        ((points,), "200 samples are too few for a fit: it needs 1024"),
+        ((points,), "200 samples are too few for a batch size of 1024: it can be 100 at most"),
         (("heart", "--num_calls", 1001), "from 1 to 1000"),
         (("moons.csv",), "moons.csv"),
         (("heart", "--features", "pixels"), "--features are for images"),

@@ -124,7 +124,7 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--label_column", help="the data's column of labels (default: the one of training)")
     parser.add_count("--steps", "optimiser steps for each table (default: 400 for points, 100 for images)")
-    parser.add_count("--batch_size", "samples of each step (default: 512 points, 96 images)")
+    parser.add_count("--batch_size", "samples of each step (default: 1,024 points, 96 images)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="seed of the fit (default: 0)")
     parser.add_argument(
         "--features",

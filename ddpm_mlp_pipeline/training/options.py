@@ -281,7 +281,7 @@ class FittingArguments:
 
 
 _OF_POINTS: dict[str, Any] = {
-    **{"steps": 400, "batch_size": 512, "num_references": 1024, "num_held_out": 8192, "num_drawn": 4096},
+    **{"steps": 400, "batch_size": 1024, "num_references": 2048, "num_held_out": 8192, "num_drawn": 4096},
     **{"check_steps": 50, "learning_rate": 0.01, "first_log_snr": -5.0, "last_log_snr": 6.0, "noise": 0.0},
 }
 _OF_IMAGES: dict[str, Any] = {
@@ -299,7 +299,9 @@ class TuningArguments(RunArguments):
     """
 
     num_calls: int = option(1, "network calls of the sampler")
-    denoising_weight: float = option(0.1, "weight of the denoising loss beside the distance to the data")
+    denoising_weight: float | None = option(
+        None, "weight of the denoising loss beside the distance to the data; by default 0 for points, 0.1 for images"
+    )
     table_learning_rate: float = option(0.01, "peak learning rate of the step table's numbers")
 
     train_batch_size: int | None = option(  # type: ignore[assignment]  # None until the kind of data is known
@@ -318,13 +320,14 @@ class TuningArguments(RunArguments):
         super().__post_init__()
         self._check_least({"num_calls": 1})
         self._check_positive("table_learning_rate")
-        if not 0 <= self.denoising_weight < math.inf:
+        if self.denoising_weight is not None and not 0 <= self.denoising_weight < math.inf:
             raise ConfigurationError(f"denoising_weight must be at least 0, got {self.denoising_weight}")
 
     def of_kind(self, is_points: bool) -> TuningArguments:
         """Return the options with the defaults for points or for images."""
-        batch_size, learning_rate, steps = (1024, 2e-3, 2000) if is_points else (96, 6e-4, 1500)
+        batch_size, learning_rate, steps, weight = (1024, 2e-3, 2000, 0.0) if is_points else (96, 6e-4, 1500, 0.1)
         defaults: dict[str, Any] = {"train_batch_size": batch_size, "learning_rate": learning_rate}
+        defaults["denoising_weight"] = weight
         if self.num_epochs is None:
             defaults["max_train_steps"] = steps
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}

@@ -45,7 +45,8 @@ class Target:
                 "the network takes labels, but the data have none: name their column with --label_column"
             )
         if len(data) < 2 * args.batch_size:
-            raise DatasetError(f"{len(data)} samples are too few for a fit: it needs {2 * args.batch_size}")
+            at_most = f"it can be {len(data) // 2} at most"
+            raise DatasetError(f"{len(data)} samples are too few for a batch size of {args.batch_size}: {at_most}")
         order = torch.randperm(len(data), generator=self.generator(0, 0)).tolist()
         held_out = args.num_held_out
         if len(data) < held_out + args.num_references:

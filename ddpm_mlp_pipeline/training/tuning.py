@@ -61,6 +61,7 @@ def tune(
     scheduler, T = pipeline.scheduler, pipeline.scheduler.config.num_train_timesteps
     check_num_calls([args.num_calls], T)
     args = args.of_kind(pipeline.is_points)
+    weight = cast(float, args.denoising_weight)
     pipeline.to(this_process().device)
     fitting = args.for_target(pipeline.is_points)
     target = Target(pipeline, data, features, fitting)
@@ -81,7 +82,7 @@ def tune(
             some = slice(max(len(t) // DENOISING_SHARE, 1))
             batch, t, eps = batch.take(some), t[some], eps[some]
             denoising = simple_loss(scheduler, run.network, batch, t, eps).mean()
-            run.take_step(distance + args.denoising_weight * denoising, distance, batch, t, eps)
+            run.take_step(distance + weight * denoising, distance, batch, t, eps)
     tuned = cast(TunedNetwork, run.result())
     table = dataclasses.replace(start, numbers=tuned.numbers.cpu()).to_table()
     pipeline.unet = tuned.unet
