@@ -17,7 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin
+from diffusers import DDPMScheduler, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -52,6 +52,13 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> DDPMMLPPipeline:
         check_weights(pipeline.unet)
         _check_sampling(pipeline, network)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def without_tables(pipeline: DDPMMLPPipeline) -> DDPMMLPPipeline:
+    """Give a pipeline with fitted tables the `DDPMScheduler` of their options: that of the training."""
+    if isinstance(pipeline.scheduler, StepTableScheduler):
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     return pipeline
 
 

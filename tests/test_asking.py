@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import onnxruntime
@@ -428,20 +429,11 @@ def test_a_figure_shows_data_and_samples_of_the_same_conditions():
     np.testing.assert_allclose(rest.std(axis=0), 1, atol=0.2)
 
 
-def test_commands_draw_what_is_asked_for(run_forked, tmp_path):
+def test_commands_draw_what_is_asked_for(run, run_forked, tmp_path):
     checkpoint, bundle = tmp_path / "moons", tmp_path / "bundle"
-    trained = run_forked(
-        *(
-            "train_points",
-            "--dataset",
-            "two_moons",
-            "--label_column",
-            "label",
-            "--max_train_steps",
-            300,
-            "--output_dir",
-            checkpoint,
-        ),
+    trained = run(
+        *(sys.executable, "-m", "ddpm_mlp_pipeline.commands.train_points", "--dataset", "two_moons"),
+        *("--label_column", "label", "--max_train_steps", 300, "--output_dir", checkpoint),
         *("--no-figures", "--report_to", "none"),
     )
     assert trained.returncode == 0, trained.stderr

@@ -356,4 +356,5 @@ def test_the_drift_is_drawn(run_forked, tmp_path):
     assert run_forked("plot", "drift", pretrained("swiss_roll_2015"), *argv).returncode == 0
     with Image.open(tmp_path / "drift.png") as image:
         assert image.size == (800, 800)
+    assert run_forked("plot", "drift", pretrained("swiss_roll"), *argv, "--overwrite").returncode == 0  # with tables
     assert_one_line_error(run_forked("plot", "drift", pretrained("mnist"), *argv, "--overwrite"), "two coordinates")

@@ -31,8 +31,8 @@ def of_tables(scheduler, *numbers):
     return StepTableScheduler.from_config(scheduler.config, tables=tables)
 
 
-def draw(heart, number=50, **options):
-    return heart(number, torch.Generator().manual_seed(3), **options).points
+def draw(pipeline, number=50, **options):
+    return pipeline(number, torch.Generator().manual_seed(3), **options).points
 
 
 @pytest.mark.parametrize(("name", "steps", "options"), STOCK)

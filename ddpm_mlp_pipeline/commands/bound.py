@@ -23,8 +23,7 @@ with command_imports("ddpm-bound", __name__):
     from ..data.images import HELD_OUT_SPLITS, choose_split
     from ..data.normalized import load_normalized
     from ..judge.likelihood import variational_bound
-    from ..loading import load_checkpoint
-    from ..table_scheduler import StepTableScheduler
+    from ..loading import load_checkpoint, without_tables
 
 
 NUM_POINTS = 10_000
@@ -52,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         paths = (args.output, args.figure)
         output, figure = (path and stack.enter_context(whole_file(path, args.overwrite)) for path in paths)
-        pipeline = load_checkpoint(args.checkpoint)
-        variance = {} if args.variance_type is None else {"variance_type": args.variance_type}
-        if variance or isinstance(pipeline.scheduler, StepTableScheduler):  # whatever samples are drawn with
-            pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **variance)
+        pipeline = without_tables(load_checkpoint(args.checkpoint))
+        if args.variance_type is not None:
+            pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
         if args.split is None and not pipeline.is_points:
             args.split = choose_split(args.dataset, HELD_OUT_SPLITS)
         number = args.num_samples or (NUM_POINTS if pipeline.is_points else None)

@@ -14,7 +14,7 @@ from .parser import CommandParser, add_data_options, add_overwrite, command, com
 with command_imports("ddpm-plot", __name__):
     from .. import figures
     from ..data.normalized import load_normalized
-    from ..loading import load_checkpoint
+    from ..loading import load_checkpoint, without_tables
 
 
 @command
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
         batch = data.__getitems__(list(range(len(data))))
         if args.kind == "drift":
-            figure = figures.plot_drift(pipeline, batch.x_0, args.seed)
+            figure = figures.plot_drift(without_tables(pipeline), batch.x_0, args.seed)
         elif args.kind == "samples":
             figure = figures.plot_what_was_asked(pipeline, batch, args.seed)
         else:

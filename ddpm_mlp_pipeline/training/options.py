@@ -325,11 +325,11 @@ class TuningArguments(RunArguments):
 
     def of_kind(self, is_points: bool) -> TuningArguments:
         """Return the options with the defaults for points or for images."""
-        batch_size, learning_rate, steps, weight = (1024, 2e-3, 2000, 0.0) if is_points else (96, 6e-4, 1500, 0.1)
-        defaults: dict[str, Any] = {"train_batch_size": batch_size, "learning_rate": learning_rate}
-        defaults["denoising_weight"] = weight
-        if self.num_epochs is None:
-            defaults["max_train_steps"] = steps
+        names = ("train_batch_size", "learning_rate", "denoising_weight", "max_train_steps")
+        values = (1024, 2e-3, 0.0, 2000) if is_points else (96, 6e-4, 0.1, 1500)
+        defaults: dict[str, Any] = dict(zip(names, values, strict=True))
+        if self.num_epochs is not None:
+            del defaults["max_train_steps"]
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 

@@ -81,8 +81,10 @@ def tune(
             eps = torch.randn(total, *batch.x_0.shape[1:], device=accelerator.device)[rows]
             some = slice(max(len(t) // DENOISING_SHARE, 1))
             batch, t, eps = batch.take(some), t[some], eps[some]
-            denoising = simple_loss(scheduler, run.network, batch, t, eps).mean()
-            run.take_step(distance + weight * denoising, distance, batch, t, eps)
+            loss = distance
+            if weight:
+                loss = loss + weight * simple_loss(scheduler, run.network, batch, t, eps).mean()
+            run.take_step(loss, distance, batch, t, eps)
     tuned = cast(TunedNetwork, run.result())
     table = dataclasses.replace(start, numbers=tuned.numbers.cpu()).to_table()
     pipeline.unet = tuned.unet
