@@ -1,18 +1,23 @@
-"""Compare training variants by images per second, and by sample quality after equal training time.
+"""Compare variants of training by images per second, and by sample quality after equal time or equally many images.
 
-python train_scripts/benchmark_training.py mnist "mnist --model stock" --minutes 10 --dataset_name ylecun/mnist
+python train_scripts/benchmark_training.py mnist "mnist --dynamo_backend inductor" --minutes 10
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import json
+import math
+import os
 import shlex
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints import FEATURES
 from ..errors import ConfigurationError
@@ -21,23 +26,56 @@ from .parser import CommandParser, command, command_imports
 
 with command_imports("training", __name__):
     import numpy as np
+    import psutil
     import torch
-    from accelerate.utils import set_seed
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ..data.images import ImageBatches, load_images, load_labelled_images
+    from ..data.images import load_images
     from ..judge.features import load_features
     from ..judge.metrics import frechet_distance, image_features, to_uint8
     from ..pipeline import DDPMMLPPipeline
     from ..training.options import PRESETS, ImageTrainingArguments
     from ..training.run import check_output_dir
     from .presets import parse_options
-    from .train_images import train_on_images
 
 
-SHORT, LONG = 10, 40  # steps of two runs, whose difference in time is that of LONG - SHORT steps
+TIMED_STEPS, WARM_UP_STEPS = 40, 10  # of a timing run, and of those the ones that are left out
 SAMPLING_BATCH_SIZE = 250
+POLLING_SECONDS = 0.2  # how often the memory in use is read
 REPORT = "benchmark.json"
-load_images_once, load_labelled_images_once = functools.cache(load_images), functools.cache(load_labelled_images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way of training: the options of `train_images.py`, and how Accelerate launches it."""
+
+    name: str
+    options: ImageTrainingArguments
+    argv: list[str]
+    num_processes: int
+    num_threads: int
+    dynamo_backend: str
+
+    @property
+    def images_per_step(self) -> int:
+        return self.options.train_batch_size * self.options.gradient_accumulation_steps * self.num_processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one training took.
+
+    Attributes:
+        step_time: median time of a step, in seconds.
+        start_time: seconds until the first step was done: imports, data and, with `--dynamo_backend`, compilation.
+        seconds: duration of the whole command.
+        memory: peak of the processes' resident memory, in MiB, in the first and in the second half of the steps.
+    """
+
+    step_time: float
+    start_time: float
+    seconds: float
+    memory: tuple[float, float]
 
 
 @command
@@ -45,11 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="all other options are those of train_images.py, and apply to every variant",
+        epilog="all other options are those of train_images.py, and apply to every variant; so do --num_processes, "
+        "--num_cpu_threads_per_process and --dynamo_backend of accelerate launch",
     )
     parser.add_argument("variants", nargs="+", help="a preset's name and options that change it, in one argument")
-    parser.add_argument("--minutes", type=float, default=10, help="training time of each (default: 10)")
-    parser.add_count("--repeats", "timings of each, taken in turn (default: 3)", default=3)
+    parser.add_argument("--minutes", type=float, default=10, help="time of each, its start included (default: 10)")
+    parser.add_count("--num_images", "train each on equally many images, instead of as long")
+    parser.add_count("--repeats", "timings of each before that, taken in turn (default: 3)", default=3)
     parser.add_count("--num_samples", "samples to measure (default: 2000)", default=2000)
     parser.add_count("--num_inference_steps", "DDPM steps (default: 100)", default=100)
     parser.add_argument("--split", default="test", help="split to compare samples with (default: test)")
@@ -62,68 +102,119 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output_dir or Path(temporary)
-        runs = {}
-        for i, variant in enumerate(args.variants):
-            words = ["--config", *shlex.split(variant), *shared, "--report_to=none", f"--output_dir={folder / str(i)}"]
-            runs[variant] = parse_options(ImageTrainingArguments, words, __doc__, PRESETS)
-        if len({run.mixed_precision for run in runs.values()}) > 1:
-            raise ConfigurationError("the variants must share one --mixed_precision: pass it after them")
+        variants = [_read(words, shared, folder / str(i)) for i, words in enumerate(args.variants)]
         check_names(folder, [REPORT], args.overwrite_output_dir)
-        for run in runs.values():
-            run.overwrite_output_dir = args.overwrite_output_dir
-            check_output_dir(run)
-            run.overwrite_output_dir = True  # each training of a variant replaces the one before
-        _compare(args, runs, folder)
+        for variant in variants:
+            variant.options.overwrite_output_dir = args.overwrite_output_dir
+            check_output_dir(variant.options)
+        rows = _compare(args, variants)
+        with whole_file(folder / REPORT, overwrite=True) as report:
+            report.write_text(json.dumps(rows, indent=2))
 
 
-def _compare(args: argparse.Namespace, runs: dict[str, ImageTrainingArguments], folder: Path) -> None:
-    seconds: dict[str, list[float]] = {variant: [] for variant in runs}
+def _read(words: str, shared: Sequence[str], output_dir: Path) -> Variant:
+    """Read a variant's own options and those that all variants share."""
+    parser = CommandParser(add_help=False)
+    parser.add_count("--num_processes", "", default=1)
+    parser.add_count("--num_cpu_threads_per_process", "")
+    parser.add_argument("--dynamo_backend", default="no")
+    launch, argv = parser.parse_known_args([*shlex.split(words), *shared])
+    argv = ["--config", *argv, f"--output_dir={output_dir}", "--report_to=tensorboard", "--no-figures"]
+    options = parse_options(ImageTrainingArguments, argv, __doc__, PRESETS)
+    cores = int(os.environ.get("OMP_NUM_THREADS", psutil.cpu_count(logical=False) or 1))
+    threads = launch.num_cpu_threads_per_process or max(1, cores // launch.num_processes)
+    return Variant(words, options, argv, launch.num_processes, threads, launch.dynamo_backend)
+
+
+def _compare(args: argparse.Namespace, variants: list[Variant]) -> list[dict[str, Any]]:
+    timings: list[list[Measured]] = [[] for _ in variants]
     for _ in range(args.repeats):
-        for variant, run in runs.items():  # in turn, so that other load slows all alike
-            times = [_timed_training(run, steps)[1] for steps in (SHORT, LONG)]
-            seconds[variant].append((times[1] - times[0]) / (LONG - SHORT))
-    rows = []
-    for variant, run in runs.items():
-        step_time = float(np.median(seconds[variant]))
-        steps = max(1, round(60 * args.minutes / step_time))
-        pipeline, training_time = _timed_training(run, steps)
+        for variant, own in zip(variants, timings, strict=True):  # in turn, so that other load slows all alike
+            own.append(_train(variant, TIMED_STEPS))
+    rows: list[dict[str, Any]] = []
+    for variant, own in zip(variants, timings, strict=True):
+        step_time = float(np.median([measured.step_time for measured in own]))
+        start_time = max(measured.start_time for measured in own)  # the first one's: compiled code is kept
+        if args.num_images:
+            steps = math.ceil(args.num_images / variant.images_per_step)
+        else:
+            steps = max(1, round((60 * args.minutes - start_time) / step_time))
+        trained = _train(variant, steps)
+        pipeline = DDPMMLPPipeline.from_pretrained(variant.options.output_dir)
         row = {
-            "variant": variant,
+            "variant": variant.name,
             "parameters": pipeline.unet.num_parameters(),
-            "images_per_second": run.train_batch_size * run.gradient_accumulation_steps / step_time,
+            "images_per_second": variant.images_per_step / step_time,
+            "start_seconds": start_time,
             "steps": steps,
-            "minutes": training_time / 60,
-            "frechet_distance": _distance(args, run, pipeline),
+            "minutes": trained.seconds / 60,
+            "memory_mib": trained.memory,
+            "frechet_distance": _distance(args, variant.options, pipeline),
         }
         rows.append(row)
         print(
-            f"{variant}: {row['parameters'] / 1e6:.2f} M parameters, {row['images_per_second']:.0f} images/s "
-            f"({row['images_per_second'] / rows[0]['images_per_second']:.2f}×), {steps} steps in "
-            f"{row['minutes']:.1f} min, Fréchet distance {row['frechet_distance']:.2f}",
+            f"{variant.name}: {row['parameters'] / 1e6:.2f} M parameters, {row['images_per_second']:.0f} images/s "
+            f"({row['images_per_second'] / rows[0]['images_per_second']:.2f}×) after {start_time:.0f} s to start, "
+            f"{steps} steps in {row['minutes']:.1f} min, memory at most {trained.memory[0]:.0f} MiB in their first "
+            f"half and {trained.memory[1]:.0f} in the second, Fréchet distance {row['frechet_distance']:.2f}",
             flush=True,
         )
-    with whole_file(folder / REPORT, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(rows, indent=2))
+    return rows
 
 
-def _timed_training(run: ImageTrainingArguments, steps: int) -> tuple[DDPMMLPPipeline, float]:
-    run.max_train_steps = steps
-    set_seed(run.seed)
-    form = run.label_column, run.split, run.resolution, run.fit, run.channels
-    images, labels, class_names = load_labelled_images_once(run.dataset_name, *form)
-    start = time.perf_counter()
-    pipeline, _ = train_on_images(run, ImageBatches(images, labels), class_names)
-    return pipeline, time.perf_counter() - start
+def _train(variant: Variant, steps: int) -> Measured:
+    """Train a variant with `accelerate launch`, as a user does, and read its tracker's file for the times."""
+    logs = Path(variant.options.output_dir, variant.options.logging_dir)
+    shutil.rmtree(logs, ignore_errors=True)
+    several = ["--multi_gpu"] if variant.num_processes > 1 else []
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *several, "--num_machines=1"]
+    launch += [f"--num_processes={variant.num_processes}", f"--num_cpu_threads_per_process={variant.num_threads}"]
+    launch += [f"--mixed_precision={variant.options.mixed_precision}", f"--dynamo_backend={variant.dynamo_backend}"]
+    launch += ["-m", "ddpm_mlp_pipeline.commands.train_images", *variant.argv]
+    launch += [f"--max_train_steps={steps}", "--overwrite_output_dir"]
+    on_cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
+    start = time.time()
+    used: list[tuple[float, float]] = []  # when, and MiB of resident memory
+    with tempfile.TemporaryFile() as errors:
+        process = psutil.Popen(launch, env=os.environ | on_cpu, stdout=errors, stderr=errors)
+        while process.poll() is None:
+            used.append((time.time(), _memory(process)))
+            time.sleep(POLLING_SECONDS)
+        end = time.time()
+        if process.returncode != 0:
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").splitlines()
+            why = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
+            raise ConfigurationError(f"{variant.name} could not be trained: {why.removeprefix('error: ')}")
+    recorded = EventAccumulator(str(logs / "train")).Reload().Scalars("loss")
+    times = np.array([event.wall_time for event in recorded])
+    intervals = np.diff(times)[min(WARM_UP_STEPS, len(times) - 2) :] if len(times) > 1 else times - start
+    middle = times[len(times) // 2]
+    halves = [[mib for when, mib in used if (when < middle) == is_first] for is_first in (True, False)]
+    first, second = (max(half, default=0.0) for half in halves)
+    return Measured(float(np.median(intervals)), times[0] - start, end - start, (first, second))
 
 
-def _distance(args: argparse.Namespace, run: ImageTrainingArguments, pipeline: DDPMMLPPipeline) -> float:
+def _memory(process: psutil.Popen) -> float:
+    """Return the resident memory of a process and of those that it has started, in MiB."""
+    total = 0
+    try:
+        for each in (process, *process.children(recursive=True)):
+            total += each.memory_info().rss
+    except psutil.NoSuchProcess:  # it has just ended
+        pass
+    return total / 2**20
+
+
+def _distance(args: argparse.Namespace, options: ImageTrainingArguments, pipeline: DDPMMLPPipeline) -> float:
     def draw() -> Iterator[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         for start in range(0, args.num_samples, SAMPLING_BATCH_SIZE):
             size = min(SAMPLING_BATCH_SIZE, args.num_samples - start)
             yield to_uint8(pipeline(size, generator, args.num_inference_steps, "np")[0])
 
-    references = load_images_once(run.dataset_name, args.split, run.resolution, run.fit, run.channels)
+    pipeline.set_progress_bar_config(disable=True)
+    references = load_images(options.dataset_name, args.split, options.resolution, options.fit, options.channels)
     network = load_features(args.features)
     return frechet_distance(image_features(draw(), network), image_features([references], network))
 

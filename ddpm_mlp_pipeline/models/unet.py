@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
@@ -132,6 +132,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
                 residual_connection=True,
                 bias=True,
                 upcast_softmax=True,
+                processor=AttnProcessor(),  # torch's fused attention is slower for so few tokens
                 _from_deprecated_attn_block=True,
             )
             _zero(self.mid_attention.to_out[0])
@@ -182,7 +183,9 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
         height, width = sample.shape[-2:]
         multiple = self.config.patch_size * 2 ** len(self.downsamplers)
-        h = self.conv_in(F.pad(sample, (0, -width % multiple, 0, -height % multiple)))
+        # Not −length % multiple: inductor can't compile the remainder of a negative size.
+        right, below = ((multiple - length % multiple) % multiple for length in (width, height))
+        h = self.conv_in(F.pad(sample, (0, right, 0, below)))
         if self.config.time_conditioning == "once":
             h, temb = h + temb[:, :, None, None], None
 
