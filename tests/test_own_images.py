@@ -1,4 +1,4 @@
-"""A user's pictures from training to sampling: several sizes, in subfolders, one corrupt, one grey, one of 16 bits."""
+"""A user's pictures from training to sampling: in subfolders, of many sizes, corrupt, huge, grey or animated."""
 
 import json
 import sys
@@ -8,7 +8,11 @@ import pytest
 from helpers import ROOT, assert_one_line_error
 from PIL import Image
 
+from ddpm_mlp_pipeline import DDPMMLPPipeline
 from ddpm_mlp_pipeline.commands import bound, compare, doctor, evaluate
+from ddpm_mlp_pipeline.data.images import usual_resolution
+from ddpm_mlp_pipeline.training.options import ImageTrainingArguments
+from ddpm_mlp_pipeline.training.pipelines import make_image_pipeline
 
 
 @pytest.fixture
@@ -27,25 +31,32 @@ def pictures(tmp_path):
     Image.fromarray(rng.integers(2**16, size=(30, 30), dtype=np.uint16)).save(folder / "dogs" / "008.png")
     path = folder / "cats" / "099.png"
     path.write_bytes(path.read_bytes()[:70])
+    Image.new("1", (20_000, 20_000)).save(folder / "dogs" / "huge.png")  # a few kB, and 400 million pixels
+    frames = [Image.new("P", (40, 40), i) for i in range(3)]
+    frames[0].save(folder / "dogs" / "moving.gif", save_all=True, append_images=frames[1:])
     return folder
 
 
 @pytest.mark.slow
 def test_own_pictures_go_the_whole_way(pictures, run, run_forked, capsys, tmp_path):
-    """Commands name missing options, and take the rest from checkpoint and bundle."""
-    train = ("--dataset_name", pictures, "--output_dir", tmp_path / "run", "--resolution", 16, "--max_train_steps", 5)
-    train += ("--block_out_channels", "16,32", "--train_batch_size", 16)
-    train += ("--lr_warmup_steps", 2, "--ddpm_num_steps", 20)
+    """The preset chooses the sizes; commands name missing options, and take the rest from checkpoint and bundle."""
+    train = ("--config", "folder", "--dataset_name", pictures, "--output_dir", tmp_path / "run")
+    train += ("--max_resolution", 18, "--block_out_channels", "16,32", "--train_batch_size", 16)
+    train += ("--max_train_steps", 5, "--lr_warmup_steps", 2, "--ddpm_num_steps", 20)
     assert_one_line_error(run_forked("train_images", *train), "row 99 of", "cats/099.png", "--skip_corrupt")
     result = run(sys.executable, ROOT / "train_scripts" / "train_images.py", *train, "--skip_corrupt")
     assert result.returncode == 0, result.stderr
-    assert "left out 1 image:" in result.stderr
+    assert "left out 2 images:" in result.stderr
     assert "cats/099.png) can't be decoded" in result.stderr
+    assert "dogs/huge.png) can't be decoded: Image size (400000000 pixels) exceeds limit" in result.stderr
+    assert "300 images, 16×16, channels: 3, classes: 2" in result.stdout
+    assert DDPMMLPPipeline.from_pretrained(tmp_path / "run").class_names == ["cats", "dogs"]
     bundle, data = tmp_path / "bundle", ("--dataset", pictures, "--skip_corrupt")
     page = ("--scheduler", "ddpm", "--web", tmp_path / "page")
     assert run_forked("export", tmp_path / "run", bundle, *page).returncode == 0
     assert (tmp_path / "page" / "index.html").is_file()
-    assert run_forked("sample", bundle, "--num_samples", 4, "--output", tmp_path / "grid.png").returncode == 0
+    draw = ("--num_samples", 4, "--class_labels", "cats", "--output", tmp_path / "grid.png")
+    assert run_forked("sample", bundle, *draw).returncode == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.mode == "RGB"
 
@@ -56,7 +67,7 @@ def test_own_pictures_go_the_whole_way(pictures, run, run_forked, capsys, tmp_pa
     output = printed(evaluate.main, bundle, *data, "--output", tmp_path / "report.json")
     assert "random halves of split 'train', since there is no other; 16×16, channels: 3; features: pixels" in output
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["num_samples"], report["num_references"]) == (149, 149)
+    assert (report["num_samples"], report["num_references"]) == (150, 150)
     distance = report["measures"]["squared_energy_distance"]
     assert distance["samples"][0] > 5 * np.std(distance["floor"])  # it has hardly been trained
 
@@ -68,4 +79,28 @@ def test_own_pictures_go_the_whole_way(pictures, run, run_forked, capsys, tmp_pa
     assert "the images' sizes differ, with widths from 24 to 63" in " ".join(capsys.readouterr().out.split())
     options = ("--schedulers", "ddpm", "--num_inference_steps", 5, "--num_samples", 20)
     output = printed(compare.main, tmp_path / "run", *data, *options, "--output", tmp_path / "rows.json")
-    assert "squared energy distance to 299 images" in output
+    assert "squared energy distance to 300 images" in output
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ((3, 32, 32), [96, 160, 192]),
+        ((3, 64, 48), [48, 96, 160, 192]),
+        ((1, 28, 28), [32, 64, 128]),
+        ((1, 8, 8), [128]),
+    ],
+)
+def test_a_network_is_as_deep_as_the_pictures_need(shape, widths):
+    args = ImageTrainingArguments(dataset_name="", output_dir="")
+    assert make_image_pipeline(args, shape).unet.config.block_out_channels == tuple(widths)
+
+
+def test_pictures_of_one_size_keep_it(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (20, 12), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert usual_resolution(tmp_path, "train", 64) is None
+    assert usual_resolution(tmp_path, "train", 18) == 16  # the median of 12 and 20
+    Image.new("RGB", (100, 80)).save(tmp_path / "3.png")
+    Image.new("RGB", (100, 80)).save(tmp_path / "4.png")
+    assert usual_resolution(tmp_path, "train", 64) == 20  # of three times 12 and 20, twice 80 and 100

@@ -173,6 +173,28 @@ def image_shapes(
     return shapes
 
 
+def usual_resolution(name: str | os.PathLike[str], split: str, at_most: int) -> int | None:
+    """Return the median of the images' heights and widths, or `at_most` if that is smaller.
+
+    Args:
+        name, split: as in `load_images`.
+        at_most: the largest height and width that images may keep.
+
+    Returns:
+        A multiple of 4; `None` if all images have one size that they may keep.
+
+    Raises:
+        DatasetError: as `image_shapes` does, and if no image can be read.
+    """
+    sizes = Counter(shape[1:] for shape in image_shapes(name, split).elements())
+    if not sizes:
+        raise DatasetError(f"none of the images of {name} can be read")
+    if len(sizes) == 1 and max(next(iter(sizes))) <= at_most:
+        return None
+    usual = min(at_most, int(np.median([length for size in sizes.elements() for length in size])))
+    return max(4, usual // 4 * 4)
+
+
 def count_images(name: str | os.PathLike[str], split: str) -> int:
     """Return the number of images in a split without decoding them.
 

@@ -45,6 +45,13 @@ def widths_of(block_out_channels: str) -> tuple[int, ...]:
     return widths
 
 
+def default_widths(channels: int, height: int, width: int) -> tuple[int, ...]:
+    """Return the U-Net's widths for images of a size: as many resolutions as lead to 4×4 with a `patch_size` of 2."""
+    widths = (16, 32, 64, 128) if channels == 1 else (48, 96, 160, 192)
+    levels = round(math.log2(max(height, width) / 4))
+    return widths[-min(max(levels, 1), len(widths)) :]
+
+
 @dataclasses.dataclass(kw_only=True)
 class RunArguments:
     """Options of any run of the optimizer, named as in diffusers' training scripts.
@@ -208,12 +215,17 @@ class ImageTrainingArguments(TrainingArguments):
         None, "column of labels to draw samples by; of a folder of folders, 'label'; '' undoes a preset's"
     )
     resolution: int | None = option(None, "target height and width of the images; by default they keep their size")
+    max_resolution: int | None = option(
+        None, "without resolution: images that differ in size, or are larger, get their median size, at most this"
+    )
     fit: str = option("resize", "how to reach it: scale, or centre on black", choices=["resize", "pad"])
     channels: int | None = option(None, "1 (grey), 3 (RGB) or 4 (RGBA); by default as the first image")
     skip_corrupt: bool = option(False, "skip images that can't be read, and list them")
     random_flip: bool = option(False, "mirror half of the images, left to right")
     model: str = option("unet", "network; stock is diffusers' UNet2DModel", choices=["unet", "mlp", "stock"])
-    block_out_channels: str = option("32,64,128", "unet, stock: width at each resolution, separated by commas")
+    block_out_channels: str | None = option(
+        None, "unet, stock: width at each resolution, separated by commas; by default by the images' size and channels"
+    )
     layers_per_block: int = option(1, "unet, stock: residual blocks at each resolution, down and up")
     patch_size: int = option(2, "unet: stride of the first and the last convolution")
     attention: bool = option(True, "unet, stock: self-attention at the lowest resolution")
@@ -232,6 +244,7 @@ class ImageTrainingArguments(TrainingArguments):
             self.num_epochs = 20
         self.label_column = self.label_column or None
         super().__post_init__()
+        self._check_least({"resolution": 1, "max_resolution": 1})
         if self.ddpm_num_inference_steps is None:
             self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:

@@ -17,7 +17,7 @@ from ..errors import ConfigurationError, DatasetError
 from ..models.mlp import MLPModel
 from ..models.unet import SmallUNet2DModel
 from ..pipeline import DDPMMLPPipeline
-from .options import ImageTrainingArguments, PointTrainingArguments, widths_of
+from .options import ImageTrainingArguments, PointTrainingArguments, default_widths, widths_of
 
 
 def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, TensorBatches]:
@@ -103,7 +103,7 @@ def make_image_pipeline(
         "num_class_embeds": num_classes or None,
     }
     try:
-        widths = widths_of(args.block_out_channels)
+        widths = widths_of(args.block_out_channels) if args.block_out_channels else default_widths(channels, *size)
         of_unets = {"block_out_channels": widths, "layers_per_block": args.layers_per_block}
         if args.model == "mlp":
             mlp = {name: getattr(args, name) for name in ("embedding_dim", "hidden_dim", "num_hidden_layers")}

@@ -9,6 +9,7 @@ import math
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .options import RunArguments, TrainingArguments
 from .state import Checkpoints, deferred_signals, explain_writing, resumes_in
 
 DrawSamples = Callable[[DDPMMLPPipeline, EMAModel | None, int], None]
+FIRST_STEPS, TIMED_STEPS = 5, 25  # left out, and done, when the time that remains is estimated
 CHECKPOINT = ("model_index.json", "pipeline.py", "unet", "scheduler")  # entries of output_dir
 
 
@@ -71,6 +73,7 @@ class Run:
         batch_losses: losses of the batches accumulated for the next step.
         lr: learning rate of the current step.
         progress: the progress bar.
+        started: when this process's first steps were done, which take longer.
         signals: signals received since the loop began.
     """
 
@@ -92,6 +95,7 @@ class Run:
     batch_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
     lr: float = math.nan
     progress: Any = None
+    started: float = math.nan
     signals: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -187,6 +191,7 @@ class Run:
         report = {"loss": self.losses[-1], "lr": self.lr}
         self.progress.set_postfix(report, refresh=False)
         self.progress.update()
+        self._estimate_time()
         accelerator.log(report, step=step)
         if self.draw_samples is not None and self.samples_epochs is not None and accelerator.is_main_process:
             is_due = step % (self.steps_per_epoch * self.samples_epochs) == 0 or step == self.max_train_steps
@@ -199,6 +204,19 @@ class Run:
         if is_stopped:
             message = f"stopped at step {step}; go on with --resume_from_checkpoint latest"
             raise StoppedBySignal(message, self.signals[0] if self.signals else signal.SIGTERM)
+
+    def _estimate_time(self) -> None:
+        """After the first steps, say how long the rest will take, unless it is seconds."""
+        done, remaining = self.progress.n - self.progress.initial, self.max_train_steps - self.progress.n
+        if done == FIRST_STEPS:
+            self.started = time.monotonic()
+        if done != TIMED_STEPS:
+            return
+        minutes = (time.monotonic() - self.started) / (done - FIRST_STEPS) * remaining / 60
+        if minutes > 1:
+            about = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+            note = "Ctrl-C saves the state, from which --resume_from_checkpoint latest goes on"
+            self.accelerator.print(f"{remaining} more steps take about {about}; {note}")
 
     def result(self) -> torch.nn.Module:
         """Return a network with the trained weights, or with their average if `use_ema` is set.
