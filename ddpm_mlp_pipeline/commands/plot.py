@@ -31,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_data_options(parser, num_samples, "train", dataset=dataset, required=False)
     parser.set_defaults(split="train")
     parser.add_argument(
-        "--timesteps", type=int, nargs="+", metavar="T", help="timesteps to draw, for reverse (default: 999 749 499 0)"
+        "--timesteps",
+        type=int,
+        nargs="+",
+        metavar="T",
+        help="timesteps to draw, for forward and reverse (default: 0, 499, 749 and 999 of 1,000)",
     )
     parser.add_argument("--seed", type=noise_seed, default=0, help="seed of the noise (default: 0)")
     add_overwrite(parser)
@@ -49,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if pipeline.is_points and pipeline.sample_shape[0] < 2:
         raise ConfigurationError("a picture needs points of at least two coordinates: write samples with ddpm-sample")
     number = args.num_samples or (figures.NUM_POINTS if pipeline.is_points else 16)
+    T = pipeline.scheduler.config.num_train_timesteps
+    timesteps = sorted(args.timesteps or [0, T // 2 - 1, T * 3 // 4 - 1, T - 1])
+    if not all(0 <= t <= T for t in timesteps):
+        raise ConfigurationError(f"--timesteps must be from 0 to {T}")
 
     if args.kind == "animation":
         frames = figures.reverse_process(pipeline, number, args.seed)
@@ -67,15 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.kind == "samples":
             figure = figures.plot_what_was_asked(pipeline, batch, args.seed)
         else:
-            frames = figures.some_frames(figures.forward_process(pipeline, batch.x_0, args.seed))
+            frames = figures.forward_process(pipeline, batch.x_0, args.seed, timesteps)
             figure = figures.plot_process(frames, figures.DATA_COLOR)
         figures.save(figure, args.output, args.overwrite)
     else:
-        T = pipeline.scheduler.config.num_train_timesteps
-        several = args.timesteps or [T - 1, T * 3 // 4 - 1, T // 2 - 1, 0]
-        timesteps = [0] if args.kind == "samples" else several
-        if not all(0 <= t <= T for t in timesteps):
-            raise ConfigurationError(f"--timesteps must be from 0 to {T}")
+        timesteps = [0] if args.kind == "samples" else timesteps
         figure = figures.plot_process(figures.reverse_process(pipeline, number, args.seed, timesteps))
         figures.save(figure, args.output, args.overwrite)
     print(args.output)
