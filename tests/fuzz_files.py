@@ -192,7 +192,7 @@ def make_originals(root: Path) -> None:
         export_bundle(folder / "labelled", folder / "labelled bundle", "ddpm", 10, guidance_scale=1.5)
     for path in root.rglob("*.py"):
         path.write_text(CODE.format(marker=str(root / "code-has-run")))
-    shutil.copytree(FEATURES, originals / "mnist_features")
+    shutil.copytree(FEATURES[1], originals / "mnist_features")
     FeatureNetwork(num_features=32).save_pretrained(donors / "mnist_features")
     for folder, scheduler in ((originals, "ddpm"), (donors, "dpmsolver_multistep")):
         export_bundle(folder / "heart", folder / "bundle", scheduler, 10)

@@ -15,9 +15,13 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
-MNIST = ROOT.parent / "shared" / "data" / "mnist"  # tests of real images need it
-needs_mnist = pytest.mark.skipif(
-    not MNIST.is_dir(), reason=f"needs MNIST (the hub's ylecun/mnist, as a folder that load_dataset takes) in {MNIST}"
+DATA = ROOT.parent / "shared" / "data"  # tests of real images need it
+MNIST, CIFAR10 = DATA / "mnist", DATA / "cifar10"
+needs_mnist, needs_cifar10 = (
+    pytest.mark.skipif(
+        not folder.is_dir(), reason=f"needs the hub's {name}, as a folder that load_dataset takes, in {folder}"
+    )
+    for folder, name in ((MNIST, "ylecun/mnist"), (CIFAR10, "uoft-cs/cifar10"))
 )
 LAUNCH = (
     SCRIPTS / "accelerate",

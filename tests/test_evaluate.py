@@ -139,10 +139,10 @@ def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
     np.save(colour, np.repeat(images, 3, axis=3))
     for argv, *messages in [
         ((blank,), "the 100 samples of", "are all the same"),
-        ((blank, "--num_samples", 64, "--features", FEATURES), "needs more than 64 images", "got 64 and 120"),
+        ((blank, "--num_samples", 64, "--features", FEATURES[1]), "needs more than 64 images", "got 64 and 120"),
         ((blank, "--num_samples", 121), "'train' holds 120 images, fewer than the 121 needed"),
         ((large, "--num_samples", 121, "--train_split", "train+test"), "holds 120 samples, fewer than the 121"),
-        ((colour, "--features", FEATURES), "3 channels", "--features pixels"),
+        ((colour, "--features", FEATURES[1]), "3 channels", "--features pixels"),
         ((blank, "--split", "train"), "must share no image"),
         ((blank, "--features", tmp_path), "can't load the feature network"),
     ]:
@@ -163,7 +163,7 @@ def test_errors_are_reported_before_any_image_is_decoded(refused, tmp_path):
     samples = tmp_path / "samples.npy"
     np.save(samples, np.random.default_rng(0).random((20, 4, 4, 3)))
     for argv, message in [
-        (("--features", FEATURES), "3 channels, but the feature network takes 1"),
+        (("--features", FEATURES[1]), "3 channels, but the feature network takes 1"),
         (("--num_samples", 5), "half of the split 'train' holds 4 images, fewer than the 5 needed"),
         (("--num_samples", 3), "more than 3 images are needed on both sides, got 3 and 4"),
         (("--split", "train"), "must share no image"),
@@ -213,7 +213,7 @@ def frechet(x, y):
 @needs_mnist
 def test_images_measured_by_hand(evaluate, tmp_path):
     """Distance and floor of noisy digits agree with another computation."""
-    network = load_features(FEATURES)
+    network = load_features(FEATURES[1])
 
     def features_of(images):
         with torch.no_grad():
@@ -268,7 +268,7 @@ def test_shipped_digits_hold_their_distance(tmp_path, capsys):
     """The bundle is ddpm-export's default, and labels are drawn: docs/few_calls.md has 7.4."""
     export.main([str(pretrained("mnist")), str(tmp_path / "bundle")])
     assert "StepTableScheduler, 4 network calls" in capsys.readouterr().out
-    network = load_features(FEATURES)
+    network = load_features(FEATURES[1])
     drawn = metrics.image_features(
         map(metrics.to_uint8, OnnxSampler(tmp_path / "bundle").batches(2000, 0, 64)), network
     )

@@ -217,6 +217,17 @@ def test_the_command(run, run_forked, tmp_path):
     assert StepTable.load(tmp_path / "bundle/step_table.json").to_dict() == pipe.scheduler.tables[3]
 
 
+def test_a_training_ends_with_a_fit(run_forked, tmp_path):
+    argv = ("--dataset", "circles", "--dataset_size", 120, "--max_train_steps", 3, "--hidden_dim", 8)
+    argv += ("--num_hidden_layers", 1, "--ddpm_num_steps", 20, "--report_to", "none", "--output_dir", tmp_path / "run")
+    assert_one_line_error(run_forked("train_points", *argv, "--num_calls", 3, 21), "num_calls must be from 1 to", "20")
+    result = run_forked("train_points", *argv, "--num_calls", 2)
+    assert result.returncode == 0, result.stderr
+    scheduler = load_checkpoint(tmp_path / "run").scheduler
+    assert (list(scheduler.tables), scheduler.default_num_inference_steps) == ([2], 2)
+    assert scheduler.config.num_train_timesteps == 20
+
+
 @pytest.mark.slow
 def test_the_command_fits_to_its_own_samples_and_an_export_fits(run_forked, tmp_path):
     small = ("--num_calls", 2, "--steps", 20, "--batch_size", 64)

@@ -212,7 +212,7 @@ def test_ways_of_training_are_compared(squares, run, tmp_path):
     assert [row["variant"] for row in rows] == [str(preset), narrow]
     assert rows[0]["parameters"] > rows[1]["parameters"]
     assert all(row["steps"] == 6 and row["frechet_distance"] > 0 for row in rows)
-    assert all(row["images_per_second"] > 0 and min(row["memory_mib"]) > 50 for row in rows)
+    assert all(row["images_per_second"] > 0 and min(row["memory_mib"]) > 300 for row in rows)
     assert DDPMMLPPipeline.from_pretrained(tmp_path / "runs" / "1").unet.config.block_out_channels == [8, 8]
 
 

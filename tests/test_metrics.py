@@ -112,15 +112,16 @@ def test_the_share_in_a_manifold_by_a_tree(rng, monkeypatch):
 
 def test_images_of_other_channels_are_refused():
     with pytest.raises(ConfigurationError, match="have 3 channels, but the feature network takes 1: take --features"):
-        choose_features(FEATURES, 3, 1000, 1000)
+        choose_features(FEATURES[1], 3, 1000, 1000)
 
 
 def test_features_are_chosen_by_channels_and_numbers():
-    """The shipped network has 64 features, and takes grey images."""
+    """The shipped networks have 64 features."""
     for channels, numbers, expected in [
-        (1, (65, 65), FEATURES),
+        (1, (65, 65), FEATURES[1]),
         (1, (64, 1000), "pixels"),
-        (3, (1000, 1000), "pixels"),
+        (3, (65, 65), FEATURES[3]),
+        (4, (1000, 1000), "pixels"),
     ]:
         assert choose_features(None, channels, *numbers)[0] == expected
     with pytest.raises(DatasetError, match="more than 3 images are needed on both sides, got 3 and 9"):

@@ -65,10 +65,11 @@ def test_own_pictures_go_the_whole_way(pictures, run, run_forked, capsys, tmp_pa
         return capsys.readouterr().out
 
     output = printed(evaluate.main, bundle, *data, "--output", tmp_path / "report.json")
-    assert "random halves of split 'train', since there is no other; 16×16, channels: 3; features: pixels" in output
+    assert "random halves of split 'train', since there is no other; 16×16, channels: 3; features: " in output
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["num_samples"], report["num_references"]) == (150, 150)
-    distance = report["measures"]["squared_energy_distance"]
+    assert report["features"].endswith("cifar10_features")
+    distance = report["measures"]["frechet_distance"]
     assert distance["samples"][0] > 5 * np.std(distance["floor"])  # it has hardly been trained
 
     output = printed(bound.main, tmp_path / "run", *data, "--num_samples", 20, "--timestep_stride", 20)
@@ -94,6 +95,11 @@ def test_own_pictures_go_the_whole_way(pictures, run, run_forked, capsys, tmp_pa
 def test_a_network_is_as_deep_as_the_pictures_need(shape, widths):
     args = ImageTrainingArguments(dataset_name="", output_dir="")
     assert make_image_pipeline(args, shape).unet.config.block_out_channels == tuple(widths)
+
+
+def test_the_stock_network_has_widths_that_its_norms_divide():
+    args = ImageTrainingArguments(dataset_name="", output_dir="", model="stock")
+    assert make_image_pipeline(args, (3, 64, 64)).unet.config.block_out_channels == (32, 64, 128)
 
 
 def test_pictures_of_one_size_keep_it(tmp_path):

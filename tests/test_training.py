@@ -1,6 +1,8 @@
 """The training loop, against a closed form, and as users launch it."""
 
 import contextlib
+import itertools
+import re
 import shutil
 import sys
 import time
@@ -294,6 +296,19 @@ def test_a_preset_sets_options_and_the_command_line_wins(launch, tmp_path):
     config = DDPMMLPPipeline.from_pretrained(tmp_path / "run").unet.config
     assert (config.hidden_dim, config.num_hidden_layers) == (24, 2)
     assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_after_some_steps_the_time_that_remains_is_told(tmp_path, capsys):
+    batches = itertools.count()
+
+    def stop_after_26(x_0, u):
+        if next(batches) == 26:
+            raise InterruptedError
+        return x_0
+
+    with pytest.raises(InterruptedError):
+        train_small(tmp_path, stop_after_26, max_train_steps=10**6)
+    assert re.search(r"999975 more steps take about [0-9.]+ (minutes|hours); Ctrl-C saves", capsys.readouterr().out)
 
 
 def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):

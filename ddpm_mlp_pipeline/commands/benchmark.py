@@ -63,7 +63,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-benchmark", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_checkpoint("checkpoint")
     parser.add_argument("bundle", type=Path, help="a bundle exported from it")
     parser.add_count("--batch_sizes", "(default: 1 1000)", nargs="+", default=[1, 1000])
     parser.add_count("--num_inference_steps", "DDPM steps (default: 1000, at most the number of training timesteps)")

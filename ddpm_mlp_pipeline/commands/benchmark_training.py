@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -19,10 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import FEATURES
 from ..errors import ConfigurationError
 from ..files import check_names, whole_file
-from .parser import CommandParser, command, command_imports
+from .parser import FEATURES_HELP, CommandParser, command, command_imports
 
 with command_imports("training", __name__):
     import numpy as np
@@ -30,9 +28,8 @@ with command_imports("training", __name__):
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ..data.images import load_images
-    from ..judge.features import load_features
-    from ..judge.metrics import frechet_distance, image_features, to_uint8
+    from ..data.images import count_images, load_images
+    from ..judge.metrics import choose_features, frechet_distance, image_features, to_uint8
     from ..pipeline import DDPMMLPPipeline
     from ..training.options import PRESETS, ImageTrainingArguments
     from ..training.run import check_output_dir
@@ -69,7 +66,8 @@ class Measured:
         step_time: median time of a step, in seconds.
         start_time: seconds until the first step was done: imports, data and, with `--dynamo_backend`, compilation.
         seconds: duration of the whole command.
-        memory: peak of the processes' resident memory, in MiB, in the first and in the second half of the steps.
+        memory: peak of the processes' resident memory, in MiB, in the first half of the steps and in the second. What
+            came before the steps counts to the first.
     """
 
     step_time: float
@@ -93,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_count("--num_samples", "samples to measure (default: 2000)", default=2000)
     parser.add_count("--num_inference_steps", "DDPM steps (default: 100)", default=100)
     parser.add_argument("--split", default="test", help="split to compare samples with (default: test)")
-    parser.add_argument("--features", type=Path, default=FEATURES, help="feature network (default: MNIST's, shipped)")
+    parser.add_argument("--features", help=FEATURES_HELP)
     parser.add_argument("--output_dir", type=Path, help="folder for the checkpoints and a report (default: keep none)")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace those of an earlier run")
     args, shared = parser.parse_known_args(argv)
@@ -107,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for variant in variants:
             variant.options.overwrite_output_dir = args.overwrite_output_dir
             check_output_dir(variant.options)
+            count_images(variant.options.dataset_name, args.split)  # before hours of training
         rows = _compare(args, variants)
         with whole_file(folder / REPORT, overwrite=True) as report:
             report.write_text(json.dumps(rows, indent=2))
@@ -164,8 +163,6 @@ def _compare(args: argparse.Namespace, variants: list[Variant]) -> list[dict[str
 
 def _train(variant: Variant, steps: int) -> Measured:
     """Train a variant with `accelerate launch`, as a user does, and read its tracker's file for the times."""
-    logs = Path(variant.options.output_dir, variant.options.logging_dir)
-    shutil.rmtree(logs, ignore_errors=True)
     several = ["--multi_gpu"] if variant.num_processes > 1 else []
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *several, "--num_machines=1"]
     launch += [f"--num_processes={variant.num_processes}", f"--num_cpu_threads_per_process={variant.num_threads}"]
@@ -173,26 +170,38 @@ def _train(variant: Variant, steps: int) -> Measured:
     launch += ["-m", "ddpm_mlp_pipeline.commands.train_images", *variant.argv]
     launch += [f"--max_train_steps={steps}", "--overwrite_output_dir"]
     on_cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
-    start = time.time()
     used: list[tuple[float, float]] = []  # when, and MiB of resident memory
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryDirectory() as logs, tempfile.TemporaryFile() as errors:
+        start = time.time()
+        launch.append(f"--logging_dir={logs}")
         process = psutil.Popen(launch, env=os.environ | on_cpu, stdout=errors, stderr=errors)
-        while process.poll() is None:
-            used.append((time.time(), _memory(process)))
-            time.sleep(POLLING_SECONDS)
+        try:
+            while process.poll() is None:
+                used.append((time.time(), _memory(process)))
+                time.sleep(POLLING_SECONDS)
+        finally:
+            _end(process)
         end = time.time()
         if process.returncode != 0:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").splitlines()
             why = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "")
             raise ConfigurationError(f"{variant.name} could not be trained: {why.removeprefix('error: ')}")
-    recorded = EventAccumulator(str(logs / "train")).Reload().Scalars("loss")
+        recorded = EventAccumulator(str(Path(logs) / "train")).Reload().Scalars("loss")
     times = np.array([event.wall_time for event in recorded])
     intervals = np.diff(times)[min(WARM_UP_STEPS, len(times) - 2) :] if len(times) > 1 else times - start
     middle = times[len(times) // 2]
-    halves = [[mib for when, mib in used if (when < middle) == is_first] for is_first in (True, False)]
-    first, second = (max(half, default=0.0) for half in halves)
+    first = max((mib for when, mib in used if when < middle), default=0.0)
+    second = max((mib for when, mib in used if middle <= when <= times[-1]), default=first)
     return Measured(float(np.median(intervals)), times[0] - start, end - start, (first, second))
+
+
+def _end(process: psutil.Popen) -> None:
+    """End a process, if it runs, and those that it has started."""
+    if process.poll() is None:
+        for each in (*process.children(recursive=True), process):
+            each.kill()
+        process.wait()
 
 
 def _memory(process: psutil.Popen) -> float:
@@ -214,8 +223,12 @@ def _distance(args: argparse.Namespace, options: ImageTrainingArguments, pipelin
             yield to_uint8(pipeline(size, generator, args.num_inference_steps, "np")[0])
 
     pipeline.set_progress_bar_config(disable=True)
-    references = load_images(options.dataset_name, args.split, options.resolution, options.fit, options.channels)
-    network = load_features(args.features)
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    channels, height, width = pipeline.sample_shape
+    form = (height, width), options.fit, channels
+    references = load_images(options.dataset_name, args.split, *form, on_corrupt=lambda message: None)
+    network = choose_features(args.features, channels, args.num_samples, len(references))[1]
     return frechet_distance(image_features(draw(), network), image_features([references], network))
 
 

@@ -32,7 +32,7 @@ NUM_POINTS = 10_000
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-bound", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_checkpoint("checkpoint")
     add_data_options(parser, f"(default: {NUM_POINTS} points, all images)", "test, or train if there is none")
     parser.add_argument(
         "--variance_type", choices=VARIANCE_TYPES, help="variance of the denoising steps (default: the checkpoint's)"

@@ -190,7 +190,7 @@ def _for_points(args: argparse.Namespace, pipeline: DDPMMLPPipeline) -> _Yardsti
 
 def _make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-compare", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_checkpoint("checkpoint")
     number = f"(default: {NUM_POINTS} points, {NUM_IMAGES} images)"
     add_data_options(parser, number, "test, or train if there is none")
     parser.add_argument(

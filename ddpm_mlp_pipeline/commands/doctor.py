@@ -33,7 +33,12 @@ with command_imports("ddpm-doctor", __name__):
     )
     from ..loading import load_checkpoint
     from ..training.options import PRESETS, ImageTrainingArguments, PointTrainingArguments
-    from ..training.pipelines import default_batch_size, make_image_pipeline, make_point_pipeline
+    from ..training.pipelines import (
+        choose_resolution,
+        default_batch_size,
+        make_image_pipeline,
+        make_point_pipeline,
+    )
     from ..training.state import find_states
     from .presets import parse_options, read_preset
 
@@ -130,7 +135,8 @@ def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | 
 def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
     """Return a preset's data and untrained network; the command line overrides the preset, as in training."""
     preset = read_preset(args.patient, PRESETS)
-    is_points = is_point_set(args.dataset) if args.dataset else "dataset_name" not in preset
+    of_images = {"dataset_name", "channels", "block_out_channels"} & preset.keys()
+    is_points = is_point_set(args.dataset) if args.dataset else not of_images
     typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
     typed["dataset_name"] = args.dataset
     if args.guidance_scale != 1:
@@ -151,6 +157,7 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
         args.dataset, number = options.dataset, args.num_samples or NUM_POINTS
     else:
         options = parse_options(ImageTrainingArguments, argv, "", PRESETS)
+        choose_resolution(options)
         form = options.resolution, options.fit, options.channels
         images, labels, names = load_labelled_images(
             options.dataset_name, options.label_column, options.split, *form, on_corrupt=on_corrupt

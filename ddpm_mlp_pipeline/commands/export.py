@@ -20,7 +20,7 @@ from .parser import CommandParser, add_overwrite, command
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-export", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_checkpoint("checkpoint")
     parser.add_argument("bundle", type=Path, help="the folder to write")
     parser.add_argument(
         "--scheduler",

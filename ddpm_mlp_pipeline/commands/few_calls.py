@@ -30,7 +30,7 @@ from ..progress import progress_bar
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
 from ..table_scheduler import StepTableScheduler
-from ..training.fit_features import FitFeatures, NetworkFeatures, PointFeatures, Preprocessed
+from ..training.fit_features import FitFeatures, Preprocessed, default_features
 from .parser import leaving_out
 
 FIGURES = ("tables.png", "samples.png", "nearest.png")
@@ -117,12 +117,10 @@ def load_data(args: Any, pipeline: DDPMMLPPipeline) -> TensorBatches:
 
 def make_features(features: str | None, pipeline: DDPMMLPPipeline) -> FitFeatures:
     """Return the features to compare samples on: by default coordinates, or the network's activations for images."""
-    if pipeline.is_points:
-        if features is not None:
-            raise ConfigurationError("--features are for images: points are fitted by their coordinates")
-        return PointFeatures(pipeline.num_classes)
     if features is None:
-        return NetworkFeatures(pipeline)
+        return default_features(pipeline)
+    if pipeline.is_points:
+        raise ConfigurationError("--features are for images: points are fitted by their coordinates")
     network = load_features(features)
     if not isinstance(network, FeatureNetwork):
         raise ConfigurationError("--features must be the folder of a network that train_features.py wrote")

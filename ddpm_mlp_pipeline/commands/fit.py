@@ -24,8 +24,7 @@ with command_imports("ddpm-fit", __name__):
     from ..pipeline import DDPMMLPPipeline
     from ..progress import progress_bar, sampling_bar
     from ..runtime.request import Asked
-    from ..table_scheduler import StepTableScheduler
-    from ..training.fitting import TableFitter
+    from ..training.fitting import TableFitter, play
     from ..training.options import FittingArguments
     from ..training.table_parameters import TableParameters
     from ..training.target import CHUNK
@@ -94,8 +93,7 @@ def _write(args: Namespace, pipeline: DDPMMLPPipeline, fitter: TableFitter, repo
     """Write the checkpoint with its tables, the figures and the report."""
     with whole_folder(args.output, is_own, args.overwrite) as folder:
         report.draw(folder, list(fitter.tables.values()), pipeline)
-        in_order = [fitter.tables[number].to_dict() for number in dict.fromkeys(args.num_calls)]
-        pipeline.scheduler = StepTableScheduler.from_config(pipeline.scheduler.config, tables=in_order)
+        play(pipeline, [fitter.tables[number] for number in args.num_calls])
         pipeline.save_pretrained(folder)
         content = {
             "checkpoint": args.checkpoint.resolve().name,
@@ -110,7 +108,7 @@ def _write(args: Namespace, pipeline: DDPMMLPPipeline, fitter: TableFitter, repo
 
 def make_parser() -> CommandParser:
     parser = CommandParser(prog="ddpm-fit", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder")
+    parser.add_checkpoint("checkpoint")
     parser.add_argument(
         "output", type=Path, help="the checkpoint folder to write, with a scheduler that plays the tables"
     )

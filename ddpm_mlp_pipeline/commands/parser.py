@@ -7,13 +7,15 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ..checkpoints import shipped
 from ..errors import ConfigurationError, DDPMPipelineError, ParityError, explain_missing_extra
 
 FEATURES_HELP = (
     "features to compare images on: pixels, a feature network's folder, or torch-fidelity's file of Inception weights "
-    "(default: the shipped MNIST network for grey images if there are enough of them, else pixels)"
+    "(default: the shipped network of MNIST for grey images, of CIFAR-10 for colour; pixels if there are few images)"
 )
 
 
@@ -122,6 +124,10 @@ class CommandParser(argparse.ArgumentParser):
         """Add an option whose value is an integer of at least 1."""
         self.add_argument(name, type=_positive_int, metavar="N", help=help, **options)
 
+    def add_checkpoint(self, name: str, also: str = "") -> None:
+        """Add a checkpoint folder, or a shipped checkpoint's name; `also` ends its help text."""
+        self.add_argument(name, type=checkpoint_folder, help=f"a checkpoint folder, or a shipped one's name{also}")
+
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{message} (see --help)")
 
@@ -144,6 +150,11 @@ def noise_seed(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^63, got {value}")
     return value
+
+
+def checkpoint_folder(text: str) -> Path:
+    """Parse a folder, or the name of a shipped checkpoint where no such folder exists, as an argparse type."""
+    return Path(text) if Path(text).exists() else shipped().get(text, Path(text))
 
 
 def _int(text: str) -> int:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "kind", choices=["samples", "forward", "reverse", "drift", "animation", "table"], help="what to draw"
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder; for a table, a bundle")
+    parser.add_checkpoint("checkpoint", "; for a table, a bundle")
     parser.add_argument("--output", type=Path, required=True, help="a .png file; for an animation, .gif or .mp4")
     dataset = "for forward and drift: the data to add noise to; for samples of points: data to show beside samples "
     dataset += "with the same labels and conditions"

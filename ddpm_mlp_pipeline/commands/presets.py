@@ -81,7 +81,8 @@ def _argument(field: dataclasses.Field[Any], type_: Any) -> dict[str, Any]:
     if isinstance(type_, types.UnionType):  # such as int | None, where None means that the flag is absent
         (type_,) = (member for member in type_.__args__ if member is not types.NoneType)
     if typing.get_origin(type_) is Sequence:
-        return argument | {"type": typing.get_args(type_)[0], "nargs": "+", "metavar": "NAME"}
+        (member,) = typing.get_args(type_)
+        return argument | {"type": member, "nargs": "+", "metavar": "N" if member is int else "NAME"}
     return argument | {"type": type_, "choices": field.metadata.get("choices")}
 
 

@@ -29,7 +29,7 @@ Writer = Callable[[Path, Iterable[np.ndarray], int, Sampler], None]
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-sample", description=__doc__)
-    parser.add_argument("source", type=Path, help="a bundle that ddpm-export wrote, or a checkpoint folder")
+    parser.add_checkpoint("source", ", or a bundle that ddpm-export wrote")
     parser.add_count("--num_samples", "number of samples (default: 1)", default=1)
     parser.add_argument("--seed", type=noise_seed, default=0, help="the same seed gives the same samples (default: 0)")
     parser.add_count("--batch_size", "samples drawn at once (default: 512)", default=512)

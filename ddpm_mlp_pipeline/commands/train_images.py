@@ -12,11 +12,11 @@ with command_imports("training", __name__):
     from diffusers.training_utils import EMAModel
 
     from .. import figures
-    from ..data.images import ImageBatches, load_labelled_images, mirror_half, to_network_units, usual_resolution
+    from ..data.images import ImageBatches, load_labelled_images, mirror_half
     from ..pipeline import DDPMMLPPipeline
     from ..training.loop import train
     from ..training.options import ImageTrainingArguments
-    from ..training.pipelines import class_shares_of, make_image_pipeline
+    from ..training.pipelines import choose_resolution, class_shares_of, make_image_pipeline
     from ..training.processes import this_process
     from .runs import finish_run, start_run
 
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, repo_id = start_run(ImageTrainingArguments, argv, __doc__)
     process = this_process()
     with process.local_main_process_first(), leaving_out(args.skip_corrupt, not process.is_main_process) as on_corrupt:
-        if args.resolution is None and args.max_resolution is not None:
-            args.resolution = usual_resolution(args.dataset_name, args.split, args.max_resolution)
+        choose_resolution(args)
         form = args.resolution, args.fit, args.channels
         images, labels, class_names = load_labelled_images(
             args.dataset_name, args.label_column, args.split, *form, on_corrupt=on_corrupt
@@ -68,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     process.print(f"{number} images, {height}×{width}, channels: {channels}, classes: {len(class_names) or 'none'}")
     data = ImageBatches(images, labels).to_accelerator(process.device)
     pipeline, losses = train_on_images(args, data, class_names, functools.partial(draw_samples, args))
-    x_0, steps = to_network_units(images[: figures.NUM_IMAGES]), args.ddpm_num_inference_steps
-    finish_run(args, pipeline, x_0, losses, args.dataset_name, repo_id, steps)
+    finish_run(args, pipeline, data, losses, args.dataset_name, repo_id, args.ddpm_num_inference_steps)
 
 
 if __name__ == "__main__":

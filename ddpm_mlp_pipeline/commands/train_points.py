@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.train_batch_size = default_batch_size(len(data) // this_process().num_processes)
     pipeline.set_progress_bar_config(disable=True)
     losses = train(pipeline, data, args)
-    finish_run(args, pipeline, data.samples, losses, args.dataset, repo_id)
+    finish_run(args, pipeline, data, losses, args.dataset, repo_id)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .parser import command, command_imports
+from .parser import checkpoint_folder, command, command_imports
 
 with command_imports("ddpm-tune", __name__):
     from ..export.compile import compile_scheduler
@@ -28,7 +28,8 @@ REPORT = "tune.json"
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_options(CheckpointTuningArguments, argv, __doc__, PRESETS)
     check_output_dir(args, *FIGURES, REPORT)
-    begun, checkpoint, process = time.monotonic(), Path(args.checkpoint), this_process()
+    begun, checkpoint, process = time.monotonic(), checkpoint_folder(args.checkpoint), this_process()
+    args.checkpoint = str(checkpoint)
     pipeline, frozen = load_pipeline(args), load_pipeline(args)
     with process.local_main_process_first():
         data = load_data(args, pipeline)

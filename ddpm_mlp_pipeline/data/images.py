@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -174,19 +175,23 @@ def image_shapes(
 
 
 def usual_resolution(name: str | os.PathLike[str], split: str, at_most: int) -> int | None:
-    """Return the median of the images' heights and widths, or `at_most` if that is smaller.
+    """Return the median of the images' heights and widths, or `at_most` if that is smaller, from their headers alone.
 
     Args:
         name, split: as in `load_images`.
-        at_most: the largest height and width that images may keep.
+        at_most: the largest height and width that images may keep, at least 4.
 
     Returns:
         A multiple of 4; `None` if all images have one size that they may keep.
 
     Raises:
-        DatasetError: as `image_shapes` does, and if no image can be read.
+        DatasetError: as `load_images` does, and if no image can be read.
     """
-    sizes = Counter(shape[1:] for shape in image_shapes(name, split).elements())
+    rows, column, _ = _choose_images(_load(name, split), name, split)
+    sizes: Counter[tuple[int, int]] = Counter()
+    for row in rows:
+        with contextlib.suppress(Exception):  # an image that can't be read is named when it is decoded
+            sizes[_read(row[column]).size] += 1
     if not sizes:
         raise DatasetError(f"none of the images of {name} can be read")
     if len(sizes) == 1 and max(next(iter(sizes))) <= at_most:
@@ -248,9 +253,14 @@ def _choose_images(
     return rows.cast_column(column, datasets.Image(decode=False)), column, indices
 
 
+def _read(row: dict[str, Any]) -> Image.Image:
+    """Read an image's header, which has its size. The pixels are read when they are needed."""
+    return Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+
+
 def _open(row: dict[str, Any]) -> Image.Image:
     """Open an image, and rotate it according to its EXIF data."""
-    image = Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+    image = _read(row)
     if image.format in REFUSED_FORMATS:
         raise ValueError(f"{image.format} files can run code: convert it to PNG")
     image.load()

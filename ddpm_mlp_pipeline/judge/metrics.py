@@ -86,8 +86,8 @@ def choose_features(
     """Load a feature network, and check that it fits the images before any of them is decoded or sampled.
 
     Args:
-        path: as in `load_features`. The default is the shipped MNIST classifier for grey images, if there are enough
-            for a Fréchet distance on its features, and pixels otherwise.
+        path: as in `load_features`. The default is the shipped classifier of MNIST for grey images and of CIFAR-10 for
+            colour, if there are enough for a Fréchet distance on its features, and pixels otherwise.
         channels: number of the images' channels.
         numbers: number of images on each side.
 
@@ -102,9 +102,9 @@ def choose_features(
     from ..checkpoints import FEATURES
     from .features import PIXELS, load_features
 
-    is_default, path = path is None, FEATURES if path is None else path
+    is_default, path = path is None, FEATURES.get(channels, PIXELS) if path is None else path
     network = load_features(path)
-    if is_default and (channels not in network.channels or min(numbers) <= (network.num_features or 0)):
+    if is_default and min(numbers) <= (network.num_features or 0):
         path, network = PIXELS, load_features(PIXELS)
     _check_channels(network, channels)
     _check_numbers(network.num_features, *numbers)

@@ -109,6 +109,11 @@ class Preprocessed:
         return [self.network(batch.x_0)]
 
 
+def default_features(pipeline: DDPMMLPPipeline) -> FitFeatures:
+    """Return coordinates for points, and the network's own activations for images."""
+    return PointFeatures(pipeline.num_classes) if pipeline.is_points else NetworkFeatures(pipeline)
+
+
 def energy_distance(
     x: Sequence[torch.Tensor], y: Sequence[torch.Tensor], y_distances: Sequence[torch.Tensor]
 ) -> torch.Tensor:

@@ -25,6 +25,7 @@ from ..files import whole_file
 from ..loading import fingerprint
 from ..pipeline import DDPMMLPPipeline
 from ..runtime.step_table import StepTable
+from ..table_scheduler import StepTableScheduler
 from .fit_features import FitFeatures
 from .options import FittingArguments
 from .table_parameters import TableParameters, check_num_calls
@@ -44,6 +45,12 @@ class _Fit:
     step: int = 0
     best: torch.Tensor | None = None
     best_distance: float = math.inf
+
+
+def play(pipeline: DDPMMLPPipeline, tables: Sequence[StepTable]) -> None:
+    """Give a pipeline a scheduler that plays some tables of different numbers of calls; the first is the default."""
+    in_order = {len(table): table.to_dict() for table in tables}
+    pipeline.scheduler = StepTableScheduler.from_config(pipeline.scheduler.config, tables=list(in_order.values()))
 
 
 class TableFitter:

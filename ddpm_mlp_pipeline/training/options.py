@@ -123,6 +123,9 @@ class TrainingArguments(RunArguments):
     snr_gamma: float | None = option(None, "γ of Min-SNR weighting (Hang et al. 2023, arXiv 2303.09556); 5 is usual")
     label_dropout: float = option(0.1, "share of samples that are trained without label and condition")
     save_samples_epochs: int | None = option(None, "draw samples with raw and EMA weights every this many epochs")
+    num_calls: Sequence[int] | None = option(
+        None, "at the end, fit tables of so few network calls to the data, as ddpm-fit does; the first is the default"
+    )
     figures: bool = option(True, "draw the loss, the data and samples at the end")
     push_to_hub: bool = option(False, "push the checkpoint, figures and model card to the hub")
     hub_model_id: str | None = option(None, "repository to push to; by default output_dir's name, in your namespace")
@@ -138,6 +141,9 @@ class TrainingArguments(RunArguments):
             raise ConfigurationError("snr_gamma weights the simple loss: remove it, or use --loss_type simple")
         if self.loss_type == "simple" and self.variance_type == "learned_range":
             raise ConfigurationError("the simple loss can't train variance_type learned_range: use --loss_type bound")
+        for calls in self.num_calls or ():
+            if not 1 <= calls <= self.ddpm_num_steps:
+                raise ConfigurationError(f"num_calls must be from 1 to ddpm_num_steps, {self.ddpm_num_steps}")
         if not 0 <= self.label_dropout < 1:
             raise ConfigurationError(f"label_dropout must be at least 0 and below 1, got {self.label_dropout}")
 
@@ -224,7 +230,8 @@ class ImageTrainingArguments(TrainingArguments):
     random_flip: bool = option(False, "mirror half of the images, left to right")
     model: str = option("unet", "network; stock is diffusers' UNet2DModel", choices=["unet", "mlp", "stock"])
     block_out_channels: str | None = option(
-        None, "unet, stock: width at each resolution, separated by commas; by default by the images' size and channels"
+        None,
+        "unet, stock: width at each resolution, separated by commas (default of unet: by size and channels)",
     )
     layers_per_block: int = option(1, "unet, stock: residual blocks at each resolution, down and up")
     patch_size: int = option(2, "unet: stride of the first and the last convolution")
@@ -244,7 +251,7 @@ class ImageTrainingArguments(TrainingArguments):
             self.num_epochs = 20
         self.label_column = self.label_column or None
         super().__post_init__()
-        self._check_least({"resolution": 1, "max_resolution": 1})
+        self._check_least({"resolution": 1, "max_resolution": 4})
         if self.ddpm_num_inference_steps is None:
             self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:
@@ -358,7 +365,7 @@ class TuningArguments(RunArguments):
 class CheckpointTuningArguments(TuningArguments):
     """Options of tuning a checkpoint folder: what to tune, the data, and what to compare samples on."""
 
-    checkpoint: str = option(help="the checkpoint folder to begin from")
+    checkpoint: str = option(help="the checkpoint folder to begin from, or a shipped one's name")
     dataset: str = option(help="a point set's name, a file of points, or an image data set")
     num_samples: int | None = option(None, "number of samples to tune to (default: 100,000 points, all images)")
     dataset_noise: float | None = option(None, "noise of a point set, as in training; by default the set's own")

@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ..data.batches import TensorBatches
+from ..data.images import usual_resolution
 from ..data.normalized import normalize
 from ..data.points import POINT_SETS, load_points, split_columns
 from ..errors import ConfigurationError, DatasetError
@@ -87,6 +88,12 @@ def default_batch_size(dataset_size: int) -> int:
     return min(2048, dataset_size)
 
 
+def choose_resolution(args: ImageTrainingArguments) -> None:
+    """Set the resolution that `max_resolution` leads to."""
+    if args.resolution is None and args.max_resolution is not None:
+        args.resolution = usual_resolution(args.dataset_name, args.split, args.max_resolution)
+
+
 def make_image_pipeline(
     args: ImageTrainingArguments,
     sample_shape: Sequence[int],
@@ -103,7 +110,10 @@ def make_image_pipeline(
         "num_class_embeds": num_classes or None,
     }
     try:
-        widths = widths_of(args.block_out_channels) if args.block_out_channels else default_widths(channels, *size)
+        if args.block_out_channels:
+            widths = widths_of(args.block_out_channels)
+        else:
+            widths = default_widths(channels, *size) if args.model == "unet" else (32, 64, 128)
         of_unets = {"block_out_channels": widths, "layers_per_block": args.layers_per_block}
         if args.model == "mlp":
             mlp = {name: getattr(args, name) for name in ("embedding_dim", "hidden_dim", "num_hidden_layers")}

@@ -61,6 +61,15 @@ def check_output_dir(args: RunArguments, *others: str) -> None:
         check_names(output_dir, ["samples"], overwrite or args.resume_from_checkpoint == "latest")
 
 
+def save_pipeline(pipeline: DDPMMLPPipeline, output_dir: Path) -> None:
+    """Save a pipeline into a run's folder, whole or not at all. An earlier one is replaced."""
+    with explain_writing(output_dir), tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
+        pipeline.save_pretrained(folder)
+        for file in Path(folder).glob("*/*.safetensors"):  # which safetensors makes private
+            shutil.copymode(Path(folder) / pipeline.config_name, file)
+        move_into(Path(folder), output_dir, last=pipeline.config_name)
+
+
 @dataclasses.dataclass
 class Run:
     """A training run in progress, made by `prepare_run`.
@@ -73,6 +82,7 @@ class Run:
         batch_losses: losses of the batches accumulated for the next step.
         lr: learning rate of the current step.
         progress: the progress bar.
+        first_step: the number of steps that were done when this process began.
         started: when this process's first steps were done, which take longer.
         signals: signals received since the loop began.
     """
@@ -95,6 +105,7 @@ class Run:
     batch_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
     lr: float = math.nan
     progress: Any = None
+    first_step: int = 0
     started: float = math.nan
     signals: list[int] = dataclasses.field(default_factory=list)
 
@@ -117,7 +128,7 @@ class Run:
             CheckpointError: if that state doesn't exist, is broken, or belongs to another run.
         """
         self.losses = self.checkpoints.begin(self.args.resume_from_checkpoint)
-        step = len(self.losses)
+        self.first_step = step = len(self.losses)
         if step > 0:
             self.accelerator.print(f"resuming at step {step}")
         hidden = not self.accelerator.is_local_main_process
@@ -207,7 +218,7 @@ class Run:
 
     def _estimate_time(self) -> None:
         """After the first steps, say how long the rest will take, unless it is seconds."""
-        done, remaining = self.progress.n - self.progress.initial, self.max_train_steps - self.progress.n
+        done, remaining = len(self.losses) - self.first_step, self.max_train_steps - len(self.losses)
         if done == FIRST_STEPS:
             self.started = time.monotonic()
         if done != TIMED_STEPS:
@@ -235,15 +246,10 @@ class Run:
 
     def save(self) -> None:
         """Save the pipeline in the main process, whole or not at all, and end the run."""
-        accelerator, output_dir = self.accelerator, Path(self.args.output_dir)
-        if accelerator.is_main_process:
-            with explain_writing(output_dir), tempfile.TemporaryDirectory(prefix=PARTIAL, dir=output_dir) as folder:
-                self.pipeline.save_pretrained(folder)
-                for file in Path(folder).glob("*/*.safetensors"):  # which safetensors makes private
-                    shutil.copymode(Path(folder) / self.pipeline.config_name, file)
-                move_into(Path(folder), output_dir, last=self.pipeline.config_name)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+        if self.accelerator.is_main_process:
+            save_pipeline(self.pipeline, Path(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
 
 def prepare_run(

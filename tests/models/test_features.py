@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import MNIST, ROOT, Payload, needs_mnist
+from helpers import CIFAR10, MNIST, ROOT, Payload, needs_cifar10, needs_mnist
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.commands import train_features
@@ -24,13 +24,21 @@ def test_images_of_any_size_have_features():
 
 @needs_mnist
 def test_the_shipped_network_knows_digits_and_tells_data_from_noise():
-    features = load_features(FEATURES)
-    assert sum(file.stat().st_size for file in FEATURES.iterdir()) < 1e6
+    features = load_features(FEATURES[1])
+    assert sum(file.stat().st_size for file in FEATURES[1].iterdir()) < 1e6
     images, labels, _ = load_labelled_images(MNIST, "label", "test")
     blurred = torch.nn.functional.avg_pool2d(images[:2000].float(), 3, 1, 1).to(torch.uint8)
     y, x, fresh = (image_features([some], features) for some in (images, blurred, load_images(MNIST, number=2000)))
     assert (features.classify(y) == labels).float().mean() > 0.99
     assert 10 * frechet_distance(fresh, y) < frechet_distance(x, y)
+
+
+@needs_cifar10
+def test_the_shipped_network_knows_the_classes_of_cifar10():
+    features = load_features(FEATURES[3])
+    assert sum(file.stat().st_size for file in FEATURES[3].iterdir()) < 2e6
+    images, labels, _ = load_labelled_images(CIFAR10, "label", "test", number=2000)
+    assert (features.classify(image_features([images], features)) == labels).float().mean() > 0.86
 
 
 def test_a_folder_that_holds_no_network_is_refused(tmp_path):
