@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for variant in variants:
             variant.options.overwrite_output_dir = args.overwrite_output_dir
             check_output_dir(variant.options)
-            count_images(variant.options.dataset_name, args.split)  # before hours of training
+        for name in dict.fromkeys(variant.options.dataset_name for variant in variants):
+            count_images(name, args.split)  # before hours of training
         rows = _compare(args, variants)
         with whole_file(folder / REPORT, overwrite=True) as report:
             report.write_text(json.dumps(rows, indent=2))
