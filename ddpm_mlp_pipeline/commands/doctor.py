@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -135,8 +136,10 @@ def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | 
 def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None) -> Patient:
     """Return a preset's data and untrained network; the command line overrides the preset, as in training."""
     preset = read_preset(args.patient, PRESETS)
-    of_images = {"dataset_name", "channels", "block_out_channels"} & preset.keys()
-    is_points = is_point_set(args.dataset) if args.dataset else not of_images
+    of_images, of_points = (
+        {field.name for field in dataclasses.fields(cls)} for cls in (ImageTrainingArguments, PointTrainingArguments)
+    )
+    is_points = is_point_set(args.dataset) if args.dataset else preset.keys().isdisjoint(of_images - of_points)
     typed = {"split": args.split, "resolution": args.resolution, "fit": args.fit, "channels": args.channels}
     typed["dataset_name"] = args.dataset
     if args.guidance_scale != 1:

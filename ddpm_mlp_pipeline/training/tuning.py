@@ -12,8 +12,8 @@ from torch.utils.data import Subset
 
 from ..data.batches import BatchDataset, TensorBatches
 from ..pipeline import DDPMMLPPipeline
-from ..table_scheduler import StepTableScheduler
 from .fit_features import FitFeatures
+from .fitting import play
 from .losses import simple_loss
 from .options import TuningArguments
 from .processes import this_process
@@ -88,6 +88,6 @@ def tune(
     tuned = cast(TunedNetwork, run.result())
     table = dataclasses.replace(start, numbers=tuned.numbers.cpu()).to_table()
     pipeline.unet = tuned.unet
-    pipeline.scheduler = StepTableScheduler.from_config(scheduler.config, tables=[table.to_dict()])
+    play(pipeline, [table])
     run.save()
     return run.losses, target.held_out
