@@ -89,7 +89,7 @@ def test_points_of_a_bundle_with_torch_and_without(evaluate, ddim_bundle, comman
         assert row[-1] == f"{measure['ratio']:.2f}"
     assert (report["samples"], report["dataset"], report["num_samples"]) == (str(ddim_bundle), "heart", 500)
     assert (report["scheduler"], report["sampling_steps"]) == ("DDIMScheduler", 20)
-    assert {"numpy", "scipy", "POT", "onnxruntime"} <= report["versions"].keys()
+    assert {"numpy", "scipy", "onnxruntime"} <= report["versions"].keys()
 
 
 def test_points_of_a_checkpoint(tmp_path):

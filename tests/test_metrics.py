@@ -26,11 +26,13 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_the_sliced_wasserstein_distance_of_a_shift_is_its_closed_form(rng):
+def test_the_sliced_wasserstein_distance_of_a_shift_and_a_scaling_is_its_closed_form(rng):
     """A shift by v moves each projection by v · u, and the mean of (v · u)² over directions is |v|² / d."""
     x = rng.standard_normal((500, 2))
     distance = sliced_wasserstein_distance(x, x + np.array([3, 4]), num_projections=5000)
     assert distance == pytest.approx(5 / 2**0.5, rel=0.03)
+    distance = sliced_wasserstein_distance(x, 3 * x[::-1], num_projections=5000)
+    assert distance == pytest.approx(2 * np.sqrt((x**2).sum(axis=1).mean() / 2), rel=0.03)
 
 
 def test_in_one_dimension_it_is_the_wasserstein_distance(rng):

@@ -85,7 +85,7 @@ MODULES = {  # each module's file, by name
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "ddpm_mlp_pipeline").rglob("*.py")
 }
-DISTRIBUTIONS = {"PIL": "pillow", "ot": "pot", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
 
 
 def requirements(extra=None):

@@ -52,7 +52,7 @@ LABELS = {
 }
 # The floor of an unbiased measure is 0 apart from chance, so that a ratio to it is meaningless.
 WITHOUT_RATIO = ("kernel_distance", "kernel_distance_deviation", "squared_energy_distance")
-PACKAGES = ("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "POT", "torch", "diffusers", "torchmetrics")
+PACKAGES = ("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "torch", "diffusers", "torchmetrics")
 
 
 @command

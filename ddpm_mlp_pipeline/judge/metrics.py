@@ -1,6 +1,6 @@
 """Distances between samples and data: on points, and on features of images.
 
-Functions import the libraries that they need: points need no torch, and images no optimal transport.
+Functions import the libraries that they need: points need no torch.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in Bińkowski et al. 2018; smalle
 def sliced_wasserstein_distance(x: np.ndarray, y: np.ndarray, num_projections: int = 1000) -> float:
     """Return the root mean square, over random directions, of the 2-Wasserstein distance of the projections.
 
-    Source: Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of measures".
+    Source: Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of measures". On a line, the best transport
+    between as many points keeps their order.
 
     Args:
-        x, y: `[number of points, dimension]`; the numbers of points may differ.
+        x, y: `[number of points, dimension]`, of the same shape.
         num_projections: number of random directions; they are the same in each call.
 
     Returns:
         The distance, in the units of the points.
     """
-    import ot
-
-    return float(ot.sliced_wasserstein_distance(x, y, n_projections=num_projections, p=2, seed=0))
+    directions = np.random.RandomState(0).standard_normal((x.shape[1], num_projections))
+    directions /= np.linalg.norm(directions, axis=0)
+    squares = [np.mean((np.sort(x @ direction) - np.sort(y @ direction)) ** 2) for direction in directions.T]
+    return float(np.mean(squares) ** 0.5)
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
