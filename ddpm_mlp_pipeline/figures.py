@@ -219,6 +219,11 @@ def plot_fits(tables: Sequence[StepTable], scheduler: SchedulerMixin) -> Figure:
     left.set(xlabel="network call", ylabel="log SNR", title="what the network sees; dotted: what it is told")
     right.set(xlabel="network call", ylabel="z's coefficient ÷ σ", title="fresh noise in the next x", ylim=(0, None))
     left.legend(fontsize="small")
+    if any(table.is_guided.any() for table in tables):
+        axes = right.twinx()
+        axes.set(ylabel="dashed: guidance w")
+        for i, table in enumerate(tables):
+            axes.plot(np.arange(1, len(table) + 1), table.guidance_scales, color=f"C{i}", linestyle="--", linewidth=1)
     return figure
 
 

@@ -171,7 +171,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         condition: Mapping[str, float] | Sequence[Any] | np.ndarray | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guide: ModelMixin | None = None,
         known: Mapping[str, float] | Sequence[Any] | np.ndarray | torch.Tensor | PIL.Image.Image | None = None,
@@ -204,10 +204,11 @@ class DDPMMLPPipeline(DiffusionPipeline):
             condition (`dict[str, float]` or array, *optional*):
                 The condition in its own units: a dictionary by column name, or an array, `[condition_dim]` for all
                 samples or `[batch_size, condition_dim]`.
-            guidance_scale (`float`, defaults to 1):
+            guidance_scale (`float`, *optional*):
                 w of classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598): the network's
                 output becomes w · output(x, t, c) + (1 − w) · output(x, t, ∅). If w is not 1, a denoising step costs
-                two network evaluations, in one batch.
+                two network evaluations, in one batch. By default 1, or what a [`StepTableScheduler`]'s table was
+                fitted with.
             guidance_interval (`tuple[float, float]`, *optional*):
                 `(t_high, t_low)`, the range of timesteps to guide at (Kynkäänniemi et al. 2024,
                 https://arxiv.org/abs/2404.07724); by default all.
@@ -247,8 +248,6 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if self.config.class_shares is not None and class_labels is None and condition is None and known is None:
             class_labels = self._draw_labels(batch_size, generator)
         asked = self._to_arguments(class_labels, condition, batch_size)
-        null = self._null_of(asked, guidance_scale, guide)
-        t_high, t_low = guidance_interval or (math.inf, -math.inf)
         y, m = self._to_known(known, mask, shape)
         if (y is not None or resample > 1) and not hasattr(self.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(self.scheduler).__name__} takes no known values: it has no alphas_cumprod")
@@ -262,6 +261,8 @@ class DDPMMLPPipeline(DiffusionPipeline):
         if num_inference_steps is None:
             num_inference_steps = default_num_inference_steps(scheduler)
         scheduler.set_timesteps(num_inference_steps, device=device)
+        guidance_scales = self._guidance_scales(guidance_scale, guidance_interval)
+        null = self._null_of(asked, guide) if any(w != 1 for w in guidance_scales) else {}
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
         x_t = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma
@@ -270,8 +271,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
             next_t = timesteps[i + 1] if i + 1 < len(timesteps) else None
             for repetition in reversed(range(resample)):
                 state = _state_of(scheduler)
-                w = guidance_scale if t_low <= t <= t_high else 1.0
-                eps = self._predict(scheduler.scale_model_input(x_t, t), t, asked, null, guide, w)
+                eps = self._predict(scheduler.scale_model_input(x_t, t), t, asked, null, guide, guidance_scales[i])
                 x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
                 if y is not None:
                     signal, noise = self._rates(next_t)
@@ -379,14 +379,20 @@ class DDPMMLPPipeline(DiffusionPipeline):
             )
         return number
 
-    def _null_of(
-        self, asked: dict[str, torch.Tensor], guidance_scale: float, guide: ModelMixin | None
-    ) -> dict[str, torch.Tensor]:
+    def _guidance_scales(self, scale: float | None, interval: tuple[float, float] | None) -> list[float]:
+        """Return w of each denoising step."""
+        timesteps = self.scheduler.timesteps
+        if scale is None:
+            if interval is not None:
+                raise ValueError("guidance_interval needs a guidance_scale")
+            return getattr(self.scheduler, "guidance_scales", [1.0] * len(timesteps))
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be finite, got {scale}")
+        t_high, t_low = interval or (math.inf, -math.inf)
+        return [scale if t_low <= t <= t_high else 1.0 for t in timesteps]
+
+    def _null_of(self, asked: dict[str, torch.Tensor], guide: ModelMixin | None) -> dict[str, torch.Tensor]:
         """Return the arguments for the second term of guidance: no label and no condition, or those of the guide."""
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
-        if guidance_scale == 1:
-            return {}
         if guide is not None:
             takes = {"class_labels": "num_class_embeds", "condition": "condition_dim"}
             return {name: value for name, value in asked.items() if guide.config.get(takes[name])}

@@ -51,12 +51,13 @@ class _Table:
     to_x_0: list[list[float]]
     to_next: list[list[list[float]]]
     alphas_cumprod: list[float | None]
+    guidance_scale: list[float]
 
     @classmethod
     def of(cls, table: dict[str, Any]) -> "_Table":
         steps = table["steps"]
-        if any({"guidance_scale", "log_variance"} & step.keys() for step in steps):
-            raise ValueError("a scheduler's table can have no guidance and no learned variance")
+        if any("log_variance" in step for step in steps):
+            raise ValueError("a scheduler's table can have no learned variance")
         rows = cls(
             table["initial_scale"],
             table["clip_range"],
@@ -64,12 +65,18 @@ class _Table:
             [step["to_x_0"] for step in steps],
             [step["to_next"] for step in steps],
             [step.get("alpha_cumprod") for step in steps],
+            [step.get("guidance_scale", 1.0) for step in steps],
         )
         shapes = all(
             len(to_x_0) == 2 and 1 <= len(to_next) <= k + 1 and all(len(row) == 4 for row in to_next)
             for k, (to_x_0, to_next) in enumerate(zip(rows.to_x_0, rows.to_next, strict=True))
         )
-        lists = [rows.timesteps, *rows.to_x_0, *(row for to_next in rows.to_next for row in to_next)]
+        lists = [
+            rows.timesteps,
+            rows.guidance_scale,
+            *rows.to_x_0,
+            *(row for to_next in rows.to_next for row in to_next),
+        ]
         numbers = itertools.chain([rows.initial_scale, rows.clip_range or 1.0], *lists)
         if not steps or not shapes or not all(math.isfinite(number) for number in numbers):
             raise ValueError("a step table must have at least one step, of finite numbers in the shapes of its format")
@@ -104,8 +111,8 @@ class StepTableScheduler(SchedulerMixin, ConfigMixin):
 
     Parameters:
         tables (`list[dict]`):
-            The tables, each as `step_table.json` holds one (see `export/FORMAT.md`), without guidance and without a
-            learned variance. The first is the default. `num_inference_steps`, the number of calls, chooses one.
+            The tables, each as `step_table.json` holds one (see `export/FORMAT.md`), without a learned variance. The
+            first is the default. `num_inference_steps`, the number of calls, chooses one.
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, clip_sample,
         clip_sample_range, rescale_betas_zero_snr:
             Options of the `DDPMScheduler` that the network was trained with. The tables' numbers already account for
@@ -187,6 +194,11 @@ class StepTableScheduler(SchedulerMixin, ConfigMixin):
         self._choose(num_inference_steps)
         self.num_inference_steps = num_inference_steps
         self.timesteps = self.timesteps.to(device)
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """w of each call of the chosen table, which a pipeline guides with unless it is asked for another."""
+        return self.table.guidance_scale
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the sample as it is: the tables' samples are what the network sees."""

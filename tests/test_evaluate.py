@@ -35,11 +35,12 @@ main()
 
 
 @pytest.fixture
-def evaluate(run, tmp_path):
+def evaluate(run, run_forked, tmp_path):
     """Run the command, and return its report and the table's rows, as lists of words."""
 
-    def evaluate(*argv, command=("ddpm-evaluate",), widest=80):
-        result = run(*command, *argv, "--output", tmp_path / "report.json", "--overwrite")
+    def evaluate(*argv, command=None, widest=80):
+        argv = (*argv, "--output", tmp_path / "report.json", "--overwrite")
+        result = run_forked("evaluate", *argv) if command is None else run(*command, *argv)
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
         rows = lines[[line.split() for line in lines].index(["samples", "floor", "ratio"]) + 1 :]
@@ -131,7 +132,7 @@ def test_points_from_a_file(evaluate, refused, tmp_path):
         assert all(message in error for message in messages), error
 
 
-def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
+def test_images_that_do_not_fit(run_forked, evaluate, refused, pictures, tmp_path):
     images = load_images(pictures).permute(0, 2, 3, 1).numpy()
     blank, large, colour = (tmp_path / f"{name}.npy" for name in ("blank", "large", "colour"))
     np.save(blank, np.zeros_like(images))
@@ -150,7 +151,7 @@ def test_images_that_do_not_fit(run, evaluate, refused, pictures, tmp_path):
         options = ("--dataset", pictures, "--num_samples", 100, *options)  # the last value of an option counts
         error = refused(samples, *options)
         assert all(message in error for message in messages), error
-    assert_one_line_error(run("ddpm-evaluate", blank, "--dataset", pictures), "120 samples of", "are all the same")
+    assert_one_line_error(run_forked("evaluate", blank, "--dataset", pictures), "120 samples of", "are all the same")
     report, _ = evaluate(large, "--dataset", pictures, "--fit", "pad")
     assert report["measures"]["frechet_distance"]["ratio"] > 2
     assert (report["shape"], report["fit"], report["num_samples"]) == ([1, 12, 12], "pad", 120)
@@ -174,7 +175,7 @@ def test_errors_are_reported_before_any_image_is_decoded(refused, tmp_path):
         assert message in error, error
 
 
-def test_few_colour_pictures_of_one_split_are_judged_by_their_pixels(run, evaluate, tmp_path):
+def test_few_colour_pictures_of_one_split_are_judged_by_their_pixels(run_forked, evaluate, tmp_path):
     rng = np.random.default_rng(0)
     corners, pictures = rng.integers(256, size=(2, 3, 1, 1, 3)), []
     for weights in rng.dirichlet(np.ones(3), size=(90, 2)):
@@ -188,7 +189,9 @@ def test_few_colour_pictures_of_one_split_are_judged_by_their_pixels(run, evalua
     (folder / "07.png").write_bytes(b"")
     np.save(tmp_path / "good.npy", np.stack(pictures[60:]))
     np.save(tmp_path / "bad.npy", np.stack(pictures[60:]) // 2)
-    assert_one_line_error(run("ddpm-evaluate", tmp_path / "good.npy", "--dataset", folder), "07.png) can't be decoded")
+    assert_one_line_error(
+        run_forked("evaluate", tmp_path / "good.npy", "--dataset", folder), "07.png) can't be decoded"
+    )
     found = {}
     for name in ("good", "bad"):
         report, _ = evaluate(tmp_path / f"{name}.npy", "--dataset", folder, "--skip_corrupt")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from gaussian import VARIANCE, gaussian_data, gaussian_pipeline
+from gaussian import VARIANCE, GaussianModel, gaussian_data, gaussian_pipeline
 from helpers import assert_one_line_error, random_weights
 from pandas import DataFrame
 from scipy.spatial.distance import cdist
@@ -26,7 +27,7 @@ from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
 from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
 from ddpm_mlp_pipeline.training.fit_features import NetworkFeatures, PointFeatures, energy_distance, mean_distance
-from ddpm_mlp_pipeline.training.fitting import TableFitter
+from ddpm_mlp_pipeline.training.fitting import TableFitter, play
 from ddpm_mlp_pipeline.training.options import FittingArguments
 from ddpm_mlp_pipeline.training.table_parameters import TableParameters, draw
 
@@ -163,6 +164,45 @@ def test_labels_are_drawn_as_the_data_have_them():
     assert fitter.fit([2])[2].timesteps.shape == (2,)
 
 
+class HalfGuidedModel(GaussianModel):
+    """Two classes with the means ±1, of which the network knows only half: guidance with w = 2 is exact."""
+
+    @register_to_config
+    def __init__(self, in_channels=2, sample_size=None, num_class_embeds=2):
+        super().__init__(in_channels, sample_size)
+        self.class_embedding = torch.nn.Embedding(num_class_embeds, 1)  # one more would be the null label's
+
+    def forward(self, sample, timestep, class_labels):
+        mean = 0.5 * torch.tensor([-1.0, 1.0, 0.0])[class_labels, None]
+        place = torch.as_tensor(timestep).detach().round().long()
+        alpha = self.alphas_cumprod[place].sqrt().reshape(-1, 1)
+        return super().forward(sample - alpha * mean, timestep)
+
+
+def test_the_guidance_of_a_call_is_fitted():
+    data = gaussian_data()
+    labels = torch.arange(len(data)) % 2
+    data = TensorBatches(data.samples + (2.0 * labels[:, None] - 1), labels)
+    pipe = DDPMMLPPipeline(HalfGuidedModel(), DDPMScheduler(clip_sample=False), null_label=2)
+    pipe.set_progress_bar_config(disable=True)
+    fitter = TableFitter(pipe, data, PointFeatures(2), arguments(steps=80, guidance_scale=1.25))
+    table = fitter.fit([2])[2]
+    assert (table.guidance_scales > 1.5).all()  # other numbers of the two calls can share in the correction
+    play(pipe, [table])
+    labels = [0] * 5000 + [1] * 5000
+    points = pipe(10_000, torch.Generator().manual_seed(0), class_labels=labels).points.reshape(2, 5000, 2)
+    np.testing.assert_allclose(points.mean(axis=1), [[-1, -1], [1, 1]], atol=0.05)
+    assert points.std(axis=1) == pytest.approx(VARIANCE**0.5, rel=0.1)
+
+    with pytest.raises(ConfigurationError, match="labels or conditions"):
+        TableFitter(gaussian_pipeline(), gaussian_data(), PointFeatures(), arguments(guidance_scale=2.0))
+    with pytest.raises(ConfigurationError, match="must be finite"):
+        arguments(guidance_scale=float("nan"))
+    pipe = DDPMMLPPipeline(pipe.unet, pipe.scheduler)
+    with pytest.raises(ConfigurationError, match="null label"):
+        TableFitter(pipe, data, PointFeatures(2), arguments(guidance_scale=2.0))
+
+
 @pytest.mark.parametrize("model", ["unet", "stock", "mlp"])
 def test_features_of_networks_are_differentiable_and_tell_images_apart(model):
     unet = {
@@ -219,7 +259,8 @@ def test_the_command(run, run_forked, tmp_path):
 
 def test_a_training_ends_with_a_fit(run_forked, tmp_path):
     argv = ("--dataset", "circles", "--dataset_size", 120, "--max_train_steps", 3, "--hidden_dim", 8)
-    argv += ("--num_hidden_layers", 1, "--ddpm_num_steps", 20, "--report_to", "none", "--output_dir", tmp_path / "run")
+    argv += ("--num_hidden_layers", 1, "--ddpm_num_steps", 20, "--report_to", "none", "--no-figures")
+    argv += ("--output_dir", tmp_path / "run")
     assert_one_line_error(run_forked("train_points", *argv, "--num_calls", 3, 21), "num_calls must be from 1 to", "20")
     result = run_forked("train_points", *argv, "--num_calls", 2)
     assert result.returncode == 0, result.stderr
@@ -244,15 +285,18 @@ def test_the_command_fits_to_its_own_samples_and_an_export_fits(run_forked, tmp_
 
 def test_an_export_fits_a_table(run_forked, tmp_path):
     points = tmp_path / "points.csv"
-    DataFrame(gaussian_data(3000).samples.numpy(), columns=["x", "y"]).to_csv(points, index=False)
-    argv = ("export", pretrained("heart"), tmp_path / "bundle", "--fit", 1)
+    table = DataFrame(gaussian_data(3000).samples.numpy(), columns=["x", "y"])
+    table.assign(label=["lower", "upper"] * 1500).to_csv(points, index=False)
+    argv = ("export", pretrained("moons"), tmp_path / "bundle", "--fit", 1)
     assert_one_line_error(run_forked(*argv), "--fit needs data: name them with --dataset")
     assert_one_line_error(run_forked(*argv, "--dataset", points, "--scheduler", "ddim"), "leave out --scheduler")
-    result = run_forked(*argv, "--dataset", points)
+    argv = (*argv, "--dataset", points, "--guidance_scale", 1.5)
+    assert_one_line_error(run_forked(*argv, "--guidance_interval", 900, 100), "leave out --guidance_interval")
+    result = run_forked(*argv)
     assert result.returncode == 0, result.stderr
     table = StepTable.load(tmp_path / "bundle/step_table.json")
-    assert (table.scheduler, len(table)) == ("StepTableScheduler", 1)
-    assert json.loads((tmp_path / "bundle/bundle.json").read_text())["provenance"]["checkpoint"] == "heart"
+    assert (table.scheduler, len(table), table.is_guided.sum()) == ("StepTableScheduler", 1, 1)
+    assert json.loads((tmp_path / "bundle/bundle.json").read_text())["provenance"]["checkpoint"] == "moons"
 
 
 def test_the_command_refuses_wrong_input(run_forked, tmp_path):
@@ -265,6 +309,8 @@ def test_the_command_refuses_wrong_input(run_forked, tmp_path):
         (("heart", "--num_calls", 1001), "from 1 to 1000"),
         (("moons.csv",), "moons.csv"),
         (("heart", "--features", "pixels"), "--features are for images"),
+        (("heart", "--guidance_scale", 2), "guidance_scale needs a network and data with labels or conditions"),
+        (("heart", "--mixed_precision", "bf16"), "points need --mixed_precision no"),
         (("heart", "--data_free", 100), "name the data with --dataset, or pass --data_free N"),
     ]:
         assert_one_line_error(run_forked(*argv, *more), message)

@@ -103,9 +103,9 @@ def test_export_and_every_output(trained, run, tmp_path):
     assert_one_line_error(run("ddpm-sample", bundle, *argv), "a grid holds", "images of this size at most")
 
 
-def test_sampling_from_the_checkpoint(trained, run, tmp_path):
+def test_sampling_from_the_checkpoint(trained, run_forked, tmp_path):
     argv = ("--num_samples", 4, "--num_inference_steps", 5, "--output", tmp_path / "images.npy")
-    assert run("ddpm-sample", trained, *argv).returncode == 0
+    assert run_forked("sample", trained, *argv).returncode == 0
     assert np.load(tmp_path / "images.npy").shape == (4, 9, 11, 1)
 
 
@@ -188,10 +188,10 @@ def test_wrong_trainings_end_in_one_line(squares, run_forked, tmp_path):
         assert_one_line_error(run_forked("train_images", *output, *argv), fragment)
 
 
-def test_the_stock_model_trains(squares, run, tmp_path):
+def test_the_stock_model_trains(squares, run_forked, tmp_path):
     argv = ("--dataset_name", squares, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 2)
-    argv += ("--model", "stock", "--resolution", 8, "--block_out_channels", "32,32")
-    result = run(sys.executable, SCRIPT, *argv)
+    argv += ("--model", "stock", "--resolution", 8, "--block_out_channels", "32,32", "--no-figures")
+    result = run_forked("train_images", *argv)
     assert result.returncode == 0, result.stderr
     pipeline = DDPMMLPPipeline.from_pretrained(tmp_path / "run")
     assert type(pipeline.unet) is UNet2DModel

@@ -1,11 +1,10 @@
 """A user's pictures from training to sampling: in subfolders, of many sizes, corrupt, huge, grey or animated."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_one_line_error
+from helpers import assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline
@@ -38,13 +37,13 @@ def pictures(tmp_path):
 
 
 @pytest.mark.slow
-def test_own_pictures_go_the_whole_way(pictures, run, run_forked, capsys, tmp_path):
+def test_own_pictures_go_the_whole_way(pictures, run_forked, capsys, tmp_path):
     """The preset chooses the sizes; commands name missing options, and take the rest from checkpoint and bundle."""
     train = ("--config", "folder", "--dataset_name", pictures, "--output_dir", tmp_path / "run")
     train += ("--max_resolution", 18, "--block_out_channels", "16,32", "--train_batch_size", 16)
-    train += ("--max_train_steps", 5, "--lr_warmup_steps", 2, "--ddpm_num_steps", 20)
+    train += ("--max_train_steps", 5, "--lr_warmup_steps", 2, "--ddpm_num_steps", 20, "--no-figures")
     assert_one_line_error(run_forked("train_images", *train), "row 99 of", "cats/099.png", "--skip_corrupt")
-    result = run(sys.executable, ROOT / "train_scripts" / "train_images.py", *train, "--skip_corrupt")
+    result = run_forked("train_images", *train, "--skip_corrupt")
     assert result.returncode == 0, result.stderr
     assert "left out 2 images:" in result.stderr
     assert "cats/099.png) can't be decoded" in result.stderr

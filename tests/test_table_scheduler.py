@@ -17,6 +17,7 @@ from ddpm_mlp_pipeline import (
     compile_scheduler,
     export_bundle,
     load_checkpoint,
+    pretrained,
 )
 from ddpm_mlp_pipeline.errors import ConfigurationError
 from ddpm_mlp_pipeline.export.compile import make_scheduler
@@ -91,15 +92,39 @@ def test_an_export_keeps_the_table_and_every_form_of_the_bundle_plays_it(heart, 
     assert OnnxSampler(tmp_path / "stock").scheduler == "DDIMScheduler"
 
 
-def test_a_number_of_calls_without_a_table_is_refused(heart, run, tmp_path):
+def test_a_table_is_guided_as_its_calls_say(tmp_path):
+    pipeline = load_checkpoint(pretrained("moons"))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    asked = {"class_labels": "upper"}
+    guided = {"guidance_scale": 1.5, "guidance_interval": (900, 300)}
+    expected, unguided = (
+        draw(pipeline, num_inference_steps=8, **asked, **guided),
+        draw(pipeline, num_inference_steps=8, **asked),
+    )
+    table = compile_scheduler(pipeline.scheduler, 8).guided(1.5, (900, 300))
+    assert 0 < table.is_guided.sum() < 8
+    pipeline.scheduler = StepTableScheduler.from_config(pipeline.scheduler.config, tables=[table.to_dict()])
+    np.testing.assert_allclose(draw(pipeline, **asked), expected, atol=2e-5)
+    np.testing.assert_allclose(draw(pipeline, **asked, guidance_scale=1.0), unguided, atol=2e-5)
+    with pytest.raises(ValueError, match="guidance_interval needs a guidance_scale"):
+        draw(pipeline, **asked, guidance_interval=(900, 300))
+
+    pipeline.save_pretrained(tmp_path / "guided")
+    report = export_bundle(tmp_path / "guided", tmp_path / "bundle", sampler="float32")
+    assert max(difference[-1] for difference in report.parity.differences.values()) < 1e-4
+    assert report.sampler_difference < 1e-4
+    assert StepTable.load(tmp_path / "bundle/step_table.json").to_dict() == pipeline.scheduler.tables[8]
+
+
+def test_a_number_of_calls_without_a_table_is_refused(heart, run_forked, tmp_path):
     heart.scheduler = of_tables(heart.scheduler, 8, 4)
     with pytest.raises(ValueError, match="there is no table of 5 calls, only of 4, 8"):
         draw(heart, num_inference_steps=5)
     with pytest.raises(ConfigurationError, match="no table of 5 calls, only of 4, 8"):
         compile_scheduler(heart.scheduler, 5)
     heart.save_pretrained(tmp_path / "fitted")
-    argv = ("ddpm-sample", tmp_path / "fitted", "--num_inference_steps", 5, "--output", tmp_path / "a.csv")
-    assert_one_line_error(run(*argv), "the checkpoint has no table of 5 calls, only of 4, 8")
+    argv = ("sample", tmp_path / "fitted", "--num_inference_steps", 5, "--output", tmp_path / "a.csv")
+    assert_one_line_error(run_forked(*argv), "the checkpoint has no table of 5 calls, only of 4, 8")
 
 
 def test_steps_beyond_the_last_are_refused(heart):
@@ -123,7 +148,8 @@ def _wrong(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_wrong(lambda table: table["steps"][0].update(guidance_scale=2.0)), "no guidance"),
+        (_wrong(lambda table: table["steps"][0].update(log_variance=[0.0, 1.0])), "no learned variance"),
+        (_wrong(lambda table: table["steps"][0].update(guidance_scale=float("inf"))), "finite numbers"),
         (_wrong(lambda table: table["steps"][1]["to_x_0"].__setitem__(0, float("nan"))), "finite numbers"),
         (_wrong(lambda table: table["steps"][0]["to_next"].append([1.0, 0.0, 0.0, 0.0])), "finite numbers"),
         (_wrong(lambda table: table["steps"].clear()), "step table"),

@@ -288,10 +288,11 @@ def test_the_losses_figure_shows_the_first_steps_and_the_last(losses):
         assert height[-100:].max() - height[-100:].min() > 0.03
 
 
-def test_a_preset_sets_options_and_the_command_line_wins(launch, tmp_path):
+def test_a_preset_sets_options_and_the_command_line_wins(run_forked, tmp_path):
     preset = tmp_path / "preset.yaml"
     preset.write_text("dataset: circles\nhidden_dim: 24\nnum_hidden_layers: 1\nreport_to: none\nuse_ema: false\n")
-    result = launch("--config", preset, "--output_dir", tmp_path / "run", *SHORT, "--num_hidden_layers", 2)
+    options = ("--num_hidden_layers", 2, "--no-figures")
+    result = run_forked("train_points", "--config", preset, "--output_dir", tmp_path / "run", *SHORT, *options)
     assert result.returncode == 0, result.stderr
     config = DDPMMLPPipeline.from_pretrained(tmp_path / "run").unet.config
     assert (config.hidden_dim, config.num_hidden_layers) == (24, 2)
@@ -311,15 +312,15 @@ def test_after_some_steps_the_time_that_remains_is_told(tmp_path, capsys):
     assert re.search(r"999975 more steps take about [0-9.]+ (minutes|hours); Ctrl-C saves", capsys.readouterr().out)
 
 
-def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):
+def test_a_users_table_of_three_columns(run, run_forked, tmp_path, capsys):
     rng = np.random.default_rng(0)
     table = rng.standard_normal((600, 3)) * [10, 0.1, 1] + [170, 2, 0]
     rows = ['name,"height, cm",weight,eyes,age', *("A,{},{},,{}".format(*row) for row in table)]
     (tmp_path / "people.csv").write_text("\n".join(rows))
     argv = ("--dataset", tmp_path / "people.csv", "--output_dir", tmp_path / "run", *SHORT[:4], "--ddpm_num_steps", 50)
-    result = launch(*argv)
+    result = run_forked("train_points", *argv)
     assert_one_line_error(result, "'A' in row 1, column 'name'", "row 1, column 'eyes'", "--exclude name eyes")
-    result = launch(*argv, "--exclude", "name", "eyes")
+    result = run_forked("train_points", *argv, "--exclude", "name", "eyes", "--no-figures")
     assert result.returncode == 0, result.stderr
     # Evaluation uses the columns that the checkpoint names.
     data = ("--dataset", tmp_path / "people.csv")
@@ -332,7 +333,7 @@ def test_a_users_table_of_three_columns(launch, run, tmp_path, capsys):
     with contextlib.suppress(SystemExit):
         doctor.main([str(tmp_path / "run"), *map(str, data)])
     assert "data: " in capsys.readouterr().out
-    assert run("ddpm-export", tmp_path / "run", tmp_path / "bundle").returncode == 0
+    assert run_forked("export", tmp_path / "run", tmp_path / "bundle").returncode == 0
     assert (
         run("ddpm-sample", tmp_path / "bundle", "--num_samples", 300, "--output", tmp_path / "new.csv").returncode == 0
     )
@@ -375,9 +376,9 @@ def test_wrong_trainings_end_in_one_line(run, run_forked, tmp_path):
         (("--config", tmp_path / "type.yaml"), ["hidden_dim", "'wide'"]),
         (("--output_dir", "/proc/run"), ["/proc/run"]),
     ]
-    script = (sys.executable, ROOT / "train_scripts" / "train_points.py")
+    script = ROOT / "train_scripts" / "train_points.py"
     for argv, fragments in cases:
         assert_one_line_error(run_forked("train_points", *output, *argv), *fragments)
     assert not list((tmp_path / "run").glob("*.json"))
-    assert_one_line_error(run(*script), "--output_dir")
-    assert_one_line_error(run(*LAUNCH, script[1], *output, "--dataset", "hart"), "unknown data set 'hart'")
+    assert_one_line_error(run_forked("train_points"), "--output_dir")
+    assert_one_line_error(run(*LAUNCH, script, *output, "--dataset", "hart"), "unknown data set 'hart'")

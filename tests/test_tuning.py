@@ -99,17 +99,17 @@ def test_wrong_input_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(run, run_forked, tmp_path):
+def test_the_command(run_forked, tmp_path):
     """Tuned for seconds, one call is closer to the data than a solver's; torch, runtime and graph draw the same."""
     output, bundle = tmp_path / "tuned", tmp_path / "bundle"
-    argv = ("ddpm-tune", "--checkpoint", pretrained("heart"), "--dataset", "heart", "--output_dir", output)
+    argv = ("--checkpoint", pretrained("heart"), "--dataset", "heart", "--output_dir", output)
     argv = (*argv, "--report_to", "none", "--train_batch_size", 512, "--num_samples", 20_000, "--max_train_steps", 150)
-    result = run(*argv)
+    result = run_forked("tune", *argv)
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row["distance"] for row in json.loads((output / "tune.json").read_text())["rows"]}
     assert rows["tuned"] < 0.5 * min(rows["ddim"], rows["dpmsolver_multistep"])
     assert {"tables.png", "samples.png"} <= {path.name for path in output.iterdir()}
-    assert_one_line_error(run_forked("tune", *argv[1:]), "--overwrite_output_dir")
+    assert_one_line_error(run_forked("tune", *argv), "--overwrite_output_dir")
 
     assert run_forked("export", output, bundle, "--sampler").returncode == 0
     samples = OnnxSampler(bundle, num_threads=1).sample(16, seed=3)

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sampler=args.sampler,
             precision=args.precision,
             scheduler_options=dict(args.scheduler_options),
-            guidance_scale=args.guidance_scale,
+            guidance_scale=args.guidance_scale if args.fit is None else None,  # a fitted table has its own
             guidance_interval=args.guidance_interval,
             null_label=args.null_label,
             sampler_takes_known=args.sampler_takes_known,
@@ -107,11 +107,15 @@ def _fitted(args: Namespace) -> Iterator[Path]:
         raise ConfigurationError("--fit needs data: name them with --dataset")
     if args.scheduler or args.scheduler_options or args.num_inference_steps:
         raise ConfigurationError("--fit makes the steps itself: leave out --scheduler and --num_inference_steps")
+    if args.guidance_interval is not None:
+        raise ConfigurationError("--fit finds the guidance of each call itself: leave out --guidance_interval")
     from . import fit
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / args.checkpoint.resolve().name  # the bundle's provenance names it
-        options = ("--dataset", args.dataset, "--num_calls", args.fit)
+        options: tuple[object, ...] = ("--dataset", args.dataset, "--num_calls", args.fit)
+        if args.guidance_scale is not None:
+            options += ("--guidance_scale", args.guidance_scale)
         fit.fit(fit.make_parser().parse_args([str(word) for word in (args.checkpoint, checkpoint, *options)]))
         yield checkpoint
 

@@ -127,8 +127,10 @@ def make_features(features: str | None, pipeline: DDPMMLPPipeline) -> FitFeature
     return Preprocessed(network.to(pipeline.device).requires_grad_(False).embed)
 
 
-def stock_candidates(pipeline: DDPMMLPPipeline, checkpoint: Path, num_calls: Sequence[int]) -> list[Candidate]:
-    """Return the exporter's default sampler, and stock schedulers with few calls."""
+def stock_candidates(
+    pipeline: DDPMMLPPipeline, checkpoint: Path, num_calls: Sequence[int], guidance_scale: float | None = None
+) -> list[Candidate]:
+    """Return the exporter's default sampler, and stock schedulers with few calls, with guidance if there is any."""
     trained_with = pipeline.scheduler
     name, steps, options = DEFAULT_OF_POINTS if pipeline.is_points else DEFAULT_OF_IMAGES
     steps = min(steps, trained_with.config.num_train_timesteps)
@@ -137,7 +139,9 @@ def stock_candidates(pipeline: DDPMMLPPipeline, checkpoint: Path, num_calls: Seq
         found += [
             Candidate(name, compile_by_name(name, trained_with, calls, opts), checkpoint) for name, opts in STOCK
         ]
-    return found
+    if guidance_scale is None:
+        return found
+    return [dataclasses.replace(stock, table=stock.table.guided(guidance_scale)) for stock in found]
 
 
 def measure(

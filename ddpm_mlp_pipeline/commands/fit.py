@@ -63,9 +63,10 @@ def fit(args: Namespace) -> None:
     check_folder(args.output, is_own, args.overwrite)
     pipeline = load_pipeline(args)
     data = load_data(args, pipeline) if args.data_free is None else _own_samples(args, pipeline)
-    options = {
-        name: getattr(args, name) for name in ("steps", "batch_size", "seed") if getattr(args, name) is not None
-    }
+    names = ("steps", "batch_size", "seed", "guidance_scale", "mixed_precision")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if pipeline.is_points and args.mixed_precision != "no":
+        raise ConfigurationError("points need --mixed_precision no: lower precision makes their embedding inexact")
     defaults = FittingArguments.of_points if pipeline.is_points else FittingArguments.of_images
     fitting = defaults(**options)
     state_path = args.output.with_name(f"{args.output.name}.partial.json")
@@ -75,7 +76,7 @@ def fit(args: Namespace) -> None:
         tables = fitter.fit(args.num_calls, progress.update)
     seconds = time.monotonic() - begun
 
-    candidates = stock_candidates(pipeline, args.checkpoint, list(tables))
+    candidates = stock_candidates(pipeline, args.checkpoint, list(tables), args.guidance_scale)
     for calls, table in tables.items():
         start = TableParameters.start(calls, fitting, pipeline.scheduler).to_table()
         candidates.append(Candidate("ddim, equal log SNR", start, args.checkpoint))
@@ -124,6 +125,15 @@ def make_parser() -> CommandParser:
     parser.add_count("--steps", "optimiser steps for each table (default: 400 for points, 100 for images)")
     parser.add_count("--batch_size", "samples of each step (default: 1,024 points, 96 images)")
     parser.add_argument("--seed", type=noise_seed, default=0, help="seed of the fit (default: 0)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        metavar="W",
+        help="guide by labels and conditions, from this scale at first: each call's is fitted with the rest",
+    )
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16"], default="no", help="of images' networks (default: no)"
+    )
     parser.add_argument(
         "--features",
         help="a feature network's folder to fit on (default: coordinates, or the network's own activations)",

@@ -184,7 +184,7 @@ def export_bundle(
             _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision))
             strays = _strays(folder, data_range)
         _check_strays(table, strays)
-        parity = compare(pipeline, folder, steps, tolerance, guidance_scale or 1.0, guidance_interval)
+        parity = compare(pipeline, folder, steps, tolerance, guidance_scale, guidance_interval)
         if not parity.ok:
             message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
             raise ParityError(f"{message}: {parity.explanation}", parity)

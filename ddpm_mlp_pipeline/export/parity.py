@@ -133,7 +133,7 @@ def compare(
     bundle: str | os.PathLike[str],
     num_inference_steps: int,
     tolerance: float,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
 ) -> ParityReport:
     """Run pipeline and bundle side by side on the same noise, in batches of 1, 3 and 8. No step is kept in memory.

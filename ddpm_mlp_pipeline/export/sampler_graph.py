@@ -143,8 +143,7 @@ def _further_inputs(builder: GraphBuilder, info: dict[str, Any]) -> tuple[dict[s
 
 def _guidance(builder: GraphBuilder, table: StepTable) -> ir.Value:
     """Return each call's scale, float32 `[calls]`: from the input `guidance_scale`, unless the table has several."""
-    op, is_guided = builder.op, table.is_guided
-    scales = np.ones(len(table)) if table.guidance_scale is None else table.guidance_scale
+    op, is_guided, scales = builder.op, table.is_guided, table.guidance_scales
     if is_guided.any() and len(set(scales[is_guided])) > 1:
         return _table(op, scales)
     scale = builder.input("guidance_scale", ir.DataType.FLOAT, [])

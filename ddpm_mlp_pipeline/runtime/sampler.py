@@ -333,7 +333,7 @@ class OnnxSampler(Sampler):
         network = _Network(session, history, shape, request, self._channels, bool(table.is_guided.any()))
 
         clip_range, is_stochastic = table.clip_range, table.is_stochastic.tolist()
-        w = np.ones(len(table)) if table.guidance_scale is None else table.guidance_scale
+        w = table.guidance_scales
         to_x_0 = table.to_x_0.astype(np.float32)
         calls = np.arange(len(table))[:, None]
         places = (calls - np.arange(table.history)) % table.history

@@ -117,8 +117,9 @@ class StepTable:
 
     @property
     def num_numbers(self) -> int:
-        """The number of timesteps and coefficients that are not 0, of which the sampler consists."""
-        return len(self) + int(np.count_nonzero(self.to_x_0)) + int(np.count_nonzero(self.to_next))
+        """The number of timesteps, scales and coefficients that are not 0, of which the sampler consists."""
+        numbers = int(np.count_nonzero(self.to_x_0)) + int(np.count_nonzero(self.to_next))
+        return len(self) + numbers + int(self.is_guided.sum())
 
     @property
     def is_stochastic(self) -> npt.NDArray[np.bool_]:
@@ -129,9 +130,14 @@ class StepTable:
         return used
 
     @property
+    def guidance_scales(self) -> npt.NDArray[np.float64]:
+        """float64 `[calls]`: w of each call, 1 without guidance."""
+        return np.ones(len(self)) if self.guidance_scale is None else self.guidance_scale
+
+    @property
     def is_guided(self) -> npt.NDArray[np.bool_]:
         """bool `[calls]`: whether the call is guided, which costs two network evaluations."""
-        return np.zeros(len(self), dtype=bool) if self.guidance_scale is None else self.guidance_scale != 1
+        return np.not_equal(self.guidance_scales, 1)
 
     def guided(self, scale: float, interval: tuple[float, float] | None = None) -> StepTable:
         """Return a copy with this guidance.

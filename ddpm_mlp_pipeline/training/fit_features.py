@@ -154,7 +154,7 @@ def _outputs(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
     outputs: list[torch.Tensor] = []
 
     def collect(block: nn.Module, args: Any, output: torch.Tensor) -> None:
-        outputs.append(output)
+        outputs.append(output.float())  # of autocast's bfloat16
         if len(outputs) == len(blocks):
             raise _Done
 

@@ -271,6 +271,8 @@ class FittingArguments:
         first_log_snr, last_log_snr: between which the calls are spread at first.
         noise: share of fresh noise at first, as an angle: 0 is none, 1 is all.
         seed: of everything random.
+        guidance_scale: w of all calls at first, which is fitted with the rest; `None` for no guidance.
+        mixed_precision: of the network, `"no"` or `"bf16"`.
     """
 
     steps: int
@@ -284,6 +286,8 @@ class FittingArguments:
     last_log_snr: float
     noise: float
     seed: int = 0
+    guidance_scale: float | None = None
+    mixed_precision: str = "no"
 
     @classmethod
     def of_points(cls, **options: Any) -> FittingArguments:
@@ -298,6 +302,8 @@ class FittingArguments:
             value = getattr(self, field.name)
             if field.type == "int" and field.name != "seed" and value < 1:
                 raise ConfigurationError(f"{field.name} must be at least 1, got {value}")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ConfigurationError(f"guidance_scale must be finite, got {self.guidance_scale}")
 
 
 _OF_POINTS: dict[str, Any] = {

@@ -18,7 +18,9 @@ from ..runtime.step_table import StepTable
 from ..table_scheduler import StepTableScheduler, Terms, next_sample, predict_x_0
 from .options import FittingArguments
 
-LOG_SNR_SCALE = 10.0  # one step of the optimiser moves the log SNR by so much more than the other numbers
+# One step of the optimiser moves the log SNR and the guidance scale by so much more than the other numbers.
+LOG_SNR_SCALE = 10.0
+GUIDANCE_UNIT = 4.0
 
 
 def check_num_calls(num_calls: Sequence[int], num_train_timesteps: int) -> None:
@@ -36,7 +38,8 @@ def check_num_calls(num_calls: Sequence[int], num_train_timesteps: int) -> None:
 @dataclasses.dataclass
 class TableParameters:
     r"""
-    The free numbers of a table, six for each call k. What the network sees is α x_0 + σ ε, α² = 1 − σ² = ᾱ, and
+    The free numbers of a table, six for each call k, and w where calls are guided. What the network sees is
+    α x_0 + σ ε, α² = 1 − σ² = ᾱ, and
 
         x̂_0 = clip((x − σ ε_θ(x, t)) / α),   ε̂ = (x − α x̂_0) / σ
         x′  = α′ ((1 + a) x̂_0 + d (x̂_0 − x̂_0 of the call before)) + σ′ (1 + b) (cos(s π/2) ε̂ + sin(s π/2) z)
@@ -44,9 +47,11 @@ class TableParameters:
     With a = b = d = 0 and s = 0 that is DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502, eq. 12) with the
     ε̂ of the clipped x̂_0. Larger s replace more of ε̂ by fresh noise. The last call returns
     (1 + a) x̂_0 + b ε̂ + d (x̂_0 − x̂_0 of the call before); a single call without ε̂, since its x is nothing but noise.
+    A guided call has ε_θ = w ε_θ(x, t, c) + (1 − w) ε_θ(x, t, ∅) (Ho & Salimans 2022,
+    https://arxiv.org/abs/2207.12598).
 
     Attributes:
-        numbers: `[6, calls]`: t / T, log(ᾱ / (1 − ᾱ)) / 10, a, b, s, d.
+        numbers: `[6 or 7, calls]`: t / T, log(ᾱ / (1 − ᾱ)) / 10, a, b, s, d, and w / 4 where calls are guided.
         num_train_timesteps: T.
         prediction_type: of the network, as in the scheduler's configuration.
         clip_range: the largest magnitude of x̂_0, or `None`.
@@ -64,8 +69,10 @@ class TableParameters:
         first = max(args.first_log_snr, trained.min())
         log_snr = np.linspace(first, max(min(args.last_log_snr, trained.max()), first), num_calls)
         t = np.interp(-log_snr, -trained, np.arange(len(trained))) / len(trained)
-        numbers = torch.zeros(6, num_calls)
+        numbers = torch.zeros(6 if args.guidance_scale is None else 7, num_calls)
         numbers[0], numbers[1], numbers[4] = torch.tensor(t), torch.tensor(log_snr / LOG_SNR_SCALE), args.noise
+        if args.guidance_scale is not None:
+            numbers[6] = args.guidance_scale / GUIDANCE_UNIT
         config = scheduler.config
         clip_range = float(config.clip_sample_range) if config.get("clip_sample") else None
         return cls(numbers, config.num_train_timesteps, config.prediction_type, clip_range)
@@ -79,9 +86,14 @@ class TableParameters:
         numbers[5, 0] = 0.0
         return dataclasses.replace(self, numbers=torch.tensor(numbers, dtype=torch.float32))
 
+    @property
+    def guidance_scale(self) -> torch.Tensor | None:
+        """Each call's w, with gradients; `None` without guidance."""
+        return self.numbers[6] * GUIDANCE_UNIT if len(self.numbers) > 6 else None
+
     def rows(self) -> list[tuple[torch.Tensor, list[Any], list[list[Any]]]]:
         """Return the timestep, `to_x_0` and `to_next` of each call, as tensors with gradients."""
-        t, log_snr, a, b, s, d = self.numbers
+        t, log_snr, a, b, s, d = self.numbers[:6]
         t = t.clamp(0, 1 - 1 / self.num_train_timesteps)
         log_snr = log_snr * LOG_SNR_SCALE
         alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
@@ -120,6 +132,7 @@ class TableParameters:
         for k, (_, _, terms) in enumerate(rows):
             to_next[k, : len(terms)] = [[float(value) for value in values] for values in terms]
         to_x_0 = [[float(value) for value in values] for _, values, _ in rows]
+        w = self.guidance_scale
         return StepTable(
             scheduler=StepTableScheduler.__name__,
             initial_scale=1.0,
@@ -128,17 +141,34 @@ class TableParameters:
             to_next=to_next,
             clip_range=self.clip_range,
             alphas_cumprod=torch.sigmoid(self.numbers[1].double() * LOG_SNR_SCALE).numpy(),
+            guidance_scale=w if w is None else w.double().numpy(),
         )
 
 
-def draw(parameters: TableParameters, network: nn.Module, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """Draw samples with a table, `[batch, *sample_shape]`, with the labels and conditions of a batch."""
+def draw(
+    parameters: TableParameters,
+    network: nn.Module,
+    batch: Batch,
+    generator: torch.Generator,
+    null_label: int | None = None,
+) -> torch.Tensor:
+    """Draw samples with a table, `[batch, *sample_shape]`, with the labels and conditions of a batch.
+
+    `null_label` is the network's "no label", which guided calls need.
+    """
     shape, device = batch.x_0.shape, batch.x_0.device
     parameters = dataclasses.replace(parameters, numbers=parameters.numbers.to(device))
     x, past = torch.randn(shape, generator=generator).to(device), list[Terms]()
-    for t, to_x_0, to_next in parameters.rows():
+    w, known = parameters.guidance_scale, batch.known
+    if w is not None:
+        nothing = batch.forget(torch.ones(len(x), dtype=torch.bool, device=device), null_label)
+        known = {name: torch.cat([value, nothing.known[name]]) for name, value in known.items()}
+    for k, (t, to_x_0, to_next) in enumerate(parameters.rows()):
         z = torch.randn(shape, generator=generator).to(device)
-        eps = network(x, t, **batch.known).sample[:, : x.shape[1]]
+        eps = network(x if w is None else torch.cat([x, x]), t, **known).sample[:, : x.shape[1]].to(x.dtype)
+        if w is not None:
+            of_known, of_nothing = eps.chunk(2)
+            eps = w[k] * of_known + (1 - w[k]) * of_nothing
         past = [(x, eps, predict_x_0(x, eps, to_x_0, parameters.clip_range), z), *past][:2]
         x = next_sample(to_next, past)
     return x

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batch, TensorBatches
-from ..errors import DatasetError
+from ..errors import ConfigurationError, DatasetError
 from ..pipeline import DDPMMLPPipeline
 from .fit_features import FitFeatures, PointFeatures, energy_distance, mean_distance
 from .options import FittingArguments
@@ -35,6 +35,7 @@ class Target:
         fitted, held_out: indices of the data of each part, sorted by label.
 
     Raises:
+        ConfigurationError: if there is guidance, but nothing to guide by.
         DatasetError: if there are too few data, or the network takes labels that the data lack.
     """
 
@@ -44,6 +45,12 @@ class Target:
             raise DatasetError(
                 "the network takes labels, but the data have none: name their column with --label_column"
             )
+        if args.guidance_scale is not None:
+            if data.class_labels is None and data.condition is None:
+                raise ConfigurationError("guidance_scale needs a network and data with labels or conditions")
+            if data.class_labels is not None and pipeline.null_label is None:
+                raise ConfigurationError("guidance_scale needs a network with a null label")
+        self.null_label = pipeline.null_label
         if len(data) < 2 * args.batch_size:
             at_most = f"it can be {len(data) // 2} at most"
             raise DatasetError(f"{len(data)} samples are too few for a batch size of {args.batch_size}: {at_most}")
@@ -68,18 +75,22 @@ class Target:
         """Return the energy distance between fresh samples and data, with gradients: a scalar."""
         args = self.args
         batch = self._some(args.batch_size, generator)
-        samples = batch._replace(x_0=draw(parameters, network, batch, generator))
+        with self._autocast():
+            samples = batch._replace(x_0=draw(parameters, network, batch, generator, self.null_label))
+            features = self.features(samples, generator)
         references, scales = self.references
         if len(self.fitted) > args.num_references and isinstance(self.features, PointFeatures):  # new ones are cheap
             references = self.features(self._some(args.num_references, generator), generator)
-        return energy_distance(self.features(samples, generator), references, scales)
+        return energy_distance(features, references, scales)
 
     @torch.no_grad()
     def held_out_distance(self, parameters: TableParameters, network: nn.Module) -> float:
         """Return the energy distance between samples and the held-out data. The samples' noise is always the same."""
         generator = self.generator(0, 1)
         batches = _split(self._some(self.args.num_drawn, generator, self.held_out))
-        samples = (batch._replace(x_0=draw(parameters, network, batch, generator)) for batch in batches)
+        samples = (
+            batch._replace(x_0=draw(parameters, network, batch, generator, self.null_label)) for batch in batches
+        )
         return float(energy_distance(self._features(samples, generator), *self.held_out_references))
 
     @torch.no_grad()
@@ -89,8 +100,12 @@ class Target:
         return features, [mean_distance(x) for x in features]
 
     def _features(self, batches: Iterable[Batch], generator: torch.Generator) -> list[torch.Tensor]:
-        groups = [self.features(batch, generator) for batch in batches]
+        with self._autocast():
+            groups = [self.features(batch, generator) for batch in batches]
         return [torch.cat(some) for some in zip(*groups, strict=True)]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.mixed_precision == "bf16")
 
     def _some(self, number: int, generator: torch.Generator, indices: list[int] | None = None) -> Batch:
         """Choose data at random, by default from those to fit to. Each class has its share of them, up to one sample.

@@ -70,15 +70,15 @@ def test_where_every_sampler_diverges_it_ends_in_a_line(compare):
 
 
 @pytest.mark.slow
-def test_points_are_compared_with_fresh_ones(tmp_path, run):
+def test_points_are_compared_with_fresh_ones(tmp_path, run_forked):
     """More calls are closer to the data, and a fitted table of few is among the rows."""
     checkpoint = load_checkpoint(pretrained("heart"))
     start = TableParameters.start(4, FittingArguments.of_points(), checkpoint.scheduler).to_table()
     checkpoint.scheduler = StepTableScheduler.from_config(checkpoint.scheduler.config, tables=[start.to_dict()])
     checkpoint.save_pretrained(tmp_path / "fitted")
-    argv = ("ddpm-compare", tmp_path / "fitted", "--dataset", "heart", "--num_samples", 4000, "--schedulers", "ddim")
+    argv = ("compare", tmp_path / "fitted", "--dataset", "heart", "--num_samples", 4000, "--schedulers", "ddim")
     argv = (*argv, "--num_inference_steps", 3, 30, "--output", tmp_path / "rows.json")
-    result = run(*argv)
+    result = run_forked(*argv)
     assert result.returncode == 0, result.stderr
     assert "sliced Wasserstein distance to 4,000 points of heart" in result.stdout
     distances = {
@@ -87,4 +87,4 @@ def test_points_are_compared_with_fresh_ones(tmp_path, run):
     }
     assert distances.keys() == {("fitted", 4), ("ddim", 3), ("ddim", 30)}
     assert distances["ddim", 30] < 0.05 < distances["ddim", 3]
-    assert_one_line_error(run(*argv, "--split", "test"), "--split are for images")
+    assert_one_line_error(run_forked(*argv, "--split", "test"), "--split are for images")

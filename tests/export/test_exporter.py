@@ -147,8 +147,8 @@ def hardly_trained(tmp_path):
     return tmp_path / "checkpoint"
 
 
-def test_where_the_default_blows_up_ddpm_takes_its_place(run, hardly_trained, tmp_path):
-    result = run("ddpm-export", hardly_trained, tmp_path / "bundle")
+def test_where_the_default_blows_up_ddpm_takes_its_place(run_forked, hardly_trained, tmp_path):
+    result = run_forked("export", hardly_trained, tmp_path / "bundle")
     assert result.returncode == 0, result.stderr
     (warning,) = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
     assert "DPMSolverMultistepScheduler with 20 network evaluations diverges: 100% of its samples" in warning

@@ -129,8 +129,8 @@ def test_points_have_no_bytes(ddim_bundle):
         build_sampler(ddim_bundle, "uint8")
 
 
-def test_the_command(run, tmp_path):
-    result = run("ddpm-export", pretrained("heart"), tmp_path / "b", "--num_inference_steps", 4, "--sampler")
+def test_the_command(run_forked, tmp_path):
+    result = run_forked("export", pretrained("heart"), tmp_path / "b", "--num_inference_steps", 4, "--sampler")
     assert result.returncode == 0, result.stderr
     assert "between sampler.onnx and the runtime" in result.stdout
     assert draw(tmp_path / "b", 2, 0).shape == (2, 2)
