@@ -129,7 +129,7 @@ def make_parser() -> CommandParser:
         "--guidance_scale",
         type=float,
         metavar="W",
-        help="guide by labels and conditions, from this scale at first: each call's is fitted with the rest",
+        help="guide by labels and conditions with this scale in the mean; how it differs between the calls is fitted",
     )
     parser.add_argument(
         "--mixed_precision", choices=["no", "bf16"], default="no", help="of images' networks (default: no)"

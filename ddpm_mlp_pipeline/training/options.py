@@ -271,7 +271,7 @@ class FittingArguments:
         first_log_snr, last_log_snr: between which the calls are spread at first.
         noise: share of fresh noise at first, as an angle: 0 is none, 1 is all.
         seed: of everything random.
-        guidance_scale: w of all calls at first, which is fitted with the rest; `None` for no guidance.
+        guidance_scale: the mean of the calls' w, which is that of all at first; `None` for no guidance.
         mixed_precision: of the network, `"no"` or `"bf16"`.
     """
 

@@ -48,19 +48,22 @@ class TableParameters:
     ε̂ of the clipped x̂_0. Larger s replace more of ε̂ by fresh noise. The last call returns
     (1 + a) x̂_0 + b ε̂ + d (x̂_0 − x̂_0 of the call before); a single call without ε̂, since its x is nothing but noise.
     A guided call has ε_θ = w ε_θ(x, t, c) + (1 − w) ε_θ(x, t, ∅) (Ho & Salimans 2022,
-    https://arxiv.org/abs/2207.12598).
+    https://arxiv.org/abs/2207.12598). The mean of w is given, and how it differs between the calls is free.
 
     Attributes:
-        numbers: `[6 or 7, calls]`: t / T, log(ᾱ / (1 − ᾱ)) / 10, a, b, s, d, and w / 4 where calls are guided.
+        numbers: `[6 or 7, calls]`: t / T, log(ᾱ / (1 − ᾱ)) / 10, a, b, s, d; and w / 4 up to a constant, where
+            calls are guided.
         num_train_timesteps: T.
         prediction_type: of the network, as in the scheduler's configuration.
         clip_range: the largest magnitude of x̂_0, or `None`.
+        mean_guidance_scale: the mean of w, or `None` without guidance.
     """
 
     numbers: torch.Tensor
     num_train_timesteps: int
     prediction_type: str
     clip_range: float | None
+    mean_guidance_scale: float | None = None
 
     @classmethod
     def start(cls, num_calls: int, args: FittingArguments, scheduler: SchedulerMixin) -> TableParameters:
@@ -71,11 +74,9 @@ class TableParameters:
         t = np.interp(-log_snr, -trained, np.arange(len(trained))) / len(trained)
         numbers = torch.zeros(6 if args.guidance_scale is None else 7, num_calls)
         numbers[0], numbers[1], numbers[4] = torch.tensor(t), torch.tensor(log_snr / LOG_SNR_SCALE), args.noise
-        if args.guidance_scale is not None:
-            numbers[6] = args.guidance_scale / GUIDANCE_UNIT
         config = scheduler.config
         clip_range = float(config.clip_sample_range) if config.get("clip_sample") else None
-        return cls(numbers, config.num_train_timesteps, config.prediction_type, clip_range)
+        return cls(numbers, config.num_train_timesteps, config.prediction_type, clip_range, args.guidance_scale)
 
     def resampled(self, num_calls: int) -> TableParameters:
         """Return the start for a table of fewer calls: the curves of these numbers, at as many equidistant places."""
@@ -89,7 +90,9 @@ class TableParameters:
     @property
     def guidance_scale(self) -> torch.Tensor | None:
         """Each call's w, with gradients; `None` without guidance."""
-        return self.numbers[6] * GUIDANCE_UNIT if len(self.numbers) > 6 else None
+        if self.mean_guidance_scale is None:
+            return None
+        return self.mean_guidance_scale + GUIDANCE_UNIT * (self.numbers[6] - self.numbers[6].mean())
 
     def rows(self) -> list[tuple[torch.Tensor, list[Any], list[list[Any]]]]:
         """Return the timestep, `to_x_0` and `to_next` of each call, as tensors with gradients."""
