@@ -43,7 +43,9 @@ class FeatureTrainingArguments:
     learning_rate: float = option(3e-3, "peak learning rate of AdamW, with a one-cycle schedule")
     label_smoothing: float = option(0.0, "share of each target that is spread over all classes")
     max_shift: int = option(2, "maximum shift of the images, in pixels")
-    random_flip: bool = option(False, "mirror half of the images, left to right")
+    random_flip: bool = option(
+        False, "mirror half of the images, left to right, and take means of both for the features"
+    )
     mixed_precision: str = option("no", "precision of the forward pass", choices=["no", "bf16"])
     seed: int = option(0, "seed of the weights and of the order of the data")
 
@@ -87,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_classes=len(class_names),
         block_out_channels=widths,
         layers_per_block=args.layers_per_block,
+        mirrored=args.random_flip,
     )
 
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,9 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
             Width at each resolution, from the highest. Each has half the height and width of the previous one.
         layers_per_block (`int`, defaults to 1):
             Number of convolutions at each resolution.
+        mirrored (`bool`, defaults to `False`):
+            Whether features are means of an image's and its mirror image's, for data where left and right mean the
+            same. The classes' logits are then means, too, since they are linear in the features.
     """
 
     @register_to_config
@@ -64,6 +67,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         num_features: int = 64,
         block_out_channels: tuple[int, ...] = (32, 64, 128),
         layers_per_block: int = 1,
+        mirrored: bool = False,
     ):
         super().__init__()
         self.channels = (in_channels,)
@@ -90,7 +94,10 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: `[batch, num_features]`.
         """
-        return self.embed(to_network_units(images).to(self.dtype))
+        x = to_network_units(images).to(self.dtype)
+        if self.config.mirrored and not self.training:  # training mirrors at random
+            return (self.embed(x) + self.embed(x.flip(-1))) / 2
+        return self.embed(x)
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the features of images in [-1, 1], `[batch, in_channels, height, width]`, with gradients."""
