@@ -276,3 +276,14 @@ def test_shipped_digits_hold_their_distance(tmp_path, capsys):
         map(metrics.to_uint8, OnnxSampler(tmp_path / "bundle").batches(2000, 0, 64)), network
     )
     assert metrics.frechet_distance(drawn, metrics.image_features([load_images(MNIST, "test")], network)) < 8
+
+
+@pytest.mark.slow
+def test_shipped_colour_images_are_what_was_asked(tmp_path):
+    """docs/results.md has 85 % for 2,000 of them. The classifier takes 89 % of real images for what they are."""
+    export_bundle(pretrained("cifar10"), tmp_path / "bundle")
+    labels = np.arange(200) % 10
+    images = OnnxSampler(tmp_path / "bundle").sample(200, 0, 50, class_labels=labels)
+    network = load_features(FEATURES[3])
+    found = network.classify(metrics.image_features([metrics.to_uint8(images)], network)).numpy()
+    assert (found == labels).mean() > 0.75

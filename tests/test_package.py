@@ -70,13 +70,15 @@ def test_commands_take_shipped_checkpoints_by_name_unless_a_folder_has_it(tmp_pa
 
 def test_shipped_checkpoints_are_small():
     shipped = {"heart": (39_426, 2e5), "mnist": (1_007_681, 6e6), "mnist_1": (1_007_681, 3e6)}
+    shipped |= {"cifar10": (3_659_011, 8e6)}
     shipped |= {"swiss_roll": (39_426, 2e5), "swiss_roll_2015": (39_556, 2e5), "moons": (39_618, 2e5)}
     for name, (parameters, size) in shipped.items():
         weights = pretrained(name) / "unet" / "diffusion_pytorch_model.safetensors"
         assert sum(tensor.size for tensor in load_file(weights).values()) == parameters
         assert weights.stat().st_size < size
     with pytest.raises(
-        ConfigurationError, match="'hart'; there are: heart, mnist, mnist_1, moons, swiss_roll, swiss_roll_2015"
+        ConfigurationError,
+        match="'hart'; there are: cifar10, heart, mnist, mnist_1, moons, swiss_roll, swiss_roll_2015",
     ):
         pretrained("hart")
 

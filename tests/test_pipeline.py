@@ -16,7 +16,8 @@ from diffusers import (
     UNet2DModel,
 )
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, pretrained
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel
+from ddpm_mlp_pipeline.checkpoints import shipped
 
 
 def generators(seeds):
@@ -144,7 +145,7 @@ import sys
 {prelude}
 import torch
 pipeline = {load}
-print(pipeline(2, torch.Generator().manual_seed(0), {steps}, "np")[0].tolist())
+print(pipeline(2, torch.Generator().manual_seed(0), 10, "np")[0].tolist())
 print(type(pipeline).__module__, type(pipeline.unet).__module__)
 """
 WITHOUT_PLUGIN = """
@@ -157,8 +158,8 @@ from diffusers import DiffusionPipeline
 """
 
 
-def load_in_a_process(run, load, prelude, folder, tmp_path, steps=10):
-    code = LOAD.format(prelude=prelude, load=load, steps=steps)
+def load_in_a_process(run, load, prelude, folder, tmp_path):
+    code = LOAD.format(prelude=prelude, load=load)
     result = run(sys.executable, "-c", code, folder, env={"PATH": "", "HF_HOME": str(tmp_path / "hf")})
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
@@ -218,22 +219,21 @@ def test_a_stock_pipelines_checkpoint_of_ours_loads(tmp_path):
     torch.testing.assert_close(again.state_dict(), unet.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("heart", "mlp"),
-        ("moons", "mlp"),
-        ("swiss_roll", "mlp"),
-        ("swiss_roll_2015", "mlp"),
-        ("mnist", "unet"),
-        ("mnist_1", "unet"),
-    ],
-)
-def test_shipped_checkpoints_load_with_diffusers_too(name, module, tmp_path, run):
-    load = "DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)"
-    prelude = "from diffusers import DiffusionPipeline"
-    _, modules = load_in_a_process(run, load, prelude, pretrained(name), tmp_path, steps=None)
-    assert modules == f"ddpm_mlp_pipeline.pipeline ddpm_mlp_pipeline.models.{module}"
+def test_shipped_checkpoints_load_with_diffusers_too(tmp_path, run):
+    """Each in turn, in one process: the code that a folder names is the package's own."""
+    code = """
+import sys, torch
+from diffusers import DiffusionPipeline
+for folder in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert pipeline.unet.dtype == torch.float32
+    assert len(pipeline(2, torch.Generator().manual_seed(0), None, "np")[0]) == 2
+    print(type(pipeline).__module__, type(pipeline.unet).__module__.rpartition(".")[2])
+"""
+    networks = {name: "unet" if name in ("cifar10", "mnist", "mnist_1") else "mlp" for name in shipped()}
+    result = run(sys.executable, "-c", code, *shipped().values(), env={"PATH": "", "HF_HOME": str(tmp_path / "hf")})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"ddpm_mlp_pipeline.pipeline {network}" for network in networks.values()]
 
 
 def test_an_image_checkpoint_round_trips(tmp_path):

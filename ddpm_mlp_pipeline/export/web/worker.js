@@ -48,12 +48,14 @@ const answers = {
     } catch {
       isResampleable = false;
     }
+    // Fitted calls may differ in their guidance: the page shows the mean.
+    const scales = table.steps.map((step) => step.guidanceScale).filter((scale) => scale !== 1);
     return {
       info,
       scheduler: table.scheduler,
       clipRange: table.clipRange,
       numCalls: table.steps.length,
-      guidanceScale: table.steps.map((step) => step.guidanceScale).find((scale) => scale !== 1) ?? 1,
+      guidanceScale: scales.length ? scales.reduce((sum, scale) => sum + scale) / scales.length : 1,
       isGuidable,
       takesKnown,
       isResampleable,
