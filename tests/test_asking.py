@@ -325,6 +325,7 @@ def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, run_forked
     unet, checkpoint, bundle = stock_network(), tmp_path / "stock", tmp_path / "bundle"
     DDPMPipeline(unet, DDIMScheduler()).save_pretrained(checkpoint)
     export = ("export", checkpoint, bundle, "--scheduler", "ddim", "--num_inference_steps", 5)
+    assert_one_line_error(run_forked(*export, "--guidance_interval", 900, 300), "needs a guidance_scale")
     for null_label in (4, -1):
         assert_one_line_error(run_forked(*export, "--null_label", null_label), "null_label", "4 labels")
         assert not bundle.exists()

@@ -102,6 +102,16 @@ def test_points_of_a_checkpoint(tmp_path):
     assert all(measure["ratio"] < 3 for measure in report["measures"].values())
 
 
+def test_points_of_each_class(tmp_path):
+    """As many samples of each are drawn; the data have what they have."""
+    argv = (pretrained("moons"), "--dataset", "two_moons", "--class_labels", "--num_samples", 500, "--repeats", 1)
+    main([str(word) for word in (*argv, "--output", tmp_path / "report.json")])
+    classes = json.loads((tmp_path / "report.json").read_text())["classes"]
+    assert list(classes) == ["lower", "upper"]
+    distances = [found["measures"]["sliced_wasserstein_distance"] for found in classes.values()]
+    assert all(0.3 < row["ratio"] < 4 for row in distances), distances
+
+
 def test_points_from_a_file(evaluate, refused, tmp_path):
     far = tmp_path / "far.npy"
     np.save(far, np.random.default_rng(0).standard_normal((400, 2)) + 100)

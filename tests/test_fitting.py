@@ -186,7 +186,7 @@ def test_guided_tables_are_fitted():
     pipe = DDPMMLPPipeline(HalfGuidedModel(), DDPMScheduler(clip_sample=False), null_label=2)
     pipe.set_progress_bar_config(disable=True)
     fitter = TableFitter(pipe, data, PointFeatures(2), arguments(steps=80, guidance_scale=2.0))
-    table = fitter.fit([2])[2]
+    table = fitter.fit([3, 2])[2]
     assert table.guidance_scales.mean() == pytest.approx(2)
     assert table.guidance_scales.std() > 0.01
     play(pipe, [table])

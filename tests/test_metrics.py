@@ -40,6 +40,10 @@ def test_in_one_dimension_it_is_the_wasserstein_distance(rng):
     quantiles = np.sort(x, axis=0) - np.sort(y, axis=0)
     assert sliced_wasserstein_distance(x, y) == pytest.approx(np.sqrt((quantiles**2).mean()))
     assert sliced_wasserstein_distance(x, y) >= stats.wasserstein_distance(x[:, 0], y[:, 0])
+    # Points that are there twice change nothing, and neither does an equal share of each.
+    assert sliced_wasserstein_distance(x, np.repeat(y, 2, axis=0)) == pytest.approx(sliced_wasserstein_distance(x, y))
+    three, two = np.array([[0.0], [1.0], [2.0]]), np.array([[0.0], [3.0]])  # half of the middle point moves by 1 or 2
+    assert sliced_wasserstein_distance(three, two) == pytest.approx((1 / 6 + 4 / 6 + 1 / 3) ** 0.5)
 
 
 def test_the_energy_distance_in_one_dimension_is_scipys(rng, monkeypatch):

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_guidance_options(parser)
     args = parser.parse_args(argv)
+    no_guidance = {"guidance_scale": 1.0}  # a fitted table may have its own
     guidance = {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
     if args.guidance_scale is None and args.guidance_interval is not None:
         raise ConfigurationError("--guidance_interval needs --guidance_scale")
@@ -109,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             _contender(_bundle_sampler, args.bundle) as own_contender,
         ):
             if args.guidance_scale is not None:
-                guided = [functools.partial(_sampling_seconds, own_contender, asked=asked) for asked in ({}, guidance)]
+                guided = [
+                    functools.partial(_sampling_seconds, own_contender, asked=asked)
+                    for asked in (no_guidance, guidance)
+                ]
                 calls += _compare(f"guidance {args.guidance_scale:g}", guided, (len(own), len(own)), args)
             if other is not None:
                 with _contender(_bundle_sampler, args.against) as other_contender:

@@ -114,7 +114,9 @@ def _fitted(args: Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / args.checkpoint.resolve().name  # the bundle's provenance names it
         options: tuple[object, ...] = ("--dataset", args.dataset, "--num_calls", args.fit)
-        if args.guidance_scale is not None:
+        if args.null_label is not None:
+            options += ("--null_label", args.null_label)
+        if args.guidance_scale not in (None, 1):
             options += ("--guidance_scale", args.guidance_scale)
         fit.fit(fit.make_parser().parse_args([str(word) for word in (args.checkpoint, checkpoint, *options)]))
         yield checkpoint

@@ -19,7 +19,7 @@ from ..data.normalized import load_normalized
 from ..data.points import POINT_SETS
 from ..errors import ConfigurationError
 from ..export.compile import compile_by_name
-from ..export.exporter import DEFAULT_OF_IMAGES, DEFAULT_OF_POINTS, export_bundle
+from ..export.exporter import DEFAULT_OF_IMAGES, DEFAULT_OF_POINTS, export_bundle, set_null_label
 from ..judge.features import FeatureNetwork, load_features
 from ..judge.few_calls import TableJudge, TableRow, nearest
 from ..judge.metrics import choose_features
@@ -106,6 +106,7 @@ def load_pipeline(args: Any) -> DDPMMLPPipeline:
     pipeline = load_checkpoint(args.checkpoint)
     if args.label_column is not None:
         pipeline.register_to_config(label_column=args.label_column)
+    set_null_label(pipeline, getattr(args, "null_label", None))
     return pipeline
 
 

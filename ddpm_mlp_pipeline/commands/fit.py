@@ -62,11 +62,11 @@ def fit(args: Namespace) -> None:
         raise ConfigurationError("name the data with --dataset, or pass --data_free N")
     check_folder(args.output, is_own, args.overwrite)
     pipeline = load_pipeline(args)
+    if pipeline.is_points and args.mixed_precision != "no":
+        raise ConfigurationError("points need --mixed_precision no: lower precision makes their embedding inexact")
     data = load_data(args, pipeline) if args.data_free is None else _own_samples(args, pipeline)
     names = ("steps", "batch_size", "seed", "guidance_scale", "mixed_precision")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if pipeline.is_points and args.mixed_precision != "no":
-        raise ConfigurationError("points need --mixed_precision no: lower precision makes their embedding inexact")
     defaults = FittingArguments.of_points if pipeline.is_points else FittingArguments.of_images
     fitting = defaults(**options)
     state_path = args.output.with_name(f"{args.output.name}.partial.json")
@@ -130,6 +130,9 @@ def make_parser() -> CommandParser:
         type=float,
         metavar="W",
         help="guide by labels and conditions with this scale in the mean; how it differs between the calls is fitted",
+    )
+    parser.add_argument(
+        "--null_label", type=int, metavar="N", help='the class by which a stock UNet2DModel knows "none"'
     )
     parser.add_argument(
         "--mixed_precision", choices=["no", "bf16"], default="no", help="of images' networks (default: no)"

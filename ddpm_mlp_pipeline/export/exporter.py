@@ -140,12 +140,9 @@ def export_bundle(
     bundle, checkpoint = Path(bundle), Path(checkpoint)
     check_folder(bundle, FILES.__contains__, overwrite)
     pipeline = load_checkpoint(checkpoint)
-    if null_label is not None:
-        if not pipeline.num_classes:
-            raise ConfigurationError("null_label is for a network that knows classes, and this one knows none")
-        if not 0 <= null_label < pipeline.num_classes:
-            raise ConfigurationError(f"null_label must be one of the network's {pipeline.num_classes} labels")
-        pipeline.register_to_config(null_label=null_label)
+    set_null_label(pipeline, null_label)
+    if guidance_interval is not None and guidance_scale is None:
+        raise ConfigurationError("guidance_interval needs a guidance_scale")
     if guidance_scale not in (None, 1) and pipeline.num_classes and pipeline.null_label is None:
         raise ConfigurationError("guidance_scale needs a network with a null label (--null_label)")
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
@@ -203,6 +200,21 @@ def export_bundle(
                 raise ParityError(f"{message}, so the bundle is not written", report)
         seal(folder)
     return report
+
+
+def set_null_label(pipeline: DDPMMLPPipeline, null_label: int | None) -> None:
+    """Let a pipeline take a class of its stock network for "no label", if there is to be one.
+
+    Raises:
+        ConfigurationError: if the network knows no such class.
+    """
+    if null_label is None:
+        return
+    if not pipeline.num_classes:
+        raise ConfigurationError("null_label is for a network that knows classes, and this one knows none")
+    if not 0 <= null_label < pipeline.num_classes:
+        raise ConfigurationError(f"null_label must be one of the network's {pipeline.num_classes} labels")
+    pipeline.register_to_config(null_label=null_label)
 
 
 def _set_scheduler(

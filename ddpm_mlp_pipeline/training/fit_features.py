@@ -106,7 +106,7 @@ class Preprocessed:
         self.network = network
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
-        return [self.network(batch.x_0)]
+        return [self.network(batch.x_0).float()]  # of autocast's bfloat16
 
 
 def default_features(pipeline: DDPMMLPPipeline) -> FitFeatures:

@@ -49,7 +49,7 @@ class Target:
             if data.class_labels is None and data.condition is None:
                 raise ConfigurationError("guidance_scale needs a network and data with labels or conditions")
             if data.class_labels is not None and pipeline.null_label is None:
-                raise ConfigurationError("guidance_scale needs a network with a null label")
+                raise ConfigurationError("guidance_scale needs a network with a null label (--null_label)")
         self.null_label = pipeline.null_label
         if len(data) < 2 * args.batch_size:
             at_most = f"it can be {len(data) // 2} at most"

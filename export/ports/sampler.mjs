@@ -11,7 +11,7 @@ import { createRequire } from "node:module";
 import { join } from "node:path";
 
 const ort = createRequire(join(process.cwd(), "here"))("onnxruntime-node"); // from where the command is run
-const [network, numSamples, seed, labels, guidanceScale = "1"] = process.argv.slice(2);
+const [network, numSamples, seed, labels, guidanceScale] = process.argv.slice(2);
 const n = Number(numSamples), scalar = (number) => new ort.Tensor("int64", BigInt64Array.of(BigInt(number)), []);
 const filled = (name, value) => {
   const shape = [n, ...session.inputMetadata.find((input) => input.name === name).shape.slice(1)];
@@ -19,6 +19,9 @@ const filled = (name, value) => {
 };
 
 const session = await ort.InferenceSession.create(network);
+if (guidanceScale !== undefined && !session.inputNames.includes("guidance_scale")) {
+  throw new Error("this sampler takes no GUIDANCE_SCALE: it can't be guided, or each call has its own");
+}
 const inputs = {
   seed: () => scalar(seed),
   num_samples: () => scalar(numSamples),
@@ -27,7 +30,7 @@ const inputs = {
     const each = [JSON.parse(labels)].flat();
     return new ort.Tensor("int64", BigInt64Array.from({ length: n }, (_, i) => BigInt(each[i % each.length])), [n]);
   },
-  guidance_scale: () => new ort.Tensor("float32", Float32Array.of(Number(guidanceScale)), []),
+  guidance_scale: () => new ort.Tensor("float32", Float32Array.of(Number(guidanceScale ?? 1)), []),
   condition: () => filled("condition", NaN), // none
   known: () => filled("known", 0),
   mask: () => filled("mask", 0), // nothing is known
