@@ -290,10 +290,10 @@ def test_shipped_digits_hold_their_distance(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_shipped_colour_images_are_what_was_asked(tmp_path):
-    """docs/results.md has 85 % for 2,000 of them. The classifier takes 89 % of real images for what they are."""
+    """docs/results.md has 87 % for 2,000 of them. The classifier takes 89 % of real images for what they are."""
     export_bundle(pretrained("cifar10"), tmp_path / "bundle")
-    labels = np.arange(200) % 10
-    images = OnnxSampler(tmp_path / "bundle").sample(200, 0, 50, class_labels=labels)
+    labels = np.arange(100) % 10
+    images = OnnxSampler(tmp_path / "bundle").sample(100, 0, 50, class_labels=labels)
     network = load_features(FEATURES[3])
     found = network.classify(metrics.image_features([metrics.to_uint8(images)], network)).numpy()
     assert (found == labels).mean() > 0.75

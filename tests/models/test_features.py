@@ -39,7 +39,7 @@ def test_the_shipped_network_knows_the_classes_of_cifar10():
     assert sum(file.stat().st_size for file in FEATURES[3].iterdir()) < 2e6
     images, labels, _ = load_labelled_images(CIFAR10, "label", "test", number=4000)
     x = image_features([images], features)
-    torch.testing.assert_close(image_features([images.flip(-1)], features), x)
+    torch.testing.assert_close(image_features([images[:100].flip(-1)], features), x[:100])
     assert (features.classify(x) == labels).float().mean() > 0.88
 
 
