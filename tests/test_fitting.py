@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from gaussian import VARIANCE, GaussianModel, gaussian_data, gaussian_pipeline
@@ -256,6 +257,27 @@ def test_the_command(run, run_forked, tmp_path):
 
     assert run_forked("export", output, tmp_path / "bundle").returncode == 0
     assert StepTable.load(tmp_path / "bundle/step_table.json").to_dict() == pipe.scheduler.tables[3]
+
+
+def test_a_stock_network_is_fitted_with_guidance(run_forked, tmp_path):
+    """Its null label is named, for the fit and for the samples that the report measures."""
+    unet = UNet2DModel(
+        8, 1, 1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8, num_class_embeds=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    pixels = np.random.default_rng(0).integers(256, size=(300, 8, 8), dtype=np.uint8)
+    rows = datasets.Dataset.from_dict({"image": list(pixels), "label": np.arange(300) % 3}, features)
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    argv = ("fit", tmp_path / "stock", tmp_path / "fitted", "--dataset", tmp_path / "data", "--label_column", "label")
+    argv += ("--num_calls", 1, "--steps", 2, "--batch_size", 8, "--guidance_scale", 1.5, "--judge", "pixels")
+    assert_one_line_error(run_forked(*argv), "null label (--null_label)")
+    result = run_forked(*argv, "--null_label", 3, "--mixed_precision", "bf16")
+    assert result.returncode == 0, result.stderr
+    fitted = load_checkpoint(tmp_path / "fitted")
+    assert (fitted.null_label, fitted.scheduler.guidance_scales) == (3, [1.5])
 
 
 def test_a_training_ends_with_a_fit(run_forked, tmp_path):

@@ -19,7 +19,7 @@ from ..data.normalized import load_normalized
 from ..data.points import POINT_SETS
 from ..errors import ConfigurationError
 from ..export.compile import compile_by_name
-from ..export.exporter import DEFAULT_OF_IMAGES, DEFAULT_OF_POINTS, export_bundle, set_null_label
+from ..export.exporter import DEFAULT_OF_IMAGES, DEFAULT_OF_POINTS, export_bundle
 from ..judge.features import FeatureNetwork, load_features
 from ..judge.few_calls import TableJudge, TableRow, nearest
 from ..judge.metrics import choose_features
@@ -106,7 +106,6 @@ def load_pipeline(args: Any) -> DDPMMLPPipeline:
     pipeline = load_checkpoint(args.checkpoint)
     if args.label_column is not None:
         pipeline.register_to_config(label_column=args.label_column)
-    set_null_label(pipeline, getattr(args, "null_label", None))
     return pipeline
 
 
@@ -151,6 +150,7 @@ def measure(
     data: TensorBatches,
     held_out: list[int],
     candidates: Sequence[Candidate],
+    null_label: int | None = None,
 ) -> Report:
     """Measure candidates on data that no table was fitted to.
 
@@ -160,6 +160,7 @@ def measure(
         data: the training data.
         held_out: indices of the data that were not fitted to.
         candidates: the samplers to measure.
+        null_label: the class that a stock network takes for "no label".
     """
     references, fresh, title, network = _references(args, pipeline, data, held_out)
     number = min(len(references[0].x_0), NUM_POINTS if pipeline.is_points else NUM_IMAGES)
@@ -170,7 +171,8 @@ def measure(
         for checkpoint in dict.fromkeys(candidate.checkpoint for candidate in candidates):
             bundle = Path(folder) / str(len(samplers))
             has_table = isinstance(load_checkpoint(checkpoint).scheduler, StepTableScheduler)
-            export_bundle(checkpoint, bundle, *(() if has_table else ("ddpm", min(10, T))))
+            scheduler, steps = (None, None) if has_table else ("ddpm", min(10, T))
+            export_bundle(checkpoint, bundle, scheduler, steps, null_label=null_label)
             samplers[checkpoint] = OnnxSampler(bundle)
         judge = TableJudge(pipeline, references, network)
         rows = [judge.measure_data("real data (floor)", fresh)]

@@ -20,6 +20,7 @@ with command_imports("ddpm-fit", __name__):
     from ..checkpoint_sampler import CheckpointSampler
     from ..data.batches import TensorBatches
     from ..data.normalized import normalize
+    from ..export.exporter import set_null_label
     from ..loading import fingerprint
     from ..pipeline import DDPMMLPPipeline
     from ..progress import progress_bar, sampling_bar
@@ -62,6 +63,7 @@ def fit(args: Namespace) -> None:
         raise ConfigurationError("name the data with --dataset, or pass --data_free N")
     check_folder(args.output, is_own, args.overwrite)
     pipeline = load_pipeline(args)
+    set_null_label(pipeline, args.null_label)
     if pipeline.is_points and args.mixed_precision != "no":
         raise ConfigurationError("points need --mixed_precision no: lower precision makes their embedding inexact")
     data = load_data(args, pipeline) if args.data_free is None else _own_samples(args, pipeline)
@@ -81,7 +83,7 @@ def fit(args: Namespace) -> None:
         start = TableParameters.start(calls, fitting, pipeline.scheduler).to_table()
         candidates.append(Candidate("ddim, equal log SNR", start, args.checkpoint))
         candidates.append(Candidate("fitted", table, args.checkpoint, shown=True))
-    report = measure(args, pipeline, data, fitter.target.held_out, candidates)
+    report = measure(args, pipeline, data, fitter.target.held_out, candidates, args.null_label)
     _write(args, pipeline, fitter, report, seconds)
     state_path.unlink(missing_ok=True)
     print(f"{args.checkpoint} on {args.dataset or 'its own samples'}: {report.title}")

@@ -302,6 +302,8 @@ class FittingArguments:
             value = getattr(self, field.name)
             if field.type == "int" and field.name != "seed" and value < 1:
                 raise ConfigurationError(f"{field.name} must be at least 1, got {value}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ConfigurationError(f"mixed_precision must be no or bf16, got {self.mixed_precision!r}")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ConfigurationError(f"guidance_scale must be finite, got {self.guidance_scale}")
 
