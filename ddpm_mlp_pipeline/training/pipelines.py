@@ -120,7 +120,7 @@ def make_image_pipeline(
             unet = MLPModel(**shared, **mlp)
         elif args.model == "unet":
             own = {name: getattr(args, name) for name in ("patch_size", "attention", "time_conditioning")}
-            unet = SmallUNet2DModel(**shared, **of_unets, **own)
+            unet = SmallUNet2DModel(**shared, **of_unets, **own).to(memory_format=torch.channels_last)
         else:
             divisor = 2 ** (len(widths) - 1)
             if any(length % divisor for length in size):
@@ -138,7 +138,7 @@ def make_image_pipeline(
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
     return DDPMMLPPipeline(
-        unet.to(memory_format=torch.channels_last),
+        unet,
         args.make_scheduler(clip_sample_range=1.0),
         class_names=list(class_names) or None,
         null_label=num_classes or None,
