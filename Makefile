@@ -33,7 +33,7 @@ check: checks
 
 # The whole: what CI runs. It ends by naming what was skipped, and what would un-skip it.
 test: checks docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)  # two processes of one thread, for two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)  # two processes of one thread, for two cores
 
 checks: .venv/installed
 	$(BIN)/ruff check .

@@ -61,9 +61,9 @@ def run_forked(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     Importing them takes seconds, and most of what a small or a refused command does.
     """
 
-    def run_forked(command: str, *argv: object) -> subprocess.CompletedProcess:
+    def run_forked(command: str, *argv: object, num_processes: int = 1) -> subprocess.CompletedProcess:
         folder = tmp_path / "cwd"
         folder.mkdir(exist_ok=True)
-        return forked.run(command, [str(word) for word in argv], folder)
+        return forked.run(command, [str(word) for word in argv], folder, num_processes)
 
     return run_forked

@@ -194,13 +194,13 @@ def start_and_signal(command, folder, signum):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run):
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run_forked):
     argv = [str(word) for word in kill_training.points(tmp_path)]
     kill_training.train_points.main([*argv, "--output_dir", str(tmp_path / "one")])
     argv += ["--train_batch_size", "32"]
     for name in ("two", "resumed"):
         output = ("--output_dir", tmp_path / name, "--resume_from_checkpoint", "latest")
-        result = run(*TWO_PROCESSES, POINTS, *argv, *output, env={**os.environ, **ON_CPU})
+        result = run_forked("train_points", *argv, *output, num_processes=2)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("the checkpoint, README.md, loss.png") == 1
         if name == "two":
@@ -216,11 +216,9 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run):
         )
 
 
-@pytest.mark.slow
-def test_two_processes_draw_the_same_images_as_one(tmp_path, run):
-    sampling = ("-m", "ddpm_mlp_pipeline.commands.sample", pretrained("mnist"), "--output", tmp_path / "two.npy")
-    options = ("--num_samples", 11, "--batch_size", 4, "--num_inference_steps", 3)
-    result = run(*TWO_PROCESSES, *sampling, *options, env={**os.environ, **ON_CPU})
+def test_two_processes_draw_the_same_images_as_one(tmp_path, run_forked):
+    argv = (pretrained("mnist"), "--output", tmp_path / "two.npy", "--num_inference_steps", 3)
+    result = run_forked("sample", *argv, "--num_samples", 11, "--batch_size", 4, num_processes=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'two.npy'}: 11 images\n"
     threads = torch.get_num_threads()

@@ -1,7 +1,6 @@
 """Tuned networks: closed forms of Gaussian data, exact resuming, several processes, and the command."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -10,8 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from gaussian import VARIANCE, gaussian_data, gaussian_pipeline
-from helpers import ROOT, assert_one_line_error
-from test_resuming import ON_CPU, TWO_PROCESSES
+from helpers import assert_one_line_error
 
 from ddpm_mlp_pipeline import OnnxSampler, load_checkpoint, pretrained
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError
@@ -21,8 +19,6 @@ from ddpm_mlp_pipeline.training.fit_features import PointFeatures
 from ddpm_mlp_pipeline.training.options import FittingArguments, TuningArguments
 from ddpm_mlp_pipeline.training.table_parameters import TableParameters
 from ddpm_mlp_pipeline.training.tuning import tune
-
-TUNE = ROOT / "train_scripts" / "tune.py"
 
 
 def options(folder, **changes):
@@ -123,11 +119,11 @@ def test_the_command(run_forked, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(run, tmp_path):
+def test_two_processes(run_forked, tmp_path):
     output = tmp_path / "tuned"
     argv = ("--checkpoint", pretrained("heart"), "--dataset", "heart", "--output_dir", output, "--report_to", "none")
     small = ("--num_samples", 20_000, "--train_batch_size", 256, "--max_train_steps", 60, "--num_calls", 2)
-    result = run(*TWO_PROCESSES, TUNE, *argv, *small, env={**os.environ, **ON_CPU})
+    result = run_forked("tune", *argv, *small, num_processes=2)
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row["distance"] for row in json.loads((output / "tune.json").read_text())["rows"]}
     assert rows["tuned"] < 0.5 * min(rows["ddim"], rows["dpmsolver_multistep"])

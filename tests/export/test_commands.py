@@ -132,7 +132,7 @@ def test_export_without_its_extra_says_what_to_install(run, tmp_path):
     assert_one_line_error(result, "pip install 'ddpm-mlp-pipeline[export]'")
 
 
-def test_export_from_a_checkout_and_sample(run, run_forked, tmp_path):
+def test_export_from_a_checkout_and_sample(run, tmp_path):
     bundle = tmp_path / "bundle"
     argv = (pretrained("heart"), bundle, "--scheduler", "ddpm", "--num_inference_steps", 10)
     result = run(sys.executable, "-m", "export", *argv, cwd=ROOT)
@@ -140,24 +140,30 @@ def test_export_from_a_checkout_and_sample(run, run_forked, tmp_path):
     assert "largest difference between pipeline and bundle" in result.stdout
     assert result.stdout.splitlines()[-1].startswith(f"{bundle}: DDPMScheduler, 10 network calls")
     assert result.stderr == ""
-    installed = run_forked("export", *argv, "--overwrite")
-    assert installed.stdout == result.stdout
     assert run("ddpm-sample", bundle, "--output", tmp_path / "one.npy").returncode == 0
     assert np.load(tmp_path / "one.npy").shape == (1, 2)
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_guidance_and_of_another_network(run_forked, ddim_bundle, moons_bundle):
-    argv = ("--repeats", 1, "--num_inference_steps", 20, "--batch_sizes", 1, 500)
-    asked = ("--guidance_scale", 2, "--guidance_interval", 1000, 500, "--against", ddim_bundle)
-    result = run_forked("benchmark", pretrained("moons"), moons_bundle, *argv, *asked)
+def test_the_benchmark_of_guidance_and_of_another_network(run_forked, ddim_bundle, tmp_path):
+    """The checkpoint predicts its variance, and was trained with 40 timesteps: fewer than the default steps."""
+    network = MLPModel(2, hidden_dim=8, out_channels=4, num_class_embeds=2)
+    scheduler = DDPMScheduler(40, beta_schedule="squaredcos_cap_v2", variance_type="learned_range")
+    DDPMMLPPipeline(network, scheduler).save_pretrained(tmp_path / "checkpoint")
+    bundle = tmp_path / "bundle"
+    export_bundle(tmp_path / "checkpoint", bundle, "ddim", 6)
+    argv = ("benchmark", tmp_path / "checkpoint", bundle)
+    asked = ("--guidance_scale", 2, "--guidance_interval", 40, 20, "--against", ddim_bundle)
+    result = run_forked(*argv, "--repeats", 1, "--batch_sizes", 1, 500, *asked)
     assert result.returncode == 0, result.stderr
     sampling, calls = result.stdout.split("\n\n")
     head, columns, *rows = sampling.splitlines()
     assert "onnxruntime" in head
     assert columns.split() == ["torch", "bundle", "ratio"]
     assert len(rows) == 6
-    assert sum("20 DDPM steps against 6 DDIM steps" in row for row in rows) == 2
+    assert "one at a time, 40 DDPM steps, ms per sample" in rows[0]
+    assert sum("40 DDPM steps against 6 DDIM steps" in row for row in rows) == 2
+    assert "process start to picture of 2000, 40 DDIM steps, s" in rows[4]
     assert all(row.endswith("×") for row in rows)
     head, _, guidance, _, network, share = calls.splitlines()
     assert "G multiply-adds" in share
@@ -166,23 +172,10 @@ def test_the_benchmark_of_guidance_and_of_another_network(run_forked, ddim_bundl
     *_, without, guided, ratio = guidance.split()
     assert float(ratio[:-1]) == pytest.approx(float(guided) / float(without), rel=3e-3)
     assert str(ddim_bundle) in network
+    assert_one_line_error(run_forked(*argv, "--num_inference_steps", 41), "from 1 to 40")
+    assert_one_line_error(run_forked(*argv, "--guidance_interval", 9, 1), "needs --guidance_scale")
     argv = ("benchmark", pretrained("heart"), ddim_bundle)
     assert_one_line_error(run_forked(*argv, "--guidance_scale", 2), "guidance_scale")
-    assert_one_line_error(run_forked(*argv, "--guidance_interval", 9, 1), "needs --guidance_scale")
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_a_network_with_a_learned_variance(run_forked, learned_bundle):
-    """The network was trained with 40 timesteps, fewer than the benchmark's default steps."""
-    argv = ("benchmark", pretrained("swiss_roll_2015"), learned_bundle)
-    result = run_forked(*argv, "--repeats", 1, "--batch_sizes", 2)
-    assert result.returncode == 0, result.stderr
-    _, _, *rows, share = result.stdout.splitlines()
-    assert "2 together, 40 DDPM steps, ms per sample" in rows[0]
-    assert "process start to picture of 2000, 40 DDIM steps, s" in rows[2]
-    assert len(rows) == 4
-    assert "G multiply-adds" in share
-    assert_one_line_error(run_forked(*argv, "--num_inference_steps", 41), "from 1 to 40")
 
 
 def test_the_benchmark_compares_a_bundle_with_its_own_checkpoint(run, ddim_bundle):

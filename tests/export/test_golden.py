@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import ROOT, assert_one_line_error
+from helpers import ROOT
 
 from ddpm_mlp_pipeline import OnnxSampler, StepTable, compile_scheduler, pretrained
 from ddpm_mlp_pipeline.export.compile import make_scheduler
 from ddpm_mlp_pipeline.runtime.noise import normal, philox
-from export.golden import RUNS, read, record
+from export.golden import RUNS, main, read, record
 
 FORMAT = (ROOT / "export" / "FORMAT.md").read_text(encoding="utf-8")
 SCHEDULERS = {
@@ -198,10 +198,15 @@ def test_the_command_writes_the_shipped_files(run, tmp_path):
         if expected["version"] == 1:  # its table is of the version before; another test compares its steps
             found["step_table"] = expected["step_table"]
         assert_agree(of_version(found, expected["version"]), expected)
-    again = (sys.executable, "-m", "export.golden", tmp_path / "golden")
-    assert_one_line_error(run(*again, cwd=ROOT), "golden exists and isn't empty: pass --overwrite")
-    (tmp_path / "golden" / "thesis.tex").touch()
-    assert_one_line_error(run(*again, "--overwrite", cwd=ROOT), "thesis.tex", "left alone")
+
+
+def test_golden_files_replace_nothing_else(tmp_path, capsys):
+    (tmp_path / "thesis.tex").touch()
+    for options, fragment in (((), "isn't empty: pass --overwrite"), (("--overwrite",), "thesis.tex")):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), *options])
+        assert fragment in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_golden_bundle_is_a_bundle(golden_run, golden_bundle):
