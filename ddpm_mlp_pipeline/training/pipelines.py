@@ -120,7 +120,7 @@ def make_image_pipeline(
             unet = MLPModel(**shared, **mlp)
         elif args.model == "unet":
             own = {name: getattr(args, name) for name in ("patch_size", "attention", "time_conditioning")}
-            unet = SmallUNet2DModel(**shared, **of_unets, **own).to(memory_format=torch.channels_last)
+            unet = SmallUNet2DModel(**shared, **of_unets, **own)
         else:
             divisor = 2 ** (len(widths) - 1)
             if any(length % divisor for length in size):
