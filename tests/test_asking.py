@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 
 import numpy as np
 import onnxruntime
@@ -312,12 +311,13 @@ def stock_network():
         8,
         1,
         1,
-        block_out_channels=(8, 8),
+        block_out_channels=(8,),
+        layers_per_block=1,
         norm_num_groups=4,
         num_class_embeds=4,
         add_attention=False,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
     )
 
 
@@ -430,12 +430,11 @@ def test_a_figure_shows_data_and_samples_of_the_same_conditions():
     np.testing.assert_allclose(rest.std(axis=0), 1, atol=0.2)
 
 
-def test_commands_draw_what_is_asked_for(run, run_forked, tmp_path):
+def test_commands_draw_what_is_asked_for(run_forked, tmp_path):
     checkpoint, bundle = tmp_path / "moons", tmp_path / "bundle"
-    trained = run(
-        *(sys.executable, "-m", "ddpm_mlp_pipeline.commands.train_points", "--dataset", "two_moons"),
-        *("--label_column", "label", "--max_train_steps", 300, "--output_dir", checkpoint),
-        *("--no-figures", "--report_to", "none"),
+    trained = run_forked(
+        *("train_points", "--dataset", "two_moons", "--label_column", "label", "--max_train_steps", 300),
+        *("--output_dir", checkpoint, "--no-figures", "--report_to", "none"),
     )
     assert trained.returncode == 0, trained.stderr
     assert run_forked("export", checkpoint, bundle).returncode == 0

@@ -117,8 +117,8 @@ def test_a_network_that_knows_its_data_by_heart(tmp_path):
     assert "overfitting" in ailments(Patient(pipeline, Batch(few), Batch(held_out)))
 
 
-def test_the_command_on_a_checkpoint(run, run_forked, heart, tmp_path):
-    result = run("ddpm-doctor", pretrained("swiss_roll"), "--dataset", "swiss_roll", "--num_samples", 4000)
+def test_the_command_on_a_checkpoint(run_forked, heart, tmp_path):
+    result = run_forked("doctor", pretrained("swiss_roll"), "--dataset", "swiss_roll", "--num_samples", 4000)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "nothing is wrong"
 

@@ -239,10 +239,10 @@ def test_wrong_input_is_refused():
 
 
 @pytest.mark.slow
-def test_the_command(run, run_forked, tmp_path):
+def test_the_command(run_forked, tmp_path):
     checkpoint, output = pretrained("heart"), tmp_path / "fitted"
-    argv = ("ddpm-fit", checkpoint, output, "--dataset", "heart", "--num_calls", 3, 4, "--steps", 60)
-    result = run(*argv)
+    argv = ("fit", checkpoint, output, "--dataset", "heart", "--num_calls", 3, 4, "--steps", 60)
+    result = run_forked(*argv)
     assert result.returncode == 0, result.stderr
     report = json.loads((output / "fit.json").read_text())
     distance = {(row["name"], row["calls"]): row["distance"] for row in report["rows"]}
@@ -253,7 +253,7 @@ def test_the_command(run, run_forked, tmp_path):
     pipe = load_checkpoint(output)
     assert list(pipe.scheduler.tables) == [3, 4]
     assert pipe.scheduler.default_num_inference_steps == 3
-    assert_one_line_error(run_forked("fit", *argv[1:]), "exists and isn't empty")
+    assert_one_line_error(run_forked(*argv), "exists and isn't empty")
 
     assert run_forked("export", output, tmp_path / "bundle").returncode == 0
     assert StepTable.load(tmp_path / "bundle/step_table.json").to_dict() == pipe.scheduler.tables[3]

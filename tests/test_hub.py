@@ -92,7 +92,7 @@ def test_a_run_is_pushed_with_its_card(run, hub, tmp_path, monkeypatch):
     assert result.stdout.splitlines()[-1].endswith("/someone/two-moons/commit/1")
 
 
-def test_without_the_hub_a_run_that_is_to_be_pushed_does_not_start(run, tmp_path):
+def test_without_the_hub_a_run_that_is_to_be_pushed_does_not_start(run_forked, tmp_path):
     argv = ("--output_dir", tmp_path / "run", *SHORT, "--push_to_hub", "--hub_model_id", "someone/heart")
-    assert_one_line_error(run(sys.executable, SCRIPT, *argv), "can't push to the hub as someone/heart")
+    assert_one_line_error(run_forked("train_points", *argv), "can't push to the hub as someone/heart")
     assert not (tmp_path / "run").exists()

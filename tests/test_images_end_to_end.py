@@ -126,13 +126,13 @@ def test_every_picture_from_a_checkpoint(trained, squares, run_forked, tmp_path,
         assert getattr(picture, "n_frames", 1) >= (10 if kind == "animation" else 1)
 
 
-def test_comparing_schedulers(trained, squares, run, run_forked, tmp_path):
+def test_comparing_schedulers(trained, squares, run_forked, tmp_path):
     output = tmp_path / "rows.json"
     argv = ("compare", trained, "--dataset", squares, "--split", "train", "--num_samples", 70, "--output", output)
     argv += ("--num_inference_steps", 2, 4, "--schedulers", "ddpm", "euler", "edm")
     assert_one_line_error(run_forked(*argv), "scheduler must be one of")
     options = ("dpmsolver_multistep:solver_order=3", "--figure", tmp_path / "figure.png")
-    result = run("ddpm-compare", *argv[1:-1], *options)
+    result = run_forked(*argv[:-1], *options)
     assert result.returncode == 0, result.stderr
     rows = {(row["scheduler"], row["num_inference_steps"]): row for row in json.loads(output.read_text())}
     assert len(rows) == 6
@@ -153,8 +153,8 @@ def test_comparing_schedulers(trained, squares, run, run_forked, tmp_path):
         assert picture.size == (800, 500)
 
 
-def test_a_picture_of_a_bundles_coefficients(ddim_bundle, run, tmp_path):
-    result = run("ddpm-plot", "table", ddim_bundle, "--output", tmp_path / "table.png")
+def test_a_picture_of_a_bundles_coefficients(ddim_bundle, run_forked, tmp_path):
+    result = run_forked("plot", "table", ddim_bundle, "--output", tmp_path / "table.png")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "table.png") as picture:
         # the lines of ε and x̂_0

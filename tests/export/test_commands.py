@@ -178,8 +178,8 @@ def test_the_benchmark_of_guidance_and_of_another_network(run_forked, ddim_bundl
     assert_one_line_error(run_forked(*argv, "--guidance_scale", 2), "guidance_scale")
 
 
-def test_the_benchmark_compares_a_bundle_with_its_own_checkpoint(run, ddim_bundle):
-    result = run("ddpm-benchmark", pretrained("swiss_roll"), ddim_bundle)
+def test_the_benchmark_compares_a_bundle_with_its_own_checkpoint(run_forked, ddim_bundle):
+    result = run_forked("benchmark", pretrained("swiss_roll"), ddim_bundle)
     assert_one_line_error(result, "was not exported from this checkpoint")
 
 

@@ -61,6 +61,7 @@ def test_it_draws_the_runtimes_samples(tmp_path, scheduler, options):
                 down_block_types=("AttnDownBlock2D",),
                 up_block_types=("AttnUpBlock2D",),
                 block_out_channels=(32,),
+                layers_per_block=1,
             ),
             id="stock",
         ),
