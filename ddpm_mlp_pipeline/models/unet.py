@@ -197,8 +197,8 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
                 h = resnet(h, temb)
             skips.append(h)
         if self.mid_attention is not None:
-            # Attention transposes its tokens back to pixels: channels last. All that follows would keep that layout, in
-            # which torch's group norm takes up to twenty times as long on a CPU.
+            # Attention transposes its tokens back to pixels: channels last. All that follows would keep that layout,
+            # in which torch's group norm takes up to twenty times as long on a CPU.
             h = self.mid_attention(h).contiguous()
         for i, resnets in enumerate(self.up_blocks):
             if i > 0:
