@@ -64,6 +64,6 @@ def run_forked(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def run_forked(command: str, *argv: object, num_processes: int = 1) -> subprocess.CompletedProcess:
         folder = tmp_path / "cwd"
         folder.mkdir(exist_ok=True)
-        return forked.run(command, [str(word) for word in argv], folder, num_processes)
+        return forked.Command(command, [str(word) for word in argv], folder, num_processes).wait()
 
     return run_forked

@@ -169,12 +169,12 @@ def test_known_columns_leave_the_conditional_distribution(fine):
     known = {"x0": 1.5}
     gain = COVARIANCE[1:, 0] / COVARIANCE[0, 0]
     covariance = COVARIANCE[1:, 1:] - np.outer(gain, COVARIANCE[0, 1:])
-    samples = fine.sample(4000, seed=2, known=known, resample=20)
+    samples = fine.sample(2000, seed=2, known=known, resample=20)
     assert (samples[:, 0] == 1.5).all()
     np.testing.assert_allclose(samples[:, 1:].mean(axis=0), gain * 1.5, atol=0.06)
     np.testing.assert_allclose(np.cov(samples[:, 1:].T), covariance, atol=0.08)
     # Without resampling, the drawn part hardly heeds the known one: that is RePaint's reason to resample.
-    once = fine.sample(4000, seed=2, known=known)
+    once = fine.sample(2000, seed=2, known=known)
     assert once[:, 1].mean() < gain[0] * 1.5 - 0.2
 
 

@@ -35,13 +35,13 @@ def test_a_skip_fails_on_ci_unless_it_is_listed(run, tmp_path):
     (tmp_path / "tests" / "test_some.py").write_text(TESTS)
     (tmp_path / "tests" / "test_module.py").write_text(MODULE)
 
-    def outcome(allowed, **environment):
+    def outcome(allowed, num_workers=0, **environment):
         (tmp_path / "tests" / "allowed_skips.txt").write_text(allowed)
         environment |= {"PYTHONPATH": str(ROOT / "tests"), "PATH": os.environ["PATH"]}
-        argv = ("-rs", "-p", "skips", "--rootdir", tmp_path, "-c", os.devnull, "-n", 2, tmp_path / "tests")
+        argv = ("-rs", "-p", "skips", "--rootdir", tmp_path, "-c", os.devnull, "-n", num_workers, tmp_path / "tests")
         return run(sys.executable, "-m", "pytest", *argv, env=environment)
 
-    on_ci = outcome("# nothing\n", CI="true")
+    on_ci = outcome("# nothing\n", 2, CI="true")
     assert on_ci.returncode != 0
     for test, reason in (("test_some.py::test_mark", "this"), ("test_some.py::test_fixture", "that")):
         assert f"tests/{test}: on CI, only what" in on_ci.stdout

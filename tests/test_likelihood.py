@@ -280,10 +280,10 @@ def test_trained_on_the_bound_it_beats_a_gaussian_by_as_much_as_in_the_paper(run
 def perfect_gain(noise):
     """Return the gain, in bits, of the swiss roll's true density, an integral along the spiral."""
     points, many = (to_array(load_points("swiss_roll", number, noise, seed=1)) for number in (1000, 100_000))
-    theta = 1.5 * np.pi * (1 + 2 * (np.arange(40_000) + 0.5) / 40_000)
+    theta = 1.5 * np.pi * (1 + 2 * (np.arange(20_000) + 0.5) / 20_000)
     curve = (theta / (4.5 * np.pi))[:, None] * np.stack([np.cos(theta), np.sin(theta)], axis=1)
     exponents = [-((point - curve) ** 2).sum(axis=1) / (2 * noise**2) for point in points]
-    log_density = special.logsumexp(exponents, axis=1) - np.log(40_000 * 2 * np.pi * noise**2)
+    log_density = special.logsumexp(exponents, axis=1) - np.log(20_000 * 2 * np.pi * noise**2)
     normalised = (points - many.mean(axis=0)) / many.std(axis=0)
     log_gaussian = -np.log(2 * np.pi) - (normalised**2).sum(axis=1) / 2
     return (log_density + np.log(many.std(axis=0)).sum() - log_gaussian).mean() / np.log(2)

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import forked
 import kill_training
 import numpy as np
 import pytest
@@ -25,7 +27,6 @@ POINTS = ROOT / "train_scripts" / "train_points.py"
 # Without MPI, `--cpu --num_processes 2` starts one process.
 TWO_PROCESSES = (SCRIPTS / "accelerate", "launch", "--quiet", "--multi_gpu", "--num_processes", 2)
 NO_MOUNTS = not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
-ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def states(folder):
@@ -164,33 +165,35 @@ def test_a_full_disk_leaves_the_state_before_usable(tmp_path, run):
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_state_and_says_how_to_resume(tmp_path, signum, status):
-    process, text = start_and_signal([sys.executable, POINTS], tmp_path, signum)
-    assert process.returncode == status
+    training = forked.Command("train_points", long_training(tmp_path), tmp_path)
+    while "loss=" not in forked.read(training.err):
+        time.sleep(0.1)
+    os.kill(training.processes[0].pid, signum)
+    result = training.wait()
+    assert result.returncode == status
     (state,) = states(tmp_path / "run")
     step = state.partition("-")[2]
-    assert text.splitlines()[-1] == f"stopped at step {step}; go on with --resume_from_checkpoint latest"
+    assert result.stderr.splitlines()[-1] == f"stopped at step {step}; go on with --resume_from_checkpoint latest"
 
 
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step(tmp_path):
-    _, text = start_and_signal((*TWO_PROCESSES, POINTS), tmp_path, signal.SIGTERM)
+    """What `accelerate launch` started gets the signal that it gets."""
+    words = [str(word) for word in (*TWO_PROCESSES, POINTS, *long_training(tmp_path))]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, bufsize=1, env=environment) as process:
+        text = ""
+        while "loss=" not in text:
+            text += process.stderr.read(1)
+        process.send_signal(signal.SIGTERM)
+        text += process.stderr.read()
     (state,) = states(tmp_path / "run")
     assert text.count(f"stopped at step {state.partition('-')[2]};") == 2
 
 
-def start_and_signal(command, folder, signum):
-    """Start a long training, and send it a signal after some steps."""
-    argv = (*("--max_train_steps", 100_000), *kill_training.points(folder)[:4], "--output_dir", folder / "run")
-    words = [str(word) for word in (*command, *argv)]
-    with subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, bufsize=1, env={**os.environ, **ON_CPU}
-    ) as process:
-        text = ""
-        while "loss=" not in text:
-            text += process.stderr.read(1)
-        process.send_signal(signum)
-        text += process.stderr.read()
-    return process, text
+def long_training(folder):
+    argv = ("--max_train_steps", 100_000, *kill_training.points(folder)[:4], "--output_dir", folder / "run")
+    return [str(word) for word in argv]
 
 
 @pytest.mark.slow

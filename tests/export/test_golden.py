@@ -13,7 +13,7 @@ from helpers import ROOT
 from ddpm_mlp_pipeline import OnnxSampler, StepTable, compile_scheduler, pretrained
 from ddpm_mlp_pipeline.export.compile import make_scheduler
 from ddpm_mlp_pipeline.runtime.noise import normal, philox
-from export.golden import RUNS, main, read, record
+from export.golden import RUNS, read, record
 
 FORMAT = (ROOT / "export" / "FORMAT.md").read_text(encoding="utf-8")
 SCHEDULERS = {
@@ -198,15 +198,6 @@ def test_the_command_writes_the_shipped_files(run, tmp_path):
         if expected["version"] == 1:  # its table is of the version before; another test compares its steps
             found["step_table"] = expected["step_table"]
         assert_agree(of_version(found, expected["version"]), expected)
-
-
-def test_golden_files_replace_nothing_else(tmp_path, capsys):
-    (tmp_path / "thesis.tex").touch()
-    for options, fragment in (((), "isn't empty: pass --overwrite"), (("--overwrite",), "thesis.tex")):
-        with pytest.raises(SystemExit):
-            main([str(tmp_path), *options])
-        assert fragment in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_golden_bundle_is_a_bundle(golden_run, golden_bundle):
