@@ -198,7 +198,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             skips.append(h)
         if self.mid_attention is not None:
             # Attention transposes its tokens back to pixels: channels last. All that follows would keep that layout,
-            # in which torch's group norm takes up to twenty times as long on a CPU.
+            # in which torch's group norm takes ten times as long on a CPU in bfloat16.
             h = self.mid_attention(h).contiguous()
         for i, resnets in enumerate(self.up_blocks):
             if i > 0:
