@@ -52,7 +52,7 @@ def test_untrained_it_predicts_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_norms_see_one_layout(dtype):
-    """Channels last, which attention leaves behind, torch's group norm takes ten times as long on a CPU in bfloat16."""
+    """Channels last, as attention leaves them, torch takes ten times as long for them on a CPU in bfloat16."""
     model, seen = SmallUNet2DModel(**SMALL), []
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
