@@ -199,7 +199,7 @@ def test_the_stock_model_trains(squares, run_forked, tmp_path):
 
 
 @pytest.mark.slow
-def test_ways_of_training_are_compared(squares, run, tmp_path):
+def test_a_way_of_training_is_measured(squares, run, tmp_path):
     """Measure a light variant of a user's preset, in bfloat16, on data whose test set is the training set."""
     preset = tmp_path / "squares.yaml"
     preset.write_text(f"dataset_name: {squares}\ntrain_batch_size: 16\nddpm_num_steps: 20\nlr_warmup_steps: 2\n")
@@ -215,7 +215,6 @@ def test_ways_of_training_are_compared(squares, run, tmp_path):
     assert row["frechet_distance"] > 0
     assert row["images_per_second"] > 0
     assert min(row["memory_mib"]) > 300
-    assert "(1.00×)" in result.stdout
 
 
 def test_an_empty_label_column_undoes_a_presets():

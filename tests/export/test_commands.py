@@ -67,7 +67,7 @@ def test_names_of_missing_extras_say_what_to_install(run):
     assert run(sys.executable, "-c", code + "OnnxSampler").returncode == 0
 
 
-@pytest.mark.parametrize("script", ["train_points.py", "train_images.py"])
+@pytest.mark.parametrize("script", ["train_points.py", "train_images.py", "tune.py"])
 def test_training_without_its_extra_says_what_to_install(run, script):
     code = (
         BASE_INSTALL + f"import runpy; runpy.run_path({str(ROOT / 'train_scripts' / script)!r}, run_name='__main__')"
@@ -79,6 +79,9 @@ def test_every_command_without_its_extra_says_what_to_install(run, tmp_path):
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     entries = dict(line.split(" = ") for line in config["options.entry_points"]["console_scripts"].split("\n") if line)
+    for name, entry in entries.items():
+        assert entry.endswith(f".console:{name.removeprefix('ddpm-')}")
+        assert (SCRIPTS / name).exists()
     heart, output = str(pretrained("heart")), str(tmp_path / "out.npy")
     argv = {
         "ddpm-export": [heart, output],

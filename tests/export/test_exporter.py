@@ -86,6 +86,7 @@ def test_a_sample_between_two_outcomes_is_no_reason_to_refuse_a_bundle(tmp_path)
     pipeline = DDPMMLPPipeline.from_pretrained(pretrained("mnist"))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    assert compare(pipeline, tmp_path / "bundle", 50, 1e-4).ok
     with torch.no_grad():
         pipeline.unet.conv_out.bias += 0.01
     assert not compare(pipeline, tmp_path / "bundle", 50, 1e-4).ok

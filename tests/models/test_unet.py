@@ -7,6 +7,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from helpers import random_weights
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
+from ddpm_mlp_pipeline.training.options import ImageTrainingArguments
+from ddpm_mlp_pipeline.training.pipelines import make_image_pipeline
 
 SMALL = {"block_out_channels": (16, 32), "attention_head_dim": 8}
 
@@ -53,7 +55,8 @@ def test_untrained_it_predicts_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_norms_see_one_layout(dtype):
     """Channels last, as attention leaves them, torch takes ten times as long for them on a CPU in bfloat16."""
-    model, seen = SmallUNet2DModel(**SMALL), []
+    args = ImageTrainingArguments(dataset_name="", output_dir="", block_out_channels="16,32")
+    model, seen = make_image_pipeline(args, (1, 28, 28)).unet, []
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
