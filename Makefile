@@ -12,7 +12,7 @@ MNIST ?= ylecun/mnist
 CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check test test-lowest test-pythons lint docs dist pretrained features pictures schedulers clean
+.PHONY: demo check style types test test-lowest test-pythons lint docs dist pretrained features pictures schedulers clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -32,13 +32,18 @@ check: checks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(FAST_TESTS)
 
 # The whole: what CI runs. It ends by naming what was skipped, and what would un-skip it.
-test: checks docs
+test: .venv/installed
+	$(MAKE) --jobs 2 --output-sync types style docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)  # two processes of one thread, for two cores
 
-checks: .venv/installed
+checks: style types
+
+style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+
+types: .venv/installed
 	$(BIN)/mypy
 
 docs: .venv/installed

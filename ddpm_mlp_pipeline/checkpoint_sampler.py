@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,9 @@ from .errors import ConfigurationError, DivergenceError
 from .export.compile import check_num_inference_steps, make_scheduler
 from .loading import load_checkpoint
 from .pipeline import DDPMMLPPipeline, default_num_inference_steps
-from .runtime.request import Asked
+from .runtime.request import Asked, numbered
 from .runtime.sampler import Sampler
+from .sample_noise import SampleNoise
 from .training.processes import this_process
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 class CheckpointSampler(Sampler):
     """A sampler of points or images that divides its batches among the processes.
 
-    Every sample has its own generator, so that it is the same in any batch. A bundle's samples differ for the same
-    seed, because the runtime has another noise generator.
+    Its noise is the runtime's, so that checkpoint and bundle draw the same samples, up to rounding, from the same seed
+    (except with `resample`: see [`SampleNoise`][]).
 
     Args:
         checkpoint: the checkpoint folder.
@@ -71,35 +73,25 @@ class CheckpointSampler(Sampler):
 
     def batches(
         self,
-        num_samples: int,
+        samples: int | range,
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
         **asked: Unpack[Asked],
     ) -> Generator[np.ndarray, None, None]:
         """Like [`OnnxSampler.batches`]; every process yields all batches in the same order."""
-        process = this_process()
-        batches = [range(start, min(start + batch_size, num_samples)) for start in range(0, num_samples, batch_size)]
+        numbers, process = numbered(samples), this_process()
+        batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
         for i in range(0, len(batches), process.num_processes):
             together = batches[i : i + process.num_processes]  # at most one per process
-            number = sum(map(len, together))
-
-            def step_done(
-                pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, Any], number: int = number
-            ) -> dict[str, Any]:
-                if not state["latents"].isfinite().all():
-                    raise DivergenceError.at_step(step, float(t))
-                if on_step is not None:
-                    on_step(number)
-                return {}
-
+            count = functools.partial(on_step, sum(map(len, together))) if on_step is not None else None
             own = together[process.process_index :][:1]
             yield from gather_object(
-                [self._draw(batch, seed, step_done, self._part(asked, batch, num_samples)) for batch in own]
+                [self._draw(batch, seed, count, self._part(asked, batch, numbers)) for batch in own]
             )
 
-    def _part(self, asked: Asked, batch: range, num_samples: int) -> dict[str, Any]:
-        """Return what is asked of the samples of a batch: the rows of what has one for each of `num_samples`."""
+    def _part(self, asked: Asked, batch: range, numbers: range) -> dict[str, Any]:
+        """Return what is asked of the samples of a batch: its rows of what has one for each of `numbers`."""
         of_all = {"class_labels": 0, "condition": 1, "known": len(self.sample_shape), "mask": len(self.sample_shape)}
         if not self.pipeline.is_points:
             of_all["mask"] = 2  # dimensions of what is asked of all samples together
@@ -111,23 +103,30 @@ class CheckpointSampler(Sampler):
             values = np.asarray(values)
             if values.ndim <= dimensions or len(values) == 1:
                 continue
-            if len(values) != num_samples:
-                raise ConfigurationError(f"{name} must be one, or {num_samples}, got {len(values)}")
-            values = values[batch.start : batch.stop]
+            if len(values) != len(numbers):
+                raise ConfigurationError(f"{name} must be one, or {len(numbers)}, got {len(values)}")
+            values = values[batch.start - numbers.start : batch.stop - numbers.start]
             part[name] = values.tolist() if name == "class_labels" else values
         return part
 
-    def _draw(
-        self, batch: range, seed: int, step_done: Callable[..., dict[str, Any]], asked: dict[str, Any]
-    ) -> np.ndarray:
-        seeds = (np.random.SeedSequence([seed, i]).generate_state(1, np.uint64) for i in batch)
-        generators = [torch.Generator().manual_seed(int(state[0] >> np.uint64(1))) for state in seeds]
+    def _draw(self, batch: range, seed: int, count: Callable[[], Any] | None, asked: dict[str, Any]) -> np.ndarray:
+        noise = SampleNoise(seed, batch)
+
+        def step_done(pipe: DDPMMLPPipeline, step: int, t: torch.Tensor, state: dict[str, Any]) -> dict[str, Any]:
+            if not state["latents"].isfinite().all():
+                raise DivergenceError.at_step(step, float(t))
+            if count is not None:
+                count()
+            return noise.next_step(pipe, step, t, state)
+
+        options: dict[str, Any] = {
+            "latents": noise.latents((len(batch), *self.sample_shape)),
+            "callback_on_step_end": step_done,
+        }
         try:
-            return self.pipeline(
-                *(len(batch), generators, self.num_inference_steps, "np"),
-                return_dict=False,
-                callback_on_step_end=step_done,
-                **asked,
-            )[0]
+            with noise:
+                return self.pipeline(len(batch), noise, self.num_inference_steps, "np", return_dict=False, **options)[
+                    0
+                ]
         except ValueError as error:
             raise ConfigurationError(str(error)) from None

@@ -11,6 +11,8 @@ _EXTRA_OF_MODULE = {
     **dict.fromkeys(["pandas", "matplotlib", "yaml", "tensorboard", "psutil", "torchmetrics"], "train"),
     **dict.fromkeys(["onnx", "onnx_ir", "onnxscript"], "export"),
     **dict.fromkeys(["ot", "scipy", "tabulate"], "evaluate"),
+    **dict.fromkeys(["pyarrow"], "parquet"),
+    **dict.fromkeys(["ray"], "ray"),
     **dict.fromkeys(["torch_fidelity", "torchvision"], "inception"),
 }
 

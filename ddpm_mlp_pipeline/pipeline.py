@@ -251,9 +251,10 @@ class DDPMMLPPipeline(DiffusionPipeline):
         y, m = self._to_known(known, mask, shape)
         if (y is not None or resample > 1) and not hasattr(self.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(self.scheduler).__name__} takes no known values: it has no alphas_cumprod")
-        draw = functools.partial(randn_tensor, shape, generator=generator, device=device, dtype=dtype)
+        randn = functools.partial(randn_tensor, shape, device=device, dtype=dtype)
+        of_known = getattr(generator, "of_known", generator)  # a `SampleNoise` has another stream for them
         if latents is None:
-            latents = draw()
+            latents = randn(generator=generator)
         elif latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
 
@@ -275,13 +276,15 @@ class DDPMMLPPipeline(DiffusionPipeline):
                 x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
                 if y is not None:
                     signal, noise = self._rates(next_t)
-                    x_t = m * (signal * y + (noise * draw() if next_t is not None else 0.0)) + (1 - m) * x_t
+                    z = randn(generator=of_known) if next_t is not None else 0.0
+                    x_t = m * (signal * y + noise * z) + (1 - m) * x_t
                 if repetition > 0:  # go back to t: draw from q(x_t | x_t′)
                     signal, noise = self._rates(next_t)
                     scheduler.__dict__.update(state)
                     of_x_0, sigma = self._rates(t)
                     share = of_x_0 / signal
-                    x_t = share * x_t + (sigma**2 - (share * noise) ** 2).clamp(min=0).sqrt() * draw()
+                    added = (sigma**2 - (share * noise) ** 2).clamp(min=0).sqrt()
+                    x_t = share * x_t + added * randn(generator=generator)
             if callback_on_step_end is not None:
                 x_t = (callback_on_step_end(self, i, t, {"latents": x_t}) or {}).get("latents", x_t)
 
@@ -356,7 +359,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     def _draw_labels(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> list[int]:
         """Draw labels from the class shares, with one generator for the batch or one for each sample."""
-        shares = torch.tensor(self.config.class_shares)
+        shares = torch.tensor(self.config.class_shares, dtype=torch.float64)
         if len(shares) != len(self.class_names):
             raise ValueError(f"class_shares must hold {len(self.class_names)} numbers, got {len(shares)}")
         if isinstance(generator, list):

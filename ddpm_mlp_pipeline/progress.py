@@ -29,9 +29,10 @@ def progress_bar(**options: Any) -> tqdm[Any]:
     return tqdm(**options, file=_Lines(sys.stderr), mininterval=SECONDS_BETWEEN_LINES, miniters=1)
 
 
-def sampling_bar(total: int) -> tqdm[Any]:
-    """Return a `progress_bar` of sampling, whose `total` is the number of samples times that of their steps."""
-    return progress_bar(total=total, desc="sampling", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+def sampling_bar(total: int, initial: int = 0) -> tqdm[Any]:
+    """Return a `progress_bar` of sampling. It counts denoising steps of samples, of which `initial` are done."""
+    bar_format = "{l_bar}{bar}| {elapsed}<{remaining}"
+    return progress_bar(total=total, initial=initial, desc="sampling", bar_format=bar_format)
 
 
 class _Lines:

@@ -8,8 +8,18 @@ from .errors import ConfigurationError, explain_missing_extra
 from .runtime.sampler import OnnxSampler, Sampler
 
 
-def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> Sampler:
+def open_sampler(
+    source: Path,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    num_threads: int | None = None,
+) -> Sampler:
     """Return the sampler for a bundle folder or a checkpoint folder.
+
+    Args:
+        source: the folder.
+        scheduler, num_inference_steps: for a checkpoint, see `CheckpointSampler`.
+        num_threads: number of CPU threads; by default one for each core.
 
     Raises:
         ConfigurationError: if a scheduler or a number of steps is given for a bundle.
@@ -18,7 +28,11 @@ def open_sampler(source: Path, scheduler: str | None = None, num_inference_steps
     if (source / "model_index.json").is_file():
         with explain_missing_extra("sampling from a checkpoint", "train"):
             from .checkpoint_sampler import CheckpointSampler
+        if num_threads is not None:
+            import torch
+
+            torch.set_num_threads(num_threads)
         return CheckpointSampler(source, scheduler, num_inference_steps)
     if scheduler is not None or num_inference_steps is not None:
         raise ConfigurationError("a bundle's step table fixes its scheduler and steps: export again to change them")
-    return OnnxSampler(source)
+    return OnnxSampler(source, num_threads)

@@ -75,7 +75,7 @@ RUNS = {
 def record(bundle: Path, run: Run, num_samples: int = NUM_SAMPLES) -> dict[str, Any]:
     """Record a run, one network evaluation after another, in JSON's types: see export/FORMAT.md."""
     sampler = OnnxSampler(bundle, num_threads=1)
-    request, table = resolve(sampler.info, sampler.table, num_samples, **run.asked)
+    request, table = resolve(sampler.info, sampler.table, range(num_samples), **run.asked)
     inputs = request.of(range(num_samples), run.seed).inputs
     told: Asked = {"class_labels": inputs.get("class_labels"), "condition": run.asked.get("condition")}
     dimension = math.prod(sampler.sample_shape)

@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from helpers import assert_one_line_error, random_weights
 from PIL import Image
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, pipeline as pipeline_module, pretrained
+from ddpm_mlp_pipeline import DDPMMLPPipeline, pretrained
 from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.data.points import load_points
 from ddpm_mlp_pipeline.errors import ConfigurationError
@@ -27,8 +27,9 @@ from ddpm_mlp_pipeline.judge.likelihood import variational_bound
 from ddpm_mlp_pipeline.models.mlp import MLPModel
 from ddpm_mlp_pipeline.models.unet import SmallUNet2DModel
 from ddpm_mlp_pipeline.runtime.bundle import seal
-from ddpm_mlp_pipeline.runtime.noise import draw_labels, normal
+from ddpm_mlp_pipeline.runtime.noise import draw_labels
 from ddpm_mlp_pipeline.runtime.sampler import OnnxSampler
+from ddpm_mlp_pipeline.sample_noise import SampleNoise
 
 COVARIANCE = np.array([[1.0, 0.9, 0.3], [0.9, 1.0, 0.5], [0.3, 0.5, 1.0]])
 A = np.array([0.5, -1.0, 2.0])  # the mean is A c
@@ -192,37 +193,16 @@ def test_the_bound_given_the_condition_is_the_conditional_entropy():
     assert without.total > estimate.total + 1
 
 
-def draw_with_torch(pipeline, monkeypatch, number, steps, seed, **asked):
-    """Draw with the pipeline on the runtime's noise: one draw a step for the scheduler, another for known values."""
-    k, shape = 0, (number, *pipeline.sample_shape)
-
-    def runtimes_noise(draw, stream):
-        z = normal(seed, range(number), math.prod(shape[1:]), range(draw, draw + 1), stream)
-        return torch.from_numpy(z.reshape(shape).copy())
-
-    def next_step(*_):
-        nonlocal k
-        k += 1
-        return {}
-
-    stock = ("scheduling_ddpm", "scheduling_dpmsolver_multistep")
-    for module in (*(f"diffusers.schedulers.{name}" for name in stock), "ddpm_mlp_pipeline.table_scheduler"):
-        monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: runtimes_noise(k + 1, 0))
-    monkeypatch.setattr(pipeline_module, "randn_tensor", lambda *_, **__: runtimes_noise(k, 1))
-    return pipeline(
-        number,
-        None,
-        steps,
-        "np",
-        return_dict=False,
-        latents=runtimes_noise(0, 0),
-        callback_on_step_end=next_step,
-        **asked,
-    )[0]
+def draw_with_torch(pipeline, number, steps, seed, **asked):
+    """Draw with the pipeline and its stock scheduler on the runtime's noise."""
+    with SampleNoise(seed, range(number)) as noise:
+        latents = noise.latents((number, *pipeline.sample_shape))
+        call = {"latents": latents, "callback_on_step_end": noise.next_step, **asked}
+        return pipeline(number, noise, steps, "np", return_dict=False, **call)[0]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_torch_runtime_and_graph_draw_the_same(scheduler, tmp_path, monkeypatch):
+def test_torch_runtime_and_graph_draw_the_same(scheduler, tmp_path):
     number, seed, steps = 6, 2**40 + 3, SCHEDULERS[scheduler][1]
     pipeline = make_pipeline(scheduler)
     runtime = make_bundle(pipeline, tmp_path / "bundle", steps)
@@ -233,7 +213,7 @@ def test_torch_runtime_and_graph_draw_the_same(scheduler, tmp_path, monkeypatch)
     cases = itertools.product([None, "b", [0, 1, 0, 1, 0, 1]], [None, [0.7]], [1.0, 2.5], [None, y])
     for labels, condition, scale, known in cases:
         asked = {"class_labels": labels, "condition": condition, "guidance_scale": scale, "known": known}
-        expected = draw_with_torch(pipeline, monkeypatch, number, steps, seed, **asked)
+        expected = draw_with_torch(pipeline, number, steps, seed, **asked)
         np.testing.assert_allclose(runtime.sample(number, seed, **asked), expected, atol=2e-5)
         feeds = {
             "seed": np.array(seed),
@@ -321,7 +301,7 @@ def stock_network():
     )
 
 
-def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, run_forked, tmp_path):
+def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run_forked, tmp_path):
     unet, checkpoint, bundle = stock_network(), tmp_path / "stock", tmp_path / "bundle"
     DDPMPipeline(unet, DDIMScheduler()).save_pretrained(checkpoint)
     export = ("export", checkpoint, bundle, "--scheduler", "ddim", "--num_inference_steps", 5)
@@ -337,13 +317,13 @@ def test_a_stock_checkpoint_gets_its_null_label_from_the_command(run, run_forked
     named = DDPMMLPPipeline(unet, DDIMScheduler(), null_label=3)
     asked = {"class_labels": [1, 2], "guidance_scale": 1.5}
     expected = named(2, None, 5, "np", latents=torch.from_numpy(sampler._latents(range(2), 0)), **asked).images
-    sample = ("ddpm-sample", bundle, "--class_labels", 1, 2, "--num_samples", 1, "--output", tmp_path / "two.npy")
-    assert run(*sample).returncode == 0
+    sample = ("sample", bundle, "--class_labels", 1, 2, "--num_samples", 1, "--output", tmp_path / "two.npy")
+    assert run_forked(*sample).returncode == 0
     np.testing.assert_allclose(np.load(tmp_path / "two.npy"), expected, atol=1e-4)
     # Without it, the bundle can be asked for classes alone.
     assert run_forked(*export, "--overwrite").returncode == 0
-    assert run(*sample, "--overwrite").returncode == 0
-    assert_one_line_error(run(*sample, "--overwrite", "--guidance_scale", 2), "--null_label")
+    assert run_forked(*sample, "--overwrite").returncode == 0
+    assert_one_line_error(run_forked(*sample, "--overwrite", "--guidance_scale", 2), "--null_label")
     assert_one_line_error(run_forked(*export, "--overwrite", "--guidance_scale", 2), "null label")
     heart = ("export", pretrained("heart"), tmp_path / "heart", "--null_label", 0)
     assert_one_line_error(run_forked(*heart), "null_label", "knows none")

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
+import json
 import math
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigurationError
-from ..runtime.request import Asked
+from ..runtime.request import Asked, numbered
 from ..runtime.sampler import Sampler
-from .parser import CommandParser
+from .parser import CommandParser, sample_range
 
 
 def add_asking_options(parser: CommandParser) -> None:
-    """Add the options that `read_asked` reads."""
+    """Add the options that `read_asking` reads."""
+    parser.add_count("--num_samples", "number of samples (default: 1)")
+    parser.add_argument(
+        "--samples",
+        type=sample_range,
+        metavar="FIRST:END",
+        help="draw the samples of these numbers, from FIRST to END - 1: a part of what is asked for",
+    )
     parser.add_argument(
         "--class_labels", nargs="+", metavar="CLASS", help="classes, by name or number: num_samples of each"
     )
@@ -60,14 +71,43 @@ def read_guidance(args: Namespace) -> Asked:
     return asked
 
 
-def read_asked(args: Namespace, sampler: Sampler) -> tuple[Asked, int]:
-    """Return what is asked for, with one row for each sample where there are several, and the number of samples.
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """What is asked of the samples of a draw.
 
-    Every class, condition and row of known values gets `args.num_samples` samples, one after the other.
+    Attributes:
+        samples: the numbers of the samples.
+        of_all: what is asked of all of them.
+        of_each: where several things are asked for, the rows of each argument.
+        num_samples: number of samples of each row, one row after the other.
+    """
+
+    samples: range
+    of_all: Asked
+    of_each: dict[str, Sequence[Any] | np.ndarray]
+    num_samples: int
+
+    def of(self, samples: range) -> Asked:
+        """Return the arguments for some of the samples."""
+        asked, rows = self.of_all.copy(), np.arange(samples.start, samples.stop) // self.num_samples
+        for name, values in self.of_each.items():
+            each = [values[row] for row in rows.tolist()]
+            asked[name] = each if name == "class_labels" else np.array(each)  # type: ignore[literal-required]
+        return asked
+
+    def digest(self) -> str:
+        """Return a checksum of what is asked."""
+        asked = {"num_samples": self.num_samples, **self.of_all, **self.of_each}
+        text = json.dumps(asked, sort_keys=True, default=lambda values: np.asarray(values).tolist())
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_asking(args: Namespace, sampler: Sampler) -> Asking:
+    """Return what is asked for. Every class, condition and row of known values gets `args.num_samples` samples.
 
     Raises:
         ConfigurationError: if a file can't be read or names a column that the sampler doesn't know, or if the numbers
-            of rows differ.
+            of rows differ, or if there are fewer samples than `args.samples` numbers.
     """
     several: dict[str, Any] = {}  # with one row for each of the things that are asked for
     asked = read_guidance(args)
@@ -97,10 +137,17 @@ def read_asked(args: Namespace, sampler: Sampler) -> tuple[Asked, int]:
     numbers = {name: len(rows) for name, rows in several.items() if len(rows) > 1}
     if len(set(numbers.values())) > 1:
         raise ConfigurationError(f"there must be as many of each: {', '.join(f'{n} {k}' for k, n in numbers.items())}")
-    for name, rows in several.items():
-        each = [row for row in rows for _ in range(args.num_samples if len(rows) > 1 else 1)]
-        asked[name] = each if name == "class_labels" else np.array(each)  # type: ignore[literal-required]
-    return asked, args.num_samples * max([1, *numbers.values()])
+    asked |= {name: rows for name, rows in several.items() if len(rows) == 1}  # type: ignore[typeddict-item]
+    of_each = {name: rows for name, rows in several.items() if len(rows) > 1}
+    samples, num_samples = args.samples, args.num_samples or 1
+    if not of_each and samples is not None and args.num_samples is not None:
+        raise ConfigurationError("give --num_samples or --samples, not both: only one thing is asked for")
+    total = num_samples * max([1, *numbers.values()])
+    if samples is None:
+        samples = range(total)
+    elif of_each and samples.stop > total:
+        raise ConfigurationError(f"--samples ends at {samples.stop}, but {total} are asked for")
+    return Asking(numbered(samples), asked, of_each, num_samples)
 
 
 def _class(label: str, class_names: list[str]) -> str | int:

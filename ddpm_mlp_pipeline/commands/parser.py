@@ -152,6 +152,17 @@ def noise_seed(text: str) -> int:
     return value
 
 
+def sample_range(text: str) -> range:
+    """Parse the numbers of some samples, `FIRST:END`, as an argparse type."""
+    first, colon, end = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:END, such as 0:1000")
+    samples = range(_int(first), _int(end))
+    if not samples or samples.start < 0:
+        raise argparse.ArgumentTypeError(f"{text} holds no samples: it must go from 0 or more to a larger number")
+    return samples
+
+
 def checkpoint_folder(text: str) -> Path:
     """Parse a folder, or the name of a shipped checkpoint where no such folder exists, as an argparse type."""
     return Path(text) if Path(text).exists() else shipped().get(text, Path(text))

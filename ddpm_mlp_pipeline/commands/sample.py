@@ -1,49 +1,62 @@
-"""Draw samples from a bundle, without PyTorch, or from a checkpoint, with PyTorch."""
+"""Draw samples from a bundle, without PyTorch, or from a checkpoint, with PyTorch.
+
+A draw that takes long keeps its samples in parts, in a folder beside the output. If it is interrupted, the same
+command goes on from there.
+"""
 
 from __future__ import annotations
 
 import functools
-import math
+import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from ..errors import ConfigurationError
 from ..export.schedulers import SCHEDULERS
 from ..files import check_file, check_folder, whole_file, whole_folder
+from ..parts import Drawn, Parts
 from ..progress import sampling_bar
+from ..runtime.pictures import to_pixels
 from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
-from .asking import add_asking_options, read_asked
+from ..writers import SUFFIXES, find_writer
+from .asking import Asking, add_asking_options, read_asking
 from .parser import CommandParser, add_overwrite, command, noise_seed
 
-MAX_POINTS, MAX_GRID = 10**6, 2**28  # points, and bytes of a grid of images, in one picture
+CHUNK = 2**18  # samples whose arguments are prepared at once
 is_picture = re.compile(r"[0-9]+\.png").fullmatch  # the files of a folder that this command writes
-PLAIN_NAME = re.compile(r'(?!(?:nan|inf|infinity)$)[A-Z_][^",\r\n]*', re.IGNORECASE | re.ASCII)
-Writer = Callable[[Path, Iterable[np.ndarray], int, Sampler], None]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-sample", description=__doc__)
     parser.add_checkpoint("source", ", or a bundle that ddpm-export wrote")
-    parser.add_count("--num_samples", "number of samples (default: 1)", default=1)
     parser.add_argument("--seed", type=noise_seed, default=0, help="the same seed gives the same samples (default: 0)")
     parser.add_count("--batch_size", "samples drawn at once (default: 512)", default=512)
     parser.add_argument(
-        "--output", type=Path, required=True, help="a .png, .npy or (for points) .csv file, or a folder for images"
+        "--output",
+        type=Path,
+        required=True,
+        help="a .png, .npy, .parquet or (for points) .csv file, or a folder for images",
     )
     add_asking_options(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
     parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
+    parser.add_argument("--engine", choices=["ray"], help="draw in Ray's workers (default: in this process)")
+    parser.add_argument(
+        "--address", help="of a Ray cluster, such as 'auto' or HOST:PORT (default: start one on this machine)"
+    )
     add_overwrite(parser)
     args = parser.parse_args(argv)
-    if args.output.suffix not in (".png", ".npy", ".csv", ""):
-        raise ConfigurationError(f"{args.output} must end in .png, .npy or .csv, or be a folder's name")
-    if args.output.suffix:
+    suffix = args.output.suffix
+    if suffix not in SUFFIXES:
+        raise ConfigurationError(f"{args.output} must end in .png, .npy, .csv or .parquet, or be a folder's name")
+    if args.address is not None and args.engine is None:
+        raise ConfigurationError("--address needs --engine ray")
+    if suffix:
         check_file(args.output, args.overwrite)
         whole = whole_file
     else:
@@ -51,20 +64,62 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = functools.partial(whole_folder, own=is_picture)
 
     sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
-    asked, number = read_asked(args, sampler)
-    write = _find_writer(sampler.sample_shape, args.output.suffix, number)
-    if not _is_first(sampler):  # this process only draws its share
-        for _ in sampler.batches(number, args.seed, args.batch_size, **asked):
+    asking = read_asking(args, sampler)
+    number, steps = len(asking.samples), len(sampler) * args.resample
+    write = find_writer(sampler.sample_shape, suffix, number)
+    draw = functools.partial(_draw, sampler, asking, args.seed, args.batch_size)
+    if args.engine == "ray":
+        from ..ray_engine import draw_with_ray
+
+        opening = (args.source, args.scheduler, args.num_inference_steps)
+        draw = functools.partial(draw_with_ray, opening, args.address, steps, asking.of, args.seed, args.batch_size)
+    elif not _is_first(sampler):  # this process only draws its share
+        for _ in draw(_shared(sampler)):
             pass
         return
 
+    as_pixels = not sampler.is_points and suffix != ".npy"
+    what = {
+        "source": _checksum(args.source),
+        "scheduler": [args.scheduler, args.num_inference_steps],
+        "seed": args.seed,
+        "samples": [asking.samples.start, asking.samples.stop],
+        "labels, conditions and known values": asking.digest(),
+        "type": "uint8" if as_pixels else "float32",
+    }
+    folder = args.output.with_name(f"{args.output.name}.parts")
     with (
         whole(args.output, overwrite=args.overwrite) as path,
-        sampling_bar(number * len(sampler) * args.resample) as progress,
-        closing(sampler.batches(number, args.seed, args.batch_size, progress.update, **asked)) as batches,
+        Parts(folder, asking.samples, what, args.overwrite) as parts,
+        sampling_bar(number * steps, len(parts) * steps) as progress,
     ):
-        write(path, batches, number, sampler)
+        gaps = parts.gaps() if args.engine == "ray" else _shared(sampler, parts.gaps())
+        try:
+            with closing(draw(gaps, progress.update)) as drawn:
+                parts.add((numbers, to_pixels(x) if as_pixels else x) for numbers, x in drawn)
+            write(path, parts, number, sampler)
+        except (KeyboardInterrupt, OSError) as error:
+            raise _explained(error, parts, number) from error
+    parts.delete()
     print(f"{args.output}: {number} {'points' if sampler.is_points else 'images'}")
+
+
+def _draw(
+    sampler: Sampler,
+    asking: Asking,
+    seed: int,
+    batch_size: int,
+    gaps: Sequence[range],
+    on_step: Callable[[int], Any] | None = None,
+) -> Generator[Drawn, None, None]:
+    """Draw the samples of these numbers."""
+    for gap in gaps:
+        for chunk in (gap[i : i + CHUNK] for i in range(0, len(gap), CHUNK)):
+            first = chunk.start
+            with closing(sampler.batches(chunk, seed, batch_size, on_step, **asking.of(chunk))) as batches:
+                for batch in batches:
+                    yield range(first, first + len(batch)), batch
+                    first += len(batch)
 
 
 def _is_first(sampler: Sampler) -> bool:
@@ -76,74 +131,35 @@ def _is_first(sampler: Sampler) -> bool:
     return this_process().is_main_process
 
 
-def _find_writer(sample_shape: tuple[int, ...], suffix: str, number: int) -> Writer:
-    """Return the writer for this shape, suffix (`""` for a folder) and number of samples."""
-    if suffix == ".npy":
-        return _write_npy
-    if len(sample_shape) == 1:
-        if suffix == ".csv":
-            return _write_csv
-        if suffix == "":
-            raise ConfigurationError("a folder is for images, but these are points: use .png, .npy or .csv")
-        if sample_shape[0] < 2:
-            raise ConfigurationError("a picture needs points of at least two coordinates: use .npy or .csv")
-        if number > MAX_POINTS:
-            raise ConfigurationError(f"a picture holds {MAX_POINTS:,} points at most: use .npy or .csv")
-        return _write_scatter
-    if suffix == ".csv":
-        raise ConfigurationError("a .csv holds points, but these are images: use .png, .npy or a folder")
-    if sample_shape[0] not in (1, 3):
-        raise ConfigurationError(f"a picture needs 1 or 3 channels, not {sample_shape[0]}: use .npy")
-    if suffix and number * math.prod(sample_shape) > MAX_GRID:
-        limit = MAX_GRID // math.prod(sample_shape)
-        raise ConfigurationError(f"a grid holds {limit:,} images of this size at most: use .npy or a folder")
-    return _write_grid if suffix else _write_folder
+def _shared(sampler: Sampler, gaps: list[range] | None = None) -> list[range]:
+    """Return the first process's gaps in all processes that sample a checkpoint together."""
+    if isinstance(sampler, OnnxSampler):
+        return gaps or []
+    from accelerate.utils import broadcast_object_list
+
+    (shared,) = broadcast_object_list([gaps])
+    return shared
 
 
-def _write_npy(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
-    with path.open("wb") as file:
-        for i, batch in enumerate(batches):
-            if i == 0:
-                shape = (number, *batch.shape[1:])
-                header = {"descr": np.lib.format.dtype_to_descr(batch.dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(batch).tobytes())
+def _checksum(source: Path) -> str:
+    """Return a checksum of what is drawn from. A bundle.json has the checksums of the bundle's other files."""
+    files = [source / "bundle.json"]
+    if not files[0].is_file():
+        files = sorted(path for path in source.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
-def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(csv_header(sampler.data_columns) + "\n")
-        for batch in batches:
-            np.savetxt(file, batch, fmt="%.9g", delimiter=",")
-
-
-def csv_header(names: Iterable[str]) -> str:
-    """Return the first line of a CSV file, the same as that of `toCsv` in `web/ddpm.js`.
-
-    A name is quoted if readers could split it, change it or take it for a number. No quotes are needed if it begins
-    with a letter or underscore and has no quotes, commas or line breaks.
-    """
-    return ",".join(name if PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"' for name in names)
-
-
-def _write_scatter(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
-    from ..runtime.pictures import draw_points
-
-    draw_points(np.concatenate([batch[:, :2] for batch in batches])).save(path)
-
-
-def _write_grid(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
-    from ..runtime.pictures import image_grid
-
-    image_grid(batches, number).save(path)
-
-
-def _write_folder(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
-    from ..runtime.pictures import to_picture
-
-    images = (image for batch in batches for image in batch)
-    for i, image in enumerate(images):
-        to_picture(image).save(path / f"{i:0{len(str(number - 1))}}.png")
+def _explained(error: BaseException, parts: Parts, number: int) -> BaseException:
+    """Return the error that also says how to go on, if there are parts."""
+    if not parts.folder.exists():
+        return error
+    how = f"{len(parts):,} of {number:,} samples are in {parts.folder}: the same command goes on from there"
+    if isinstance(error, OSError) and error.strerror:
+        return OSError(error.errno, f"{error.strerror}; {how}", error.filename)
+    return type(error)(f"{str(error) or 'interrupted'}; {how}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def _outputs(path: Path, feeds: list[dict[str, np.ndarray]]) -> np.ndarray:
 def _trajectory(sampler: OnnxSampler) -> Iterator[dict[str, np.ndarray]]:
     """Yield the network's inputs along a sampling trajectory of seed 0, where nothing is asked."""
     every = max(1, len(sampler) // CALIBRATION_STEPS)
-    request, _ = resolve(sampler.info, sampler.table, CALIBRATION_SAMPLES)
+    request, _ = resolve(sampler.info, sampler.table, range(CALIBRATION_SAMPLES))
     inputs = request.of(range(CALIBRATION_SAMPLES), seed=0).inputs
     x = sampler.first_input(CALIBRATION_SAMPLES)
     for step in sampler.steps(CALIBRATION_SAMPLES):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,25 +36,25 @@ def draw_points(points: npt.NDArray[np.floating]) -> Image.Image:
     return Image.composite(Image.new("RGB", dots.size, INK), Image.new("RGB", dots.size, "white"), dots)
 
 
-def to_pixels(images: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    """Convert numbers in [0, 1] to uint8."""
-    pixels: npt.NDArray[np.uint8] = np.rint(images * 255).astype(np.uint8)
+def to_pixels(images: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Convert numbers in [0, 1] to uint8; return those of uint8 as they are."""
+    pixels: npt.NDArray[np.uint8] = images if images.dtype == np.uint8 else np.rint(images * 255).astype(np.uint8)
     return pixels
 
 
-def to_picture(image: npt.NDArray[np.floating]) -> Image.Image:
-    """Convert an image in [0, 1], `[height, width, 1 or 3]`, to a picture."""
+def to_picture(image: npt.NDArray[Any]) -> Image.Image:
+    """Convert an image in [0, 1] or of uint8, `[height, width, 1 or 3]`, to a picture."""
     pixels = to_pixels(image)
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def image_grid(
-    batches: Iterable[npt.NDArray[np.floating]], number: int, gap: int = 0, background: str = "black"
+    batches: Iterable[npt.NDArray[Any]], number: int, gap: int = 0, background: str = "black"
 ) -> Image.Image:
     """Return images in a roughly square grid.
 
     Args:
-        batches: arrays in [0, 1], each `[batch, height, width, 1 or 3]`.
+        batches: arrays in [0, 1] or of uint8, each `[batch, height, width, 1 or 3]`.
         number: number of images in all batches together.
         gap: pixels between two images.
         background: colour of gaps and empty places.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+MAX_SAMPLES = 2**32  # the noise generator's counter has 32 bits for a sample's number
+
+
 class Asked(TypedDict, total=False):
     """The arguments of `OnnxSampler.sample` that choose what is drawn."""
 
@@ -35,6 +38,7 @@ class Request:
     """The checked arguments of a draw. Each array has one row for all samples, or one row for each sample.
 
     Attributes:
+        samples: the numbers of the samples.
         inputs: inputs of the network besides `sample` and `timestep`: `class_labels` int64 `[rows]` and `condition`
             float32 `[rows, condition_dim]`, NaN for no condition.
         null: the same inputs without label and condition, for guidance; empty if no call is guided.
@@ -43,6 +47,7 @@ class Request:
         class_shares: probability of each class. If given, `of` draws the labels, and ignores those of `inputs`.
     """
 
+    samples: range
     inputs: dict[str, npt.NDArray[Any]]
     null: dict[str, npt.NDArray[Any]]
     known: npt.NDArray[np.float32] | None = None
@@ -50,10 +55,11 @@ class Request:
     class_shares: list[float] | None = None
 
     def of(self, samples: range, seed: int) -> Request:
-        """Return the request for some of a seed's samples, with one row of inputs for each of them."""
+        """Return the request for some of its samples, with one row of inputs for each of them."""
+        first = self.samples.start
 
         def rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return values[samples.start : samples.stop] if len(values) > 1 else values
+            return values[samples.start - first : samples.stop - first] if len(values) > 1 else values
 
         def for_each(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return np.ascontiguousarray(np.broadcast_to(rows(values), (len(samples), *values.shape[1:])))
@@ -64,14 +70,33 @@ class Request:
         if self.class_shares is not None:
             inputs["class_labels"] = draw_labels(seed, samples, self.class_shares)
         if self.known is None or self.mask is None:
-            return Request(inputs, null)
-        return Request(inputs, null, rows(self.known), rows(self.mask))
+            return Request(samples, inputs, null)
+        return Request(samples, inputs, null, rows(self.known), rows(self.mask))
+
+
+def numbered(samples: int | range) -> range:
+    """Return the numbers of the samples to draw: those of a range, or as many as asked, from 0.
+
+    Raises:
+        ConfigurationError: if there are none, or if they are not consecutive numbers below 2³².
+    """
+    if not isinstance(samples, range):
+        samples = range(samples)
+        if not samples:
+            raise ConfigurationError(f"samples must be at least 1, got {samples.stop}")
+    if samples.step != 1 or not samples or samples.start < 0:
+        raise ConfigurationError(f"the range of samples must go up by 1, from 0 or more, got {samples}")
+    if samples.stop > MAX_SAMPLES:
+        raise ConfigurationError(
+            f"a seed has {MAX_SAMPLES} samples, numbered from 0, got {samples.stop - 1}: use another seed"
+        )
+    return samples
 
 
 def resolve(
     info: dict[str, Any],
     table: StepTable,
-    num_samples: int,
+    samples: range,
     class_labels: Any = None,
     condition: Any = None,
     guidance_scale: float | None = None,
@@ -85,7 +110,7 @@ def resolve(
     Args:
         info: the content of `bundle.json`.
         table: the bundle's step table.
-        num_samples: number of samples to draw.
+        samples: the numbers of the samples to draw.
         class_labels, …: see `OnnxSampler.sample`.
 
     Returns:
@@ -102,7 +127,7 @@ def resolve(
         class_shares = info.get("class_shares")
     if class_shares is not None:
         class_labels = 0  # a placeholder, until `Request.of` draws the labels
-    inputs = _inputs(info, num_samples, class_labels, condition)
+    inputs = _inputs(info, len(samples), class_labels, condition)
     if guidance_scale is not None:
         if guidance_interval is not None:
             bounds = _numbers(guidance_interval, "guidance_interval")
@@ -123,10 +148,10 @@ def resolve(
             raise ConfigurationError("guidance_scale needs a network with a null label (ddpm-export --null_label)")
         nulls = {"class_labels": info.get("null_label"), "condition": math.nan}
         null = {name: np.full_like(values, nulls[name]) for name, values in inputs.items()}
-    y, m = _known(info, num_samples, known, mask)
+    y, m = _known(info, len(samples), known, mask)
     if y is not None and table.alphas_cumprod is None:
         raise ConfigurationError("this bundle's step table takes no known values: export the checkpoint again")
-    return Request(inputs, null, y, m, class_shares), table.repeated(resample)
+    return Request(samples, inputs, null, y, m, class_shares), table.repeated(resample)
 
 
 def _inputs(info: dict[str, Any], num_samples: int, class_labels: Any, condition: Any) -> dict[str, npt.NDArray[Any]]:

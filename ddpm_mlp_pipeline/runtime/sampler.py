@@ -20,13 +20,12 @@ from ..errors import BundleError, ConfigurationError, DivergenceError
 from .bundle import read_file, read_info
 from .external_data import has_external_data
 from .noise import normal
-from .request import Asked, Request, resolve
+from .request import Asked, Request, numbered, resolve
 from .step_table import EPS, X_0, StepTable, X, Z
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-MAX_SAMPLES = 2**32  # the noise generator's counter has 32 bits for a sample's index
 NOISE_CHUNK = 2**16  # values of noise drawn at once: large enough to hide numpy's overhead, and fits the CPU's cache
 
 
@@ -37,7 +36,7 @@ class DenoisingStep:
     Attributes:
         index: number of the step, from 0.
         timestep: the timestep given to the network.
-        sample: float32 `[num_samples, *sample_shape]`, in the network's units. `OnnxSampler.to_data_units` turns it
+        sample: float32 `[samples, *sample_shape]`, in the network's units. `OnnxSampler.to_data_units` turns it
             into points or images. Later steps do not change the array.
     """
 
@@ -81,7 +80,7 @@ class Sampler(Protocol):
 
     def batches(
         self,
-        num_samples: int,
+        samples: int | range,
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
@@ -93,7 +92,8 @@ class Sampler(Protocol):
 class OnnxSampler(Sampler):
     """Draw points or images from a bundle, a folder that `ddpm-export` writes.
 
-    Sample i of a seed is the same, up to float32 rounding, for any number of samples and any batch size.
+    Samples of a seed are numbered. Sample i is the same, up to float32 rounding, whichever are drawn with it and in
+    whatever batches, so that several machines can draw parts of one set.
 
     Args:
         bundle: the folder, with `unet.onnx`, `step_table.json` and `bundle.json`.
@@ -141,7 +141,7 @@ class OnnxSampler(Sampler):
 
     def sample(
         self,
-        num_samples: int = 1,
+        samples: int | range = 1,
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
@@ -152,7 +152,7 @@ class OnnxSampler(Sampler):
         The noise of sample i depends on the seed and i only, so that samples of different classes can be compared.
 
         Args:
-            num_samples: number of samples, at most 2³².
+            samples: how many, from number 0; or the range of their numbers, below 2³².
             seed: in [0, 2⁶³); the same seed gives the same samples.
             batch_size: largest number of samples in a network evaluation. It bounds memory and doesn't change samples.
             on_step: called after each denoising step with the number of samples in its batch, for a progress bar.
@@ -161,7 +161,7 @@ class OnnxSampler(Sampler):
                 Without labels, conditions and known values, each label is drawn from the bundle's `class_shares`, if
                 it has them. Otherwise, the default is the null label, "any class".
             condition: in its own units, as a dictionary by column name or as an array, `[condition_dim]` for all
-                samples or `[num_samples, condition_dim]`.
+                samples or `[samples, condition_dim]`.
             guidance_scale: w of classifier-free guidance; by default as exported; 1 for no guidance. A guided step
                 costs two network evaluations.
             guidance_interval: `(t_high, t_low)`, the range of timesteps to guide at; by default all.
@@ -173,18 +173,18 @@ class OnnxSampler(Sampler):
                 [`StepTable.repeated`][].
 
         Returns:
-            float32: points in the data's own units, `[num_samples, dimension]`, or images in [0, 1],
-            `[num_samples, height, width, channels]`.
+            float32: points in the data's own units, `[samples, dimension]`, or images in [0, 1],
+            `[samples, height, width, channels]`.
 
         Raises:
             ConfigurationError: if an argument is out of range or doesn't fit the network.
             DivergenceError: if a sample is not finite; the message names the step.
         """
-        return np.concatenate([*self.batches(num_samples, seed, batch_size, on_step, **asked)])
+        return np.concatenate([*self.batches(samples, seed, batch_size, on_step, **asked)])
 
     def batches(
         self,
-        num_samples: int,
+        samples: int | range,
         seed: int = 0,
         batch_size: int = 512,
         on_step: Callable[[int], Any] | None = None,
@@ -195,14 +195,13 @@ class OnnxSampler(Sampler):
         Batches run in parallel, one thread each, because a batch's operations are too small to divide among cores. At
         most two batches for each thread are held in memory.
         """
-        if num_samples < 1 or batch_size < 1:
-            raise ConfigurationError(f"num_samples and batch_size must be at least 1, got {num_samples}, {batch_size}")
-        if num_samples > MAX_SAMPLES:
-            raise ConfigurationError(f"a seed has {MAX_SAMPLES} samples at most, got {num_samples}: use several seeds")
-        request, table = resolve(self.info, self.table, num_samples, **asked)
-        batch_size = min(batch_size, math.ceil(num_samples / self.num_threads))
-        samples = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
-        workers = min(self.num_threads, len(samples))
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size must be at least 1, got {batch_size}")
+        numbers = numbered(samples)
+        request, table = resolve(self.info, self.table, numbers, **asked)
+        batch_size = min(batch_size, math.ceil(len(numbers) / self.num_threads))
+        batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+        workers = min(self.num_threads, len(batches))
         session = self._session(max(1, self.num_threads // workers))
         stop, lock = threading.Event(), threading.Lock()
 
@@ -220,12 +219,12 @@ class OnnxSampler(Sampler):
             return self.to_data_units(x)
 
         if workers == 1:
-            yield from map(draw, samples)
+            yield from map(draw, batches)
             return
         with ThreadPoolExecutor(workers) as pool:
             waiting: deque[Future[npt.NDArray[np.float32]]] = deque()
             try:
-                for part in samples:
+                for part in batches:
                     waiting.append(pool.submit(draw, part))
                     if len(waiting) == 2 * workers:
                         yield waiting.popleft().result()
@@ -238,7 +237,7 @@ class OnnxSampler(Sampler):
 
     def steps(
         self,
-        num_samples: int = 1,
+        samples: int | range = 1,
         seed: int = 0,
         *,
         latents: npt.NDArray[np.float32] | None = None,
@@ -250,32 +249,31 @@ class OnnxSampler(Sampler):
         A sample that is sent to the generator replaces the one that it has just yielded.
 
         Args:
-            num_samples: size of the batch.
+            samples: how many, or the range of their numbers, as for [`sample`][OnnxSampler.sample].
             seed: in [0, 2⁶³).
-            latents: x_T to start from instead of the seed's, float32 `[num_samples, *sample_shape]`.
+            latents: x_T to start from instead of the seed's, float32 `[samples, *sample_shape]`.
             noises: noise for each step that adds any, in place of the seed's, each of the shape of `latents`.
             asked: labels, conditions and known values, as for [`sample`][OnnxSampler.sample].
 
         Raises:
             ConfigurationError: if an argument is out of range, has the wrong shape, or doesn't fit the network.
         """
-        if num_samples < 1:
-            raise ConfigurationError(f"num_samples must be at least 1, got {num_samples}")
-        if latents is not None and latents.shape != (num_samples, *self.sample_shape):
+        batch = numbered(samples)
+        if latents is not None and latents.shape != (len(batch), *self.sample_shape):
             raise ConfigurationError(
-                f"latents must have the shape {(num_samples, *self.sample_shape)}, got {latents.shape}"
+                f"latents must have the shape {(len(batch), *self.sample_shape)}, got {latents.shape}"
             )
-        request, table = resolve(self.info, self.table, num_samples, **asked)
-        session, batch = self._session(self.num_threads), range(num_samples)
+        request, table = resolve(self.info, self.table, batch, **asked)
+        session = self._session(self.num_threads)
         given = None if noises is None else iter(noises)
-        samples = self._steps(session, table, request, batch, seed, latents, given)
+        results = self._steps(session, table, request, batch, seed, latents, given)
         replacement = None
         for k, t in enumerate(table.timesteps.tolist()):
-            replacement = yield DenoisingStep(k, t, samples.send(replacement))
+            replacement = yield DenoisingStep(k, t, results.send(replacement))
 
-    def first_input(self, num_samples: int = 1, seed: int = 0) -> npt.NDArray[np.float32]:
-        """Return the network's input in the first call, float32 `[num_samples, *sample_shape]`."""
-        return self._latents(range(num_samples), seed) * np.float32(self.table.initial_scale)
+    def first_input(self, samples: int | range = 1, seed: int = 0) -> npt.NDArray[np.float32]:
+        """Return the network's input in the first call, float32 `[samples, *sample_shape]`."""
+        return self._latents(numbered(samples), seed) * np.float32(self.table.initial_scale)
 
     def _latents(self, samples: range, seed: int) -> npt.NDArray[np.float32]:
         """Draw x_T, of variance 1."""
@@ -298,9 +296,10 @@ class OnnxSampler(Sampler):
             for the variance if it is learned.
         """
         info = {**self.info, "class_shares": None}
-        request, _ = resolve(info, self.table.guided(1.0), len(sample), **asked)
+        samples = range(len(sample))
+        request, _ = resolve(info, self.table.guided(1.0), samples, **asked)
         feeds = {"sample": sample.astype(np.float32), "timestep": np.array(timestep, dtype=np.float32)}
-        feeds |= request.of(range(len(sample)), seed=0).inputs  # without shares of classes, the seed has no effect
+        feeds |= request.of(samples, seed=0).inputs  # without shares of classes, the seed has no effect
         output: npt.NDArray[np.float32]
         (output,) = self._session(self.num_threads).run(["out_sample"], feeds)
         return output
@@ -414,7 +413,7 @@ class OnnxSampler(Sampler):
                     f"{tuple(found[name].shape[1:])}"
                 )
         if self.table.is_guided.any():
-            resolve(self.info, self.table, 1)
+            resolve(self.info, self.table, range(1))
         try:
             labels = None if self.info.get("null_label", 0) is not None else 0
             self.predict(np.zeros((1, *self.sample_shape)), 0, class_labels=labels)

@@ -10,9 +10,9 @@ from datasets import Dataset
 from hypothesis import assume, example, given, strategies as st
 
 from ddpm_mlp_pipeline import load_points
-from ddpm_mlp_pipeline.commands.sample import csv_header
 from ddpm_mlp_pipeline.data.points import POINT_SETS, check_columns, to_array, warn_of_columns
 from ddpm_mlp_pipeline.errors import DatasetError
+from ddpm_mlp_pipeline.writers import csv_header
 
 
 def points(*args, **kwargs):

@@ -82,11 +82,10 @@ def test_a_bundle_that_differs_is_not_left_behind(tmp_path):
 def test_a_sample_between_two_outcomes_is_no_reason_to_refuse_a_bundle(tmp_path):
     """One MNIST sample magnifies rounding a hundred times as much as its neighbours, also in torch. A different
     network is still detected."""
-    assert export_bundle(pretrained("mnist"), tmp_path / "bundle", "ddim", 50).parity.ok
+    assert export_bundle(pretrained("mnist"), tmp_path / "bundle", "ddim", 50).parity.ok  # as `compare` finds it
     pipeline = DDPMMLPPipeline.from_pretrained(pretrained("mnist"))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    assert compare(pipeline, tmp_path / "bundle", 50, 1e-4).ok
     with torch.no_grad():
         pipeline.unet.conv_out.bias += 0.01
     assert not compare(pipeline, tmp_path / "bundle", 50, 1e-4).ok

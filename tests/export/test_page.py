@@ -782,11 +782,13 @@ def fitted_scheduler(trained_with, calls):
 
 
 @pytest.mark.slow
-def test_every_backend_draws_the_same(draw_in_node, visit, pages, moons_bundle, tmp_path, monkeypatch):
+def test_every_backend_draws_the_same(draw_in_node, visit, pages, moons_bundle, tmp_path):
     rows = []
     null = 2  # where nothing is asked, each backend would draw labels
     asks = list(itertools.product([null, "upper"], [1.0, 2.0], [False, True]))
-    for name in (*SCHEDULERS, "fitted"):
+    # The table that is published has every scheduler; the rest are those with noise, memory and everything.
+    names = [*SCHEDULERS, "fitted"] if "BACKENDS_TABLE" in os.environ else ["SDE-DPM-Solver++", "fitted"]
+    for name in names:
         pipeline = load_checkpoint(pretrained("moons"))
         if name == "fitted":
             pipeline.scheduler = fitted_scheduler(pipeline.scheduler, STEPS)
@@ -806,8 +808,7 @@ def test_every_backend_draws_the_same(draw_in_node, visit, pages, moons_bundle, 
         browser = visit(pages(bundle)).evaluate(IN_BROWSER, [in_js, NUMBER, str(SEED)])
         for (label, w, is_known), *from_js in zip(asks, node, browser, strict=True):
             asked = {"class_labels": label, "guidance_scale": w, "known": [0.5, math.nan] if is_known else None}
-            with monkeypatch.context() as patch:
-                expected = draw_with_torch(pipeline, patch, NUMBER, STEPS, SEED, **asked)
+            expected = draw_with_torch(pipeline, NUMBER, STEPS, SEED, **asked)
             known = np.tile(np.array([0.5 if is_known else 0, 0], dtype=np.float32), (NUMBER, 1))
             feeds = {
                 "seed": np.array(SEED),

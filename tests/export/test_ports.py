@@ -8,9 +8,9 @@ import pytest
 from helpers import PHILOX_ANSWERS, ROOT, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
-from ddpm_mlp_pipeline.commands.sample import csv_header
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.noise import draw_labels, normal
+from ddpm_mlp_pipeline.writers import csv_header
 from export.golden import RUNS
 
 DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"

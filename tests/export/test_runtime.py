@@ -102,6 +102,16 @@ def test_closing_the_batches_stops_at_once(sampler):
     assert sum(moved) == so_far
 
 
+def test_samples_are_numbered(sampler):
+    """Parts of a set, drawn apart and in other batches, are what one draw of all gives."""
+    whole = sampler.sample(50, seed=3)
+    parts = [sampler.sample(range(a, b), seed=3, batch_size=7) for a, b in [(0, 1), (1, 20), (20, 50)]]
+    np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-6)
+    last = range(2**32 - 2, 2**32)
+    np.testing.assert_allclose(sampler.sample(last)[1:], sampler.sample(last[1:]), atol=1e-6)
+    assert not np.allclose(sampler.sample(last), whole[:2], atol=0.1)
+
+
 def test_progress_counts_every_step_of_every_sample(sampler):
     moved = []
     sampler.sample(20, batch_size=6, on_step=moved.append)
@@ -115,7 +125,11 @@ def test_the_network_alone(heart, sampler):
     np.testing.assert_allclose(sampler.predict(x, 123), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("arguments", [{"num_samples": 0}, {"batch_size": 0}, {"seed": -1}, {"seed": 2**63}])
+NO_SAMPLES = [0, -1, 2**32 + 1, range(3, 3), range(5, 2), range(-1, 2), range(0, 8, 2), range(2**32, 2**32 + 1)]
+WRONG_NUMBERS = [{"batch_size": 0}, {"seed": -1}, {"seed": 2**63}, *({"samples": samples} for samples in NO_SAMPLES)]
+
+
+@pytest.mark.parametrize("arguments", WRONG_NUMBERS)
 def test_numbers_out_of_range_are_refused(sampler, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         sampler.sample(**arguments)
