@@ -119,14 +119,9 @@ class CheckpointSampler(Sampler):
                 count()
             return noise.next_step(pipe, step, t, state)
 
-        options: dict[str, Any] = {
-            "latents": noise.latents((len(batch), *self.sample_shape)),
-            "callback_on_step_end": step_done,
-        }
+        call = {"latents": noise.latents((len(batch), *self.sample_shape)), "callback_on_step_end": step_done, **asked}
         try:
             with noise:
-                return self.pipeline(len(batch), noise, self.num_inference_steps, "np", return_dict=False, **options)[
-                    0
-                ]
+                return self.pipeline(len(batch), noise, self.num_inference_steps, "np", return_dict=False, **call)[0]
         except ValueError as error:
             raise ConfigurationError(str(error)) from None

@@ -1,0 +1,132 @@
+"""Draws that are divided: ranges of samples, parts that survive a kill, Parquet files, Ray's workers."""
+
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from datasets import load_dataset
+from diffusers import DDPMScheduler
+from helpers import SCRIPTS, assert_one_line_error
+
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
+from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
+from ddpm_mlp_pipeline.parts import Parts
+
+MANY = 4_500_000  # points: two parts of 16 MiB, and a rest
+
+
+@pytest.fixture(scope="module")
+def quick_bundle(tmp_path_factory):
+    """A bundle that draws millions of points in seconds."""
+    folder = tmp_path_factory.mktemp("quick")
+    network = MLPModel(2, hidden_dim=4, num_hidden_layers=1, embedding_dim=4)
+    DDPMMLPPipeline(network, DDPMScheduler()).save_pretrained(folder / "checkpoint")
+    export_bundle(folder / "checkpoint", folder / "bundle", "ddim", 2)
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpmsolver_multistep", "kdpm2_ancestral", "unipc"])
+def test_a_checkpoint_draws_the_samples_of_its_bundle(scheduler, tmp_path):
+    """Whatever the stock scheduler draws its noise for; and of the labels, where none is asked for."""
+    export_bundle(pretrained("moons"), tmp_path / "bundle", scheduler, 12)
+    sampler, runtime = CheckpointSampler(pretrained("moons"), scheduler, 12), OnnxSampler(tmp_path / "bundle")
+    numbers = range(2**32 - 9, 2**32 - 2)
+    asks = [{}, {"class_labels": [0, 1, 2, 0, 1, 2, 0]}, {"guidance_scale": 2.0}]
+    asks += [{"known": {"x": 0.5}}] if hasattr(sampler.pipeline.scheduler, "alphas_cumprod") else []
+    for asked in asks:
+        drawn = np.concatenate([*sampler.batches(numbers, 5, batch_size=3, **asked)])
+        np.testing.assert_allclose(drawn, runtime.sample(numbers, 5, **asked), atol=1e-4)
+
+
+def test_parts_of_what_is_asked_for(run_forked, labelled_points, tmp_path):
+    """Classes and rows have their samples one after the other; a range is a part of all of them."""
+    (tmp_path / "rows.csv").write_text("x,y\n1,\n2,\n,3\n")
+    whole = ("sample", labelled_points, "--class_labels", "a", "3", "b b", "--known", tmp_path / "rows.csv")
+    whole += ("--num_samples", 4)
+    for name, more in {"whole": (), "first": ("--samples", "0:5"), "rest": ("--samples", "5:12")}.items():
+        result = run_forked(*whole, *more, "--output", tmp_path / f"{name}.npy")
+        assert result.returncode == 0, result.stderr
+    all_of_them, *parts = (np.load(tmp_path / f"{name}.npy") for name in ("whole", "first", "rest"))
+    np.testing.assert_array_equal(np.concatenate(parts), all_of_them)
+    np.testing.assert_allclose(all_of_them[:8, 0], [1] * 4 + [2] * 4, atol=1e-6)
+    output = ("--output", tmp_path / "a.npy")
+    for more, fragment in [
+        (("--samples", "5:13"), "ends at 13, but 12 are asked for"),
+        (("--samples", "5"), "is not FIRST:END"),
+        (("--samples", "5:5"), "holds no samples"),
+        (("--samples", "5:2"), "holds no samples"),
+        (("--samples", "-1:2"), "holds no samples"),
+        (("--samples", "a:2"), "'a' is not a whole number"),
+    ]:
+        assert_one_line_error(run_forked(*whole, *(f"{more[0]}={more[1]}",), *output), fragment)
+    one = ("sample", labelled_points, *output)
+    assert_one_line_error(run_forked(*one, "--samples", f"0:{2**32 + 1}"), "a seed has 4294967296 samples")
+    assert_one_line_error(run_forked(*one, "--samples", "0:2", "--num_samples", 2), "not both")
+    assert_one_line_error(run_forked(*one, "--address", "auto"), "--address needs --engine ray")
+
+
+def test_parquet(run_forked, labelled_points, labelled_images, tmp_path):
+    """Points are float32 columns of their names; pictures are what `datasets` loads as pictures."""
+    for name, bundle in (("points", labelled_points), ("images", labelled_images)):
+        for suffix in (".parquet", ".npy"):
+            argv = ("sample", bundle, "--num_samples", 30, "--seed", 2, "--output", tmp_path / f"{name}{suffix}")
+            assert run_forked(*argv).returncode == 0
+    table = pyarrow.parquet.read_table(tmp_path / "points.parquet")
+    assert [(field.name, field.type) for field in table.schema] == [(name, pyarrow.float32()) for name in ("x", "y")]
+    np.testing.assert_array_equal(table.to_pandas(), np.load(tmp_path / "points.npy"))
+    rows = load_dataset("parquet", data_files=str(tmp_path / "images.parquet"), split="train", cache_dir=str(tmp_path))
+    pictures = np.stack([np.asarray(picture) for picture in rows["image"]])
+    np.testing.assert_allclose(pictures / 255, np.load(tmp_path / "images.npy"), atol=0.5 / 255 + 1e-6)
+
+
+def start(*argv):
+    words = [str(word) for word in (SCRIPTS / "ddpm-sample", *argv)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.slow
+def test_a_draw_goes_on_from_its_parts(quick_bundle, run_forked, tmp_path):
+    """After kill -9, the result is byte for byte that of one draw. Another draw, and a second process, are refused."""
+    argv = (quick_bundle, "--num_samples", MANY, "--output")
+    parts = tmp_path / "killed.parquet.parts"
+    with start(*argv, tmp_path / "killed.parquet") as process:
+        while not list(parts.glob("*.npy")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        second = run_forked("sample", *argv, tmp_path / "killed.parquet")
+        assert_one_line_error(second, f"{parts} is being written by another process")
+        process.send_signal(signal.SIGKILL)
+    assert_one_line_error(run_forked("sample", *argv, tmp_path / "killed.parquet", "--seed", 1), "other seed")
+    with start(*argv, tmp_path / "killed.parquet") as process:  # on from there, then stopped by Ctrl-C
+        while len(list(parts.glob("*.npy"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        *_, last = process.stderr.read().splitlines()
+    (drawn,) = re.findall(f"([0-9,]+) of {MANY:,} samples are in {parts}: the same command goes on from there", last)
+    found = sorted(parts.glob("*.npy"), key=lambda path: int(path.stem.split("-")[0]))
+    assert int(drawn.replace(",", "")) == int(found[-1].stem.split("-")[1])
+    for name in ("killed", "whole"):
+        result = run_forked("sample", *argv, tmp_path / f"{name}.parquet")
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not parts.exists()
+
+
+def test_parts_may_come_in_any_order(tmp_path):
+    rows = np.arange(10.0)
+    with Parts(tmp_path / "parts", range(100, 110), {"seed": 0}) as parts:
+        parts.add((range(100 + a, 100 + b), rows[a:b]) for a, b in [(6, 8), (0, 3), (3, 4)])
+        parts._write()
+        assert parts.gaps() == [range(104, 106), range(108, 110)]
+    assert {path.name for path in (tmp_path / "parts").iterdir()} >= {"100-104.npy", "106-108.npy"}
+    with Parts(tmp_path / "parts", range(100, 110), {"seed": 0}) as parts:
+        assert len(parts) == 6
+        parts.add((gap, rows[gap.start - 100 : gap.stop - 100]) for gap in parts.gaps())
+        np.testing.assert_array_equal(np.concatenate([*parts]), rows)
+        parts.delete()
+    assert not list(tmp_path.iterdir())
