@@ -61,6 +61,53 @@ class ResidualBlock(nn.Module):
         return h + F.silu(torch.addmm(bias, h, self.linear.weight.t()))
 
 
+class ScaledBlock(nn.Module):
+    """Residual block h + silu(W (1 + a(t)) norm(h) + b(t)), with a scale and a bias of the timestep for each block.
+
+    An image needs it: how much of the input counts differs more from timestep to timestep than for points.
+    """
+
+    def __init__(self, hidden_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.linear = nn.Linear(hidden_dim, hidden_dim, bias=False)
+
+    def forward(self, h: torch.Tensor, of_timestep: torch.Tensor) -> torch.Tensor:
+        scale, bias = of_timestep.chunk(2, dim=-1)  # each [1 or batch, hidden_dim]
+        return h + F.silu(self.linear(self.norm(h) * (1 + scale)) + bias)
+
+
+class PixelPosterior(nn.Module):
+    r"""The mean of x_0 given x_t, of pixels that are mostly near −1 or 1.
+
+    If a pixel x_0 is −1 or 1, with log odds 2l before x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε is seen, its mean after that is
+    tanh(l + s_t x_t) with s_t = √ᾱ_t / (1 − ᾱ_t), by Bayes' rule. So what a pixel of x_t says of itself takes no width
+    of the network, which has to say l: what the other pixels say of it. Grey values take a share g of c_t x_t instead:
+    x̂_0 = (1 − g) tanh(l + s_t x_t) + g c_t x_t. l, g, s_t and c_t are all learned.
+
+    Args:
+        embedding_dim: size of the timestep's embedding.
+        num_pixels: number of values in an image.
+    """
+
+    MAX_LOG_EVIDENCE = 4.0  # s_t grows without bounds where x_t has no noise
+
+    def __init__(self, embedding_dim: int, num_pixels: int):
+        super().__init__()
+        self.of_timestep = nn.Linear(embedding_dim, num_pixels + 2)
+        nn.init.zeros_(self.of_timestep.weight)
+        nn.init.zeros_(self.of_timestep.bias)
+
+    def forward(self, x_t: torch.Tensor, output: torch.Tensor, t_emb: torch.Tensor) -> torch.Tensor:
+        """Return x̂_0, `[batch, num_pixels]`, from x_t and the network's output, `[batch, 2 · num_pixels]`."""
+        num_pixels = x_t.shape[1]
+        log_odds, gate = output.float().split(num_pixels, dim=1)
+        gate_bias, scale, log_evidence = self.of_timestep(t_emb).float().split([num_pixels, 1, 1], dim=1)
+        evidence = log_evidence.clamp(max=self.MAX_LOG_EVIDENCE).exp()
+        mean = torch.tanh(log_odds + evidence * x_t)
+        return mean + torch.sigmoid(gate + gate_bias) * ((1 + scale) * x_t - mean)
+
+
 class ConditionEmbedding(nn.Module):
     """Embed conditions, `[batch, condition_dim]`, to `[batch, out_dim]`. A row of NaN has a learned embedding."""
 
@@ -82,8 +129,8 @@ class MLPModel(ModelMixin, ConfigMixin):
 
     Residual blocks combine the sample with the timestep's sinusoidal embedding (Ho et al. 2020,
     https://arxiv.org/abs/2006.11239, appendix B). Coordinates of points are embedded by `FourierFeatures`; pixels are
-    used as they are. Embeddings of labels and conditions are added to the input of the first block, so that in
-    sampling the timestep's embedding remains one row for the whole batch.
+    used as they are, in normalised blocks. Embeddings of labels and conditions are added to the input of the first
+    block, so that in sampling the timestep's embedding remains one row for the whole batch.
 
     Parameters:
         in_channels (`int`, defaults to 2):
@@ -104,6 +151,8 @@ class MLPModel(ModelMixin, ConfigMixin):
             learned like the others.
         condition_dim (`int`, *optional*):
             Size of the condition. A row of NaN stands for "no condition", which has a learned embedding.
+        pixel_posterior (`bool`, defaults to `False`):
+            Whether the output is that of [`PixelPosterior`], for images and a scheduler of `prediction_type="sample"`.
     """
 
     @register_to_config
@@ -117,6 +166,7 @@ class MLPModel(ModelMixin, ConfigMixin):
         out_channels: int | None = None,
         num_class_embeds: int | None = None,
         condition_dim: int | None = None,
+        pixel_posterior: bool = False,
     ):
         super().__init__()
         sizes = {"in_channels": in_channels, "hidden_dim": hidden_dim, "num_hidden_layers": num_hidden_layers}
@@ -127,20 +177,29 @@ class MLPModel(ModelMixin, ConfigMixin):
             raise ValueError(f"embedding_dim must be even and at least 4, got {embedding_dim}")
 
         self.out_channels = out_channels or in_channels
+        if pixel_posterior and (sample_size is None or self.out_channels != in_channels):
+            raise ValueError("pixel_posterior is for images, and without a learned variance")
         self.time_proj = Timesteps(embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(embedding_dim, hidden_dim, out_dim=hidden_dim * num_hidden_layers)
+        block: type[nn.Module]
         if sample_size is None:
+            block, time_dim, per_layer = ResidualBlock, hidden_dim, hidden_dim
             self.embedding: nn.Module = FourierFeatures(in_channels, embedding_dim)
             num_pixels, embedded_dim = 1, in_channels * embedding_dim
         else:
             height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+            # A timestep is one number: wider embeddings of it would be most of a wide network's parameters.
+            block, time_dim, per_layer = ScaledBlock, min(hidden_dim, 128), 2 * hidden_dim
             self.embedding = nn.Identity()
             num_pixels, embedded_dim = height * width, in_channels * height * width
+        self.time_embedding = TimestepEmbedding(embedding_dim, time_dim, out_dim=per_layer * num_hidden_layers)
         self.proj_in = nn.Linear(embedded_dim, hidden_dim)
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds + 1, hidden_dim)
         self.condition_embedding = None if condition_dim is None else ConditionEmbedding(condition_dim, hidden_dim)
-        self.blocks = nn.ModuleList(ResidualBlock(hidden_dim) for _ in range(num_hidden_layers))
-        self.proj_out = nn.Linear(hidden_dim, self.out_channels * num_pixels)
+        self.blocks = nn.ModuleList(block(hidden_dim) for _ in range(num_hidden_layers))
+        self.norm_out = nn.Identity() if sample_size is None else nn.LayerNorm(hidden_dim)
+        num_outputs = self.out_channels * num_pixels
+        self.proj_out = nn.Linear(hidden_dim, 2 * num_outputs if pixel_posterior else num_outputs)
+        self.posterior = PixelPosterior(embedding_dim, num_outputs) if pixel_posterior else None
 
     def forward(
         self,
@@ -168,9 +227,10 @@ class MLPModel(ModelMixin, ConfigMixin):
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         t_emb = self.time_proj(timestep).to(self.dtype)  # [1 or batch, embedding_dim], computed in float32
-        biases = self.time_embedding(t_emb).chunk(len(self.blocks), dim=-1)
+        of_timestep = self.time_embedding(t_emb).chunk(len(self.blocks), dim=-1)
 
-        h = self.proj_in(self.embedding(sample.flatten(start_dim=1)))
+        x_t = sample.flatten(start_dim=1)
+        h = self.proj_in(self.embedding(x_t))
         if class_labels is not None and self.class_embedding is None:
             raise ValueError("class_labels: this network was made without num_class_embeds")
         if condition is not None and self.condition_embedding is None:
@@ -183,8 +243,11 @@ class MLPModel(ModelMixin, ConfigMixin):
             if condition is None:
                 condition = sample.new_full((1, self.config.condition_dim), math.nan)
             h = h + self.condition_embedding(condition)
-        for block, bias in zip(self.blocks, biases, strict=True):
-            h = block(h, bias)
-        eps = self.proj_out(h).reshape(-1, self.out_channels, *sample.shape[2:])
+        for block, own in zip(self.blocks, of_timestep, strict=True):
+            h = block(h, own)
+        output = self.proj_out(self.norm_out(h))
+        if self.posterior is not None:
+            output = self.posterior(x_t, output, t_emb)
+        eps = output.reshape(-1, self.out_channels, *sample.shape[2:])
 
         return UNet2DOutput(sample=eps) if return_dict else (eps,)

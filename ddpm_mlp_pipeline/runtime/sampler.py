@@ -61,7 +61,7 @@ class Sampler(Protocol):
 
     @property
     def data_columns(self) -> list[str]:
-        """Names of the points' coordinates."""
+        """Names of the coordinates of points; empty for images."""
 
     @property
     def class_names(self) -> list[str]:
@@ -122,7 +122,7 @@ class OnnxSampler(Sampler):
 
     @property
     def data_columns(self) -> list[str]:
-        return list(self.info["data_columns"])
+        return list(self.info.get("data_columns") or ())
 
     @property
     def class_names(self) -> list[str]:

@@ -117,7 +117,8 @@ def make_image_pipeline(
         of_unets = {"block_out_channels": widths, "layers_per_block": args.layers_per_block}
         if args.model == "mlp":
             mlp = {name: getattr(args, name) for name in ("embedding_dim", "hidden_dim", "num_hidden_layers")}
-            unet = MLPModel(**shared, **mlp)
+            is_posterior = args.prediction_type == "sample" and args.num_predictions == 1
+            unet = MLPModel(**shared, **mlp, pixel_posterior=is_posterior)
         elif args.model == "unet":
             own = {name: getattr(args, name) for name in ("patch_size", "attention", "time_conditioning")}
             unet = SmallUNet2DModel(**shared, **of_unets, **own)

@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import numpy as np
+import psutil
 import pyarrow.parquet
 import pytest
 from datasets import load_dataset
@@ -15,6 +16,7 @@ from helpers import SCRIPTS, assert_one_line_error
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
 from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
 from ddpm_mlp_pipeline.parts import Parts
+from ddpm_mlp_pipeline.ray_engine import DrawBatch
 
 MANY = 4_500_000  # points: two parts of 16 MiB, and a rest
 
@@ -130,3 +132,44 @@ def test_parts_may_come_in_any_order(tmp_path):
         np.testing.assert_array_equal(np.concatenate([*parts]), rows)
         parts.delete()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_rays_workers_draw_the_same(quick_bundle, run_forked, tmp_path):
+    """Also if one of them is killed on the way."""
+    argv = (quick_bundle, "--samples", f"7:{MANY}", "--output")
+    with start(*argv, tmp_path / "ray.npy", "--engine", "ray") as process:
+        while not list((tmp_path / "ray.npy.parts").glob("*.npy")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.cmdline()[:1] == ["ray::_Worker.draw"]
+        ]
+        workers[0].kill()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert run_forked("sample", *argv, tmp_path / "plain.npy").returncode == 0
+    assert (tmp_path / "ray.npy").read_bytes() == (tmp_path / "plain.npy").read_bytes()
+    assert_one_line_error(
+        run_forked("sample", *argv, tmp_path / "a.npy", "--engine", "ray", "--address", "127.0.0.1:1"),
+        "there is no Ray cluster at 127.0.0.1:1",
+    )
+
+
+def test_rows_of_a_ray_data_set(labelled_points, labelled_images):
+    """The numbers of a batch need not follow one another. Its other columns are what is known and asked for."""
+    numbers = np.array([5, 6, 7, 2, 3, 20])
+    known = np.array([1.0, np.nan, 2.0, np.nan, 3.0, 4.0])
+    batch = {"id": numbers, "x": known, "c": np.full(6, 9.0), "d": np.zeros(6), "kind": np.array(["a", "3"] * 3)}
+    found = DrawBatch(labelled_points, seed=4, label="kind", guidance_scale=1.5)(batch)
+    sampler = OnnxSampler(labelled_points)
+    for row, number in enumerate(numbers.tolist()):
+        asked = {"class_labels": batch["kind"][row].item(), "condition": {"c": 9.0, "d": 0.0}, "guidance_scale": 1.5}
+        asked["known"] = [known[row], np.nan]
+        (expected,) = sampler.sample(range(number, number + 1), 4, **asked)
+        np.testing.assert_allclose([found["x"][row], found["y"][row]], expected, atol=1e-5)
+    assert found["kind"] is batch["kind"]
+    images = DrawBatch(labelled_images, number="n")({"n": numbers[:2]})["image"]
+    np.testing.assert_allclose(images, OnnxSampler(labelled_images).sample(range(5, 7)), atol=1e-5)
