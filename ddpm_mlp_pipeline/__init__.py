@@ -12,6 +12,7 @@ from .errors import explain_missing_extra
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # editors and type checkers read these imports instead of `__getattr__`
+    from .checkpoint_sampler import CheckpointSampler as CheckpointSampler
     from .checkpoints import pretrained as pretrained
     from .data.images import load_images as load_images
     from .data.points import load_points as load_points
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # editors and type checkers read these imports instead of `__
     from .pipeline import DDPMMLPPipeline as DDPMMLPPipeline, PointPipelineOutput as PointPipelineOutput
     from .runtime.sampler import OnnxSampler as OnnxSampler
     from .runtime.step_table import StepTable as StepTable
+    from .sample_noise import SampleNoise as SampleNoise
     from .table_scheduler import StepTableScheduler as StepTableScheduler
     from .training.loop import train as train
     from .training.options import TrainingArguments as TrainingArguments
@@ -44,7 +46,9 @@ _MODULE_OF_NAME = {
     **dict.fromkeys(["DDPMMLPPipeline", "PointPipelineOutput"], "pipeline"),
     "MLPModel": "models.mlp",
     "SmallUNet2DModel": "models.unet",
+    "CheckpointSampler": "checkpoint_sampler",
     "OnnxSampler": "runtime.sampler",
+    "SampleNoise": "sample_noise",
     "StepTable": "runtime.step_table",
     "StepTableScheduler": "table_scheduler",
     "compile_scheduler": "export.compile",

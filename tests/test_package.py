@@ -140,6 +140,7 @@ def distributions(*modules, everywhere):
         ("export", ["export.exporter", "commands.export"]),
         ("train", ["commands.train_points", "commands.train_images", "figures"]),
         ("evaluate", ["commands.evaluate", "data.points"]),
+        ("ray", ["ray_engine"]),
     ],
 )
 def test_what_is_imported_is_declared(extra, modules):
@@ -148,7 +149,7 @@ def test_what_is_imported_is_declared(extra, modules):
 
 
 def test_what_is_declared_is_imported():
-    extras = ("train", "export", "evaluate", "inception")
+    extras = ("train", "export", "evaluate", "parquet", "ray", "inception")
     declared = set().union(requirements(), *map(requirements, extras))
     assert declared == distributions(*MODULES, everywhere=True)
     modules = {name: next((m for m, d in DISTRIBUTIONS.items() if d == name), name) for name in declared}
