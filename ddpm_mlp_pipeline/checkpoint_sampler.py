@@ -18,7 +18,7 @@ from .pipeline import DDPMMLPPipeline, default_num_inference_steps
 from .runtime.request import Asked, numbered
 from .runtime.sampler import Sampler
 from .sample_noise import SampleNoise
-from .training.processes import this_process
+from .training.processes import choose_device, this_process
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -35,16 +35,21 @@ class CheckpointSampler(Sampler):
         scheduler: a key of `SCHEDULERS`; by default the checkpoint's own.
         num_inference_steps: number of denoising steps; by default the number of training timesteps, or of calls of a
             fitted table.
+        device: what torch runs the network on, such as `"cuda"`; by default the accelerator that is there, if any.
 
     Raises:
         CheckpointError: if the checkpoint can't be loaded.
-        ConfigurationError: if there are more steps than training timesteps.
+        ConfigurationError: if there are more steps than training timesteps, or no such device.
     """
 
     def __init__(
-        self, checkpoint: str | os.PathLike[str], scheduler: str | None = None, num_inference_steps: int | None = None
+        self,
+        checkpoint: str | os.PathLike[str],
+        scheduler: str | None = None,
+        num_inference_steps: int | None = None,
+        device: str | None = None,
     ):
-        self.pipeline = load_checkpoint(checkpoint)
+        self.pipeline = load_checkpoint(checkpoint).to(choose_device(device))
         if scheduler is not None:
             self.pipeline.scheduler = make_scheduler(scheduler, self.pipeline.scheduler)
         self.num_inference_steps = num_inference_steps or default_num_inference_steps(self.pipeline.scheduler)

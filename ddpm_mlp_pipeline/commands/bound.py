@@ -12,7 +12,16 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..files import whole_file
-from .parser import CommandParser, add_data_options, add_overwrite, command, command_imports, leaving_out, noise_seed
+from .parser import (
+    CommandParser,
+    add_data_options,
+    add_device,
+    add_overwrite,
+    command,
+    command_imports,
+    leaving_out,
+    noise_seed,
+)
 
 with command_imports("ddpm-bound", __name__):
     from diffusers import DDPMScheduler
@@ -24,6 +33,7 @@ with command_imports("ddpm-bound", __name__):
     from ..data.normalized import load_normalized
     from ..judge.likelihood import variational_bound
     from ..loading import load_checkpoint, without_tables
+    from ..training.processes import choose_device
 
 
 NUM_POINTS = 10_000
@@ -43,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=noise_seed, default=1, help="seed of points and noise (default: 1)")
     parser.add_argument("--output", type=Path, help="a .json file; with it, an interrupted command can be resumed")
     parser.add_argument("--figure", type=Path, help="a .png file of the terms by timestep")
+    add_device(parser)
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.figure is not None and args.figure.suffix != ".png":
@@ -51,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         paths = (args.output, args.figure)
         output, figure = (path and stack.enter_context(whole_file(path, args.overwrite)) for path in paths)
-        pipeline = without_tables(load_checkpoint(args.checkpoint))
+        pipeline = without_tables(load_checkpoint(args.checkpoint).to(choose_device(args.device)))
         if args.variance_type is not None:
             pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
         if args.split is None and not pipeline.is_points:

@@ -25,7 +25,9 @@ from .parser import (
     FEATURES_HELP,
     CommandParser,
     add_data_options,
+    add_device,
     add_overwrite,
+    add_provider,
     command,
     command_imports,
     leaving_out,
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
     parser.add_count("--repeats", f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)")
     parser.add_argument("--output", type=Path, help="a .json file for the results and their settings")
+    add_device(parser)
+    add_provider(parser)
     add_overwrite(parser)
     classes = parser.add_argument_group("classes")
     classes.add_argument(
@@ -84,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     images.add_argument("--features", help=FEATURES_HELP)
     args = parser.parse_args(argv)
     with whole_file(args.output, args.overwrite) if args.output else contextlib.nullcontext() as output:
-        source = open_source(args.samples, args.scheduler, args.num_inference_steps)
+        source = open_source(
+            args.samples, args.scheduler, args.num_inference_steps, device=args.device, provider=args.provider
+        )
         if args.class_labels and not source.class_names:
             raise ConfigurationError(f"{args.samples} knows no classes: leave --class_labels out")
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")

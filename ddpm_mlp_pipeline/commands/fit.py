@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 from ..files import check_folder, whole_file, whole_folder
-from .parser import CommandParser, add_data_options, add_overwrite, command, command_imports, noise_seed
+from .parser import CommandParser, add_data_options, add_device, add_overwrite, command, command_imports, noise_seed
 
 with command_imports("ddpm-fit", __name__):
     import numpy as np
@@ -27,6 +27,7 @@ with command_imports("ddpm-fit", __name__):
     from ..runtime.request import Asked
     from ..training.fitting import TableFitter, play
     from ..training.options import FittingArguments
+    from ..training.processes import choose_device
     from ..training.table_parameters import TableParameters
     from ..training.target import CHUNK
     from .few_calls import (
@@ -62,7 +63,7 @@ def fit(args: Namespace) -> None:
     if (args.dataset is None) == (args.data_free is None):
         raise ConfigurationError("name the data with --dataset, or pass --data_free N")
     check_folder(args.output, is_own, args.overwrite)
-    pipeline = load_pipeline(args)
+    pipeline = load_pipeline(args).to(choose_device(args.device))
     set_null_label(pipeline, args.null_label)
     if pipeline.is_points and args.mixed_precision != "no":
         raise ConfigurationError("points need --mixed_precision no: lower precision makes their embedding inexact")
@@ -144,6 +145,7 @@ def make_parser() -> CommandParser:
         help="a feature network's folder to fit on (default: coordinates, or the network's own activations)",
     )
     parser.add_argument("--judge", metavar="FEATURES", help="features that the report compares images on")
+    add_device(parser)
     add_overwrite(parser)
     return parser
 
@@ -164,7 +166,7 @@ def _own_samples(args: Namespace, pipeline: DDPMMLPPipeline) -> TensorBatches:
             raise ConfigurationError(f"{path} holds other samples: delete it")
         samples = kept["samples"]
     else:
-        sampler = CheckpointSampler(args.checkpoint, "ddpm")
+        sampler = CheckpointSampler(args.checkpoint, "ddpm", device=args.device)
         with sampling_bar(number * len(sampler)) as progress:
             asked = Asked() if labels is None else Asked(class_labels=labels.tolist())
             samples = np.concatenate([*sampler.batches(number, 0, CHUNK, progress.update, **asked)])

@@ -137,6 +137,16 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs (default: refuse)")
 
 
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Add `--device`."""
+    parser.add_argument("--device", help="what torch runs on: cuda, mps, cpu … (default: the accelerator, if any)")
+
+
+def add_provider(parser: argparse._ActionsContainer) -> None:
+    """Add `--provider`."""
+    parser.add_argument("--provider", help="what ONNX Runtime runs a bundle on: cuda, openvino … (default: cpu)")
+
+
 def _positive_int(text: str) -> int:
     value = _int(text)
     if value < 1:

@@ -24,7 +24,7 @@ from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import open_sampler
 from ..writers import SUFFIXES, find_writer
 from .asking import Asking, add_asking_options, read_asking
-from .parser import CommandParser, add_overwrite, command, noise_seed
+from .parser import CommandParser, add_device, add_overwrite, add_provider, command, noise_seed
 
 CHUNK = 2**18  # samples whose arguments are prepared at once
 is_picture = re.compile(r"[0-9]+\.png").fullmatch  # the files of a folder that this command writes
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_asking_options(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
     parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
+    add_device(parser)
+    add_provider(parser)
     parser.add_argument("--engine", choices=["ray"], help="draw in Ray's workers (default: in this process)")
     parser.add_argument(
         "--address", help="of a Ray cluster, such as 'auto' or HOST:PORT (default: start one on this machine)"
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_folder(args.output, is_picture, args.overwrite)
         whole = functools.partial(whole_folder, own=is_picture)
 
-    sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps)
+    options = {"device": args.device, "provider": args.provider}
+    sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps, **options)
     asking = read_asking(args, sampler)
     number, steps = len(asking.samples), len(sampler) * args.resample
     write = find_writer(sampler.sample_shape, suffix, number)
@@ -71,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.engine == "ray":
         from ..ray_engine import draw_with_ray
 
+        if any(options.values()):
+            raise ConfigurationError("--device and --provider are for this process, not for Ray's workers")
         opening = (args.source, args.scheduler, args.num_inference_steps)
         draw = functools.partial(draw_with_ray, opening, args.address, steps, asking.of, args.seed, args.batch_size)
     elif not _is_first(sampler):  # this process only draws its share

@@ -49,12 +49,15 @@ class Source:
         return len(self.shape) == 1
 
 
-def open_source(path: Path, scheduler: str | None = None, num_inference_steps: int | None = None) -> Source:
+def open_source(
+    path: Path, scheduler: str | None = None, num_inference_steps: int | None = None, **engine: str | None
+) -> Source:
     """Open a checkpoint, a bundle, a file of points or images, or a folder of images.
 
     Args:
         path: the folder or the file.
         scheduler, num_inference_steps: replace a checkpoint's own.
+        engine: `device` or `provider`, as for `open_sampler`.
 
     Raises:
         ConfigurationError: if the path is none of these, or a scheduler is given and it is not a checkpoint.
@@ -62,7 +65,7 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
         DDPMPipelineError: if a loader fails.
     """
     if (path / "model_index.json").is_file() or (path / "bundle.json").is_file():
-        return _open_sampler(path, scheduler, num_inference_steps)
+        return _open_sampler(path, scheduler, num_inference_steps, engine)
     if scheduler is not None or num_inference_steps is not None:
         raise ConfigurationError(f"a scheduler and its steps are for a checkpoint, but {path} is not a checkpoint")
     if path.is_dir():
@@ -88,10 +91,12 @@ def open_source(path: Path, scheduler: str | None = None, num_inference_steps: i
     return _choose_from(to_array(points), path, points.column_names)
 
 
-def _open_sampler(path: Path, scheduler: str | None, num_inference_steps: int | None) -> Source:
+def _open_sampler(
+    path: Path, scheduler: str | None, num_inference_steps: int | None, engine: dict[str, str | None]
+) -> Source:
     from ..sampling import open_sampler
 
-    sampler = open_sampler(path, scheduler, num_inference_steps)
+    sampler = open_sampler(path, scheduler, num_inference_steps, **engine)  # type: ignore[arg-type]
 
     def draw(number: int, seed: int, **asked: Unpack[Asked]) -> np.ndarray:
         size = POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE

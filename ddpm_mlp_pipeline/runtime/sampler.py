@@ -98,14 +98,17 @@ class OnnxSampler(Sampler):
     Args:
         bundle: the folder, with `unet.onnx`, `step_table.json` and `bundle.json`.
         num_threads: number of CPU threads; by default one for each core.
+        provider: what ONNX Runtime runs the network on, by default the CPU: one of its execution providers,
+            such as `"cuda"`, `"coreml"` or `"openvino"`.
 
     Raises:
         BundleError: if a file is missing, can't be read, or doesn't fit the others.
-        ConfigurationError: if `num_threads` is less than 1.
+        ConfigurationError: if `num_threads` is less than 1, or if this ONNX Runtime has no such provider.
     """
 
-    def __init__(self, bundle: str | os.PathLike[str], num_threads: int | None = None):
+    def __init__(self, bundle: str | os.PathLike[str], num_threads: int | None = None, provider: str = "cpu"):
         self.folder = Path(bundle)
+        self.provider = _find_provider(provider)
         if num_threads is not None and num_threads < 1:
             raise ConfigurationError(f"num_threads must be at least 1, got {num_threads}")
         if hasattr(os, "sched_getaffinity"):  # the cores that this process may use
@@ -389,9 +392,11 @@ class OnnxSampler(Sampler):
             options.log_severity_level = 4  # errors are raised, and need not be logged as well
             options.add_session_config_entry("session.load_model_format", "ONNX")
             try:
-                session = ort.InferenceSession(self._network, options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(self._network, options, providers=[self.provider])
             except Exception as error:  # the only base class of onnxruntime's errors
                 raise BundleError(f"can't load {self.folder / 'unet.onnx'}: {error}") from None
+            if self.provider not in session.get_providers():  # ONNX Runtime has taken the CPU instead
+                raise ConfigurationError(f"{self.provider} is installed, but can't be used on this machine")
             self._sessions[num_threads] = session
         return self._sessions[num_threads]
 
@@ -419,6 +424,16 @@ class OnnxSampler(Sampler):
             self.predict(np.zeros((1, *self.sample_shape)), 0, class_labels=labels)
         except Exception as error:  # such as inputs of another type, which the names and shapes don't show
             raise BundleError(f"{path} can't be run: {error}") from None
+
+
+def _find_provider(name: str) -> str:
+    """Return the execution provider of a name, in any case and with or without its ending."""
+    available: list[str] = ort.get_available_providers()
+    short = {provider.removesuffix("ExecutionProvider").lower(): provider for provider in available}
+    found = short.get(name.removesuffix("ExecutionProvider").lower())
+    if found is None:
+        raise ConfigurationError(f"this ONNX Runtime has no provider {name!r}, only {', '.join(short)}")
+    return found
 
 
 class _Network:

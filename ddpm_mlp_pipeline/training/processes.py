@@ -8,6 +8,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from ..errors import ConfigurationError
+
 
 def this_process() -> PartialState:
     """Return Accelerate's state of this process; the first call connects it with the others.
@@ -16,6 +18,22 @@ def this_process() -> PartialState:
     """
     atexit.register(_leave)  # repeated calls are harmless
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device of a name, or this process's accelerator, or the CPU if there is none.
+
+    Raises:
+        ConfigurationError: if there is no such device.
+    """
+    if name is None:
+        return this_process().device
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigurationError(f"there is no device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _leave() -> None:

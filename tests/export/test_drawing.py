@@ -173,3 +173,18 @@ def test_rows_of_a_ray_data_set(labelled_points, labelled_images):
     assert found["kind"] is batch["kind"]
     images = DrawBatch(labelled_images, number="n")({"n": numbers[:2]})["image"]
     np.testing.assert_allclose(images, OnnxSampler(labelled_images).sample(range(5, 7)), atol=1e-5)
+
+
+def test_devices_and_providers(run_forked, labelled_points, tmp_path):
+    argv = ("sample", labelled_points, "--output", tmp_path / "a.npy")
+    assert run_forked(*argv, "--provider", "CPUExecutionProvider").returncode == 0
+    argv += ("--overwrite",)
+    assert_one_line_error(run_forked(*argv, "--provider", "abacus"), "no provider 'abacus', only", "cpu")
+    assert_one_line_error(run_forked(*argv, "--device", "cpu"), "give a bundle's --provider")
+    argv = ("sample", pretrained("heart"), "--output", tmp_path / "a.npy", "--overwrite")
+    assert run_forked(*argv, "--device", "cpu").returncode == 0
+    for device in ("abacus", "xpu:7"):
+        assert_one_line_error(run_forked(*argv, "--device", device), f"there is no device '{device}'")
+    assert_one_line_error(run_forked(*argv, "--provider", "cpu"), "give a checkpoint's --device")
+    options = ("--engine", "ray", "--device", "cpu")
+    assert_one_line_error(run_forked(*argv, *options), "not for Ray's workers")
