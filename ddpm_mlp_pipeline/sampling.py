@@ -45,3 +45,12 @@ def open_sampler(
     if device is not None:
         raise ConfigurationError("a device is for a checkpoint: give a bundle's --provider")
     return OnnxSampler(source, num_threads, provider or "cpu")
+
+
+def is_first_process(source: Path) -> bool:
+    """Return whether this process writes the results, as the first of those that sample a checkpoint together."""
+    if not (source / "model_index.json").is_file():
+        return True
+    with explain_missing_extra("sampling from a checkpoint", "train"):
+        from .training.processes import this_process
+    return this_process().is_main_process

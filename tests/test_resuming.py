@@ -248,3 +248,18 @@ def test_two_processes_draw_the_same_images_as_one(tmp_path, run_forked):
     images = np.concatenate(list(CheckpointSampler(pretrained("mnist"), num_inference_steps=3).batches(11, 0, 4)))
     torch.set_num_threads(threads)
     assert np.load(tmp_path / "two.npy").tobytes() == images.tobytes()
+
+
+def test_two_processes_judge_as_one(tmp_path, run_forked):
+    for name, *argv in [
+        ("bound", pretrained("swiss_roll_2015"), "--dataset", "swiss_roll", "--num_samples", 40, "--batch_size", 9),
+        ("evaluate", pretrained("heart"), "--dataset", "heart", "--num_samples", 700, "--repeats", 1),
+    ]:
+        outputs = []
+        for number in (1, 2):
+            output = tmp_path / f"{name}{number}.json"
+            result = run_forked(name, *argv, "--output", output, num_processes=number)
+            assert result.returncode == 0, result.stderr
+            assert output.stat().st_size > 0
+            outputs.append(result.stdout)
+        assert outputs[0] == outputs[1]

@@ -33,7 +33,7 @@ with command_imports("ddpm-bound", __name__):
     from ..data.normalized import load_normalized
     from ..judge.likelihood import variational_bound
     from ..loading import load_checkpoint, without_tables
-    from ..training.processes import choose_device
+    from ..training.processes import choose_device, this_process
 
 
 NUM_POINTS = 10_000
@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.figure is not None and args.figure.suffix != ".png":
         raise ConfigurationError(f"{args.figure} must end in .png")
     state_path = None if args.output is None else args.output.with_suffix(".partial.npz")
+    is_main_process = this_process().is_main_process
     with contextlib.ExitStack() as stack:
-        paths = (args.output, args.figure)
+        paths = (args.output, args.figure) if is_main_process else (None, None)
         output, figure = (path and stack.enter_context(whole_file(path, args.overwrite)) for path in paths)
         pipeline = without_tables(load_checkpoint(args.checkpoint).to(choose_device(args.device)))
         if args.variance_type is not None:
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
         options = {"batch_size": args.batch_size, "timestep_stride": args.timestep_stride, "seed": args.seed}
         estimate = variational_bound(pipeline, dataset, **options, state_path=state_path)
+        if not is_main_process:
+            return
         if output is not None:
             output.write_text(json.dumps(_report(args, estimate, pipeline.scheduler, len(dataset)), indent=2))
         if figure is not None:

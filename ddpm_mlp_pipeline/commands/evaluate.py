@@ -20,6 +20,7 @@ from ..files import whole_file
 from ..judge import metrics
 from ..judge.sources import DATA_SEED, NUM_IMAGES, NUM_POINTS, Source, open_source
 from ..runtime.request import Asked
+from ..sampling import is_first_process
 from .asking import add_guidance_options, read_guidance
 from .parser import (
     FEATURES_HELP,
@@ -87,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     images.add_argument("--features", help=FEATURES_HELP)
     args = parser.parse_args(argv)
-    with whole_file(args.output, args.overwrite) if args.output else contextlib.nullcontext() as output:
+    is_first = is_first_process(args.samples)
+    with whole_file(args.output, args.overwrite) if args.output and is_first else contextlib.nullcontext() as output:
         source = open_source(
             args.samples, args.scheduler, args.num_inference_steps, device=args.device, provider=args.provider
         )
@@ -96,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")
         with explain_missing_extra("ddpm-evaluate", extra):
             report = {"samples": str(args.samples), **source.info, "dataset": args.dataset, **evaluate(source, args)}
+        if not is_first:
+            return
         print(_heading(report, source.is_points))
         print(_table(report["measures"]))
         if args.class_labels:

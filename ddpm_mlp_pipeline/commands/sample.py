@@ -21,7 +21,7 @@ from ..parts import Drawn, Parts
 from ..progress import sampling_bar
 from ..runtime.pictures import to_pixels
 from ..runtime.sampler import OnnxSampler, Sampler
-from ..sampling import open_sampler
+from ..sampling import is_first_process, open_sampler
 from ..writers import SUFFIXES, find_writer
 from .asking import Asking, add_asking_options, read_asking
 from .parser import CommandParser, add_device, add_overwrite, add_provider, command, noise_seed
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigurationError("--device and --provider are for this process, not for Ray's workers")
         opening = (args.source, args.scheduler, args.num_inference_steps)
         draw = functools.partial(draw_with_ray, opening, args.address, steps, asking.of, args.seed, args.batch_size)
-    elif not _is_first(sampler):  # this process only draws its share
+    elif not is_first_process(args.source):  # this process only draws its share
         for _ in draw(_shared(sampler)):
             pass
         return
@@ -125,15 +125,6 @@ def _draw(
                 for batch in batches:
                     yield range(first, first + len(batch)), batch
                     first += len(batch)
-
-
-def _is_first(sampler: Sampler) -> bool:
-    """Return whether this process writes the samples, as the first of those that sample a checkpoint together."""
-    if isinstance(sampler, OnnxSampler):
-        return True
-    from ..training.processes import this_process
-
-    return this_process().is_main_process
 
 
 def _shared(sampler: Sampler, gaps: list[range] | None = None) -> list[range]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from ..bound import BoundEstimate, VariationalBound
 from ..data.batches import Batch, BatchDataset
@@ -19,6 +20,7 @@ from ..files import whole_file
 from ..loading import fingerprint
 from ..pipeline import DDPMMLPPipeline
 from ..progress import progress_bar
+from ..training.processes import this_process
 
 SECONDS_BETWEEN_SAVES = 10
 
@@ -37,6 +39,8 @@ def variational_bound(
     Each term of each sample is estimated with one draw of x_t. A `timestep_stride` of n splits the timesteps among
     groups of n consecutive samples: the i-th sample of a group gets the timesteps i, i + n, i + 2n and so on. A group
     covers every timestep once, with T / n network evaluations for each sample instead of T.
+
+    Processes that `accelerate launch` has started share the batches; each returns the same estimate as one process.
 
     Args:
         pipeline: a pipeline with a stock `DDPMScheduler`.
@@ -69,15 +73,22 @@ def variational_bound(
     state = _State.load(state_path, identity) if state_path is not None and is_begun else _State()
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
     with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
-        for start in range(done, number, batch_size):
-            batch = dataset.__getitems__(list(range(start, min(start + batch_size, number))))
-            _check_data(pipeline, batch.x_0, start)
-            noise_seed = np.random.SeedSequence([seed, start]).generate_state(1)[0]
-            generator = torch.Generator().manual_seed(int(noise_seed))
-            state.add(*_groups(bound, pipeline, batch, timestep_stride, generator))
-            progress.update(len(batch.x_0))
-            is_last = start + len(batch.x_0) == number
-            if state_path is not None and (is_last or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES):
+        samples = range(done, number)
+        batches, process = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)], this_process()
+        for i in range(0, len(batches), process.num_processes):
+            together, found = batches[i : i + process.num_processes], []
+            for rows in together[process.process_index :][:1]:
+                batch = dataset.__getitems__([*rows])
+                _check_data(pipeline, batch.x_0, rows.start)
+                noise_seed = np.random.SeedSequence([seed, rows.start]).generate_state(1)[0]
+                generator = torch.Generator().manual_seed(int(noise_seed))
+                found.append(_groups(bound, pipeline, batch, timestep_stride, generator))
+            for terms, nulls in gather_object(found):  # in the order of the batches
+                state.add(terms, nulls)
+            progress.update(sum(map(len, together)))
+            if state_path is None or not process.is_main_process:
+                continue
+            if together[-1].stop == number or time.monotonic() > last_save + SECONDS_BETWEEN_SAVES:
                 state.save(state_path, identity, overwrite=is_begun)
                 is_begun = True
                 last_save = time.monotonic()
