@@ -62,7 +62,7 @@ PACKAGES = ("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "torch", "diff
 def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="ddpm-evaluate", description=__doc__)
     parser.add_checkpoint(
-        "samples", ", a bundle, a .npy file, a .csv or .parquet file of points, or a folder of images"
+        "samples", ", a bundle, a .npy or .parquet file, a .csv file of points, or a folder of images"
     )
     default = f"{NUM_POINTS} points or half of a file, at most {NUM_IMAGES} images"
     add_data_options(parser, f"number of samples, and of points to compare with (default: {default})", "test")

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from ..errors import DatasetError
 from ..progress import progress_bar
+from .arrays import holds_pictures
 from .batches import Batch, TensorBatches
 from .points import is_point_set
 
@@ -49,7 +50,8 @@ def load_images(
     Of an image with several frames or pages, the first is used.
 
     Args:
-        name: a data set on the hub, a folder that `datasets.load_dataset` reads, or a folder of images.
+        name: a data set on the hub, a folder that `datasets.load_dataset` reads, a folder of images, or a Parquet
+            file of them.
         split: the split.
         resolution: target size, `(height, width)` or one number for both; by default the images keep their size, which
             must be the same for all.
@@ -298,11 +300,14 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 def _load(name: str | os.PathLike[str], split: str | None) -> datasets.Dataset | datasets.DatasetDict:
     """Load a split, or all splits if `split` is `None`."""
-    if is_point_set(name):  # `datasets` would search the hub for half a minute
+    is_parquet = holds_pictures(Path(name))
+    if is_point_set(name) and not is_parquet:  # `datasets` would search the hub for half a minute
         raise DatasetError(f"{name} is a point set: pass a folder of images or an image data set on the hub")
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
+        if is_parquet:
+            return datasets.load_dataset("parquet", data_files=str(name), split=split)
         return datasets.load_dataset(str(name), split=split)
     except Exception as error:  # `datasets` raises many types of errors
         what = "can't be loaded" if Path(name).exists() else "is neither a folder nor a data set on the hub"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.arrays import read_array
+from ..data.arrays import holds_pictures, read_array
 from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..progress import sampling_bar
 from ..runtime.pictures import to_pixels
@@ -55,7 +55,7 @@ def open_source(
     """Open a checkpoint, a bundle, a file of points or images, or a folder of images.
 
     Args:
-        path: the folder or the file.
+        path: the folder or the file. A Parquet file holds points, or pictures as `ddpm-sample` writes them.
         scheduler, num_inference_steps: replace a checkpoint's own.
         engine: `device` or `provider`, as for `open_sampler`.
 
@@ -68,7 +68,7 @@ def open_source(
         return _open_sampler(path, scheduler, num_inference_steps, engine)
     if scheduler is not None or num_inference_steps is not None:
         raise ConfigurationError(f"a scheduler and its steps are for a checkpoint, but {path} is not a checkpoint")
-    if path.is_dir():
+    if path.is_dir() or holds_pictures(path):
         with explain_missing_extra("reading images", "train"):
             from ..data.images import load_images
         return _choose_from(load_images(path).numpy(), path)

@@ -13,8 +13,9 @@ from datasets import load_dataset
 from diffusers import DDPMScheduler
 from helpers import SCRIPTS, assert_one_line_error
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, pretrained
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, load_images, pretrained
 from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
+from ddpm_mlp_pipeline.judge.sources import open_source
 from ddpm_mlp_pipeline.parts import Parts
 from ddpm_mlp_pipeline.ray_engine import DrawBatch
 
@@ -83,6 +84,10 @@ def test_parquet(run_forked, labelled_points, labelled_images, tmp_path):
     rows = load_dataset("parquet", data_files=str(tmp_path / "images.parquet"), split="train", cache_dir=str(tmp_path))
     pictures = np.stack([np.asarray(picture) for picture in rows["image"]])
     np.testing.assert_allclose(pictures / 255, np.load(tmp_path / "images.npy"), atol=0.5 / 255 + 1e-6)
+    assert open_source(tmp_path / "points.parquet").shape == (2,)
+    source = open_source(tmp_path / "images.parquet")
+    assert (source.shape, source.number) == ((3, 6, 9), 30)
+    np.testing.assert_array_equal(load_images(tmp_path / "images.parquet"), pictures.transpose(0, 3, 1, 2))
 
 
 def start(*argv):
