@@ -121,7 +121,7 @@ pretrained: $(FITTED:%=runs/%_fitted/model_index.json) runs/swiss_roll_2015/mode
 
 # One row of docs/results.md: train the preset, unless runs/ holds it, and measure what came out.
 results-%: runs/%/model_index.json
-	$(BIN)/ddpm-export runs/$* runs/$*-onnx --overwrite $(if $(filter mnist_mlp,$*),--scheduler ddpm)
+	$(BIN)/ddpm-export runs/$* runs/$*-onnx --overwrite
 	$(BIN)/ddpm-evaluate runs/$*-onnx $(call data,$*) --output runs/$*-distances.json --overwrite
 	$(BIN)/ddpm-bound runs/$* $(call data,$*) --variance_type $(if $(filter %2015,$*),learned_range,fixed_large) \
 		$(if $(filter %2015,$*),,--timestep_stride 10) $(if $(filter mnist% cifar10%,$*),--num_samples 1000) \

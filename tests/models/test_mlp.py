@@ -1,12 +1,14 @@
 """`MLPModel`: its interface with diffusers, and its embedding against the paper's formula."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel
-from ddpm_mlp_pipeline.models.mlp import FourierFeatures
+from ddpm_mlp_pipeline.models.mlp import FourierFeatures, PixelPosterior
 
 
 @pytest.mark.parametrize(
@@ -15,7 +17,7 @@ from ddpm_mlp_pipeline.models.mlp import FourierFeatures
         ({}, (2,)),
         ({"in_channels": 5, "embedding_dim": 8}, (5,)),
         ({"in_channels": 1, "sample_size": 28}, (1, 28, 28)),
-        ({"in_channels": 3, "sample_size": (8, 12), "num_hidden_layers": 1}, (3, 8, 12)),
+        ({"in_channels": 3, "sample_size": (8, 12), "num_hidden_layers": 1, "pixel_posterior": True}, (3, 8, 12)),
     ],
 )
 def test_every_form_of_timestep_gives_the_same_prediction(config, shape):
@@ -62,9 +64,39 @@ def test_it_drops_into_the_stock_pipeline():
     np.testing.assert_array_equal(*images)
 
 
+def test_what_a_pixel_says_of_itself_is_bayes_rule():
+    """Of pixels −1 and 1 with probabilities, the mean given x_t is that by the densities of x_t."""
+    alpha_cumprod = DDPMScheduler().alphas_cumprod[300].item()
+    posterior, x_t = PixelPosterior(4, 5), torch.linspace(-3, 3, 5)[None]
+    p = torch.tensor([[0.1, 0.3, 0.5, 0.8, 0.99]])  # of a 1
+    with torch.no_grad():
+        posterior.of_timestep.bias[:5] = -50  # no pixel passes the gate
+        posterior.of_timestep.bias[6] = math.log(math.sqrt(alpha_cumprod) / (1 - alpha_cumprod))
+        output = torch.cat([torch.logit(p) / 2, torch.zeros(1, 5)], dim=1)
+        found = posterior(x_t, output, torch.randn(1, 4))
+    means = math.sqrt(alpha_cumprod) * torch.tensor([[1.0], [-1.0]])
+    densities = torch.distributions.Normal(means, math.sqrt(1 - alpha_cumprod))
+    up, down = densities.log_prob(x_t).exp() * torch.cat([p, 1 - p])
+    torch.testing.assert_close(found[0], (up - down) / (up + down))
+
+
+def test_a_grey_pixel_passes_the_gate():
+    posterior, x_t = PixelPosterior(4, 3), torch.tensor([[0.2, -0.4, 0.0]])
+    output = torch.tensor([[5.0, 5.0, 5.0, 50.0, 50.0, 50.0]])
+    torch.testing.assert_close(posterior(x_t, output, torch.zeros(1, 4)), x_t)
+
+
 @pytest.mark.parametrize(
     "config",
-    [{"embedding_dim": 7}, {"embedding_dim": 2}, {"hidden_dim": 0}, {"in_channels": 0}, {"num_hidden_layers": 0}],
+    [
+        {"embedding_dim": 7},
+        {"embedding_dim": 2},
+        {"hidden_dim": 0},
+        {"in_channels": 0},
+        {"num_hidden_layers": 0},
+        {"pixel_posterior": True},
+        {"pixel_posterior": True, "sample_size": 8, "out_channels": 4},
+    ],
 )
 def test_impossible_sizes_are_refused(config):
     with pytest.raises(ValueError, match=next(iter(config))):
