@@ -105,13 +105,14 @@ class CheckpointSampler(Sampler):
             values = part.get(name)
             if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
                 continue  # by name, or a picture: for all
-            values = np.asarray(values)
-            if values.ndim <= dimensions or len(values) == 1:
-                continue
-            if len(values) != len(numbers):
+            if name != "class_labels":  # whose names and numbers may be mixed
+                values = np.asarray(values)
+                if values.ndim <= dimensions:
+                    continue
+            if len(values) not in (1, len(numbers)):
                 raise ConfigurationError(f"{name} must be one, or {len(numbers)}, got {len(values)}")
-            values = values[batch.start - numbers.start : batch.stop - numbers.start]
-            part[name] = values.tolist() if name == "class_labels" else values
+            rows = slice(batch.start - numbers.start, batch.stop - numbers.start)
+            part[name] = values[0] if len(values) == 1 else values[rows]
         return part
 
     def _draw(self, batch: range, seed: int, count: Callable[[], Any] | None, asked: dict[str, Any]) -> np.ndarray:
@@ -121,7 +122,8 @@ class CheckpointSampler(Sampler):
             if not state["latents"].isfinite().all():
                 raise DivergenceError.at_step(step, float(t))
             if count is not None:
-                count()
+                for _ in range(asked.get("resample", 1)):
+                    count()
             return noise.next_step(pipe, step, t, state)
 
         call = {"latents": noise.latents((len(batch), *self.sample_shape)), "callback_on_step_end": step_done, **asked}

@@ -43,7 +43,7 @@ class Parts:
         self.folder, self.samples = folder, samples
         self._draw = json.loads(json.dumps(draw))
         self._lock: IO[bytes] | None = None
-        self._found: list[range] = []
+        self._saved: list[range] = []
         self._in_memory: list[Drawn] = []
         self._bytes = 0  # of what is in memory
         self._oldest = time.monotonic()
@@ -57,33 +57,40 @@ class Parts:
         if self._lock is not None:
             self._lock.close()
 
-    def __len__(self) -> int:
-        """Number of samples that are drawn."""
-        return sum(map(len, self._known()))
+    @property
+    def num_saved(self) -> int:
+        """Number of samples that are in files."""
+        return sum(map(len, self._saved))
 
     def gaps(self) -> list[range]:
         """Return the numbers of the samples that are still to be drawn."""
-        ends = [self.samples.start, *(part.stop for part in self._known())]
-        starts = [*(part.start for part in self._known()), self.samples.stop]
-        return [range(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+        known = self._known()
+        ends, starts = [part.stop for part in known], [part.start for part in known]
+        gaps = zip([self.samples.start, *ends], [*starts, self.samples.stop], strict=True)
+        return [range(a, b) for a, b in gaps if a < b]
 
     def add(self, drawn: Iterable[Drawn]) -> None:
-        """Keep samples, and write parts now and then. If drawing fails or is interrupted, write what there is.
+        """Keep samples, and write parts now and then. If drawing fails or is interrupted after some, write the rest.
 
         Raises:
             OSError: if a part can't be written; parts that are written stay.
+            OutputExistsError: if another process has begun to write the same output.
         """
-        try:
-            for numbers, values in drawn:
-                self._in_memory.append((numbers, values))
-                self._bytes += values.nbytes
-                if self._bytes >= PART_BYTES or time.monotonic() - self._oldest >= PART_SECONDS:
-                    self._write()
-        except (KeyboardInterrupt, Exception):
-            if self._lock is not None or self._in_memory:
-                with contextlib.suppress(OSError):
-                    self._write()
-            raise
+        samples = iter(drawn)
+        while True:
+            try:
+                item = next(samples, None)
+            except (KeyboardInterrupt, Exception):
+                if self._lock is not None:
+                    with contextlib.suppress(OSError):
+                        self._write()
+                raise
+            if item is None:
+                return
+            self._in_memory.append(item)
+            self._bytes += item[1].nbytes
+            if self._bytes >= PART_BYTES or time.monotonic() - self._oldest >= PART_SECONDS:
+                self._write()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yield all samples in the order of their numbers, an array at a time."""
@@ -102,78 +109,107 @@ class Parts:
             shutil.rmtree(self.folder)
 
     def _known(self) -> list[range]:
-        return sorted([*self._found, *(numbers for numbers, _ in self._in_memory)], key=lambda part: part.start)
+        return sorted([*self._saved, *(numbers for numbers, _ in self._in_memory)], key=lambda part: part.start)
 
     def _path(self, part: range) -> Path:
         return self.folder / f"{part.start}-{part.stop}.npy"
 
     def _write(self) -> None:
+        """Write what is in memory: a file for each run of numbers that follow one another."""
         if self._lock is None:
-            self.folder.mkdir(exist_ok=True)
+            try:
+                self.folder.mkdir()
+            except FileExistsError:  # it was not there when this draw began
+                raise _in_use(self.folder) from None
             self._open(overwrite=False)
-        for run in _runs(self._in_memory):
+        rest = sorted(self._in_memory, key=lambda item: item[0].start)
+        while rest:
+            ends = (i for i in range(1, len(rest)) if rest[i][0].start != rest[i - 1][0].stop)
+            end = next(ends, len(rest))
+            run, rest = rest[:end], rest[end:]
             numbers = range(run[0][0].start, run[-1][0].stop)
             with whole_file(self._path(numbers)) as path:
                 np.save(path, np.concatenate([values for _, values in run]))
-            self._found.append(numbers)
-        self._in_memory.clear()
+            self._saved.append(numbers)
+            self._in_memory = rest
         self._bytes = 0
         self._oldest = time.monotonic()
 
     def _open(self, overwrite: bool) -> None:
-        self._lock = (self.folder / LOCK).open("ab")
-        try:
-            _lock_file(self._lock)
-        except OSError:
-            self._lock.close()
-            raise OutputExistsError(f"{self.folder} is being written by another process") from None
-        remove_partial(self.folder)
-        names = {path.name for path in self.folder.iterdir()}
-        if foreign := sorted(name for name in names - {DRAW, LOCK} if not is_part(name)):
-            raise OutputExistsError(f"{self.folder} holds {foreign[0]}, which this command does not write")
-        path = self.folder / DRAW
-        try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except ValueError:
-            before = {}
-        if before is not None and before != self._draw:
-            if not overwrite:
-                different = [name for name in self._draw if before.get(name) != self._draw[name]]
-                raise OutputExistsError(
-                    f"{self.folder} holds parts of another draw (other {', '.join(different)}): finish that one, "
-                    "delete the folder, or pass --overwrite to begin again"
-                )
-            before = None
-        if before is None:
-            for name in names - {LOCK}:
-                (self.folder / name).unlink()
-            path.write_text(json.dumps(self._draw, indent=1) + "\n", encoding="utf-8")
-        else:
-            self._found = [range(int(m[1]), int(m[2])) for m in map(is_part, names) if m]
+        with contextlib.ExitStack() as stack:
+            lock = stack.enter_context((self.folder / LOCK).open("ab"))
+            try:
+                _lock_file(lock)
+            except BlockingIOError:
+                raise _in_use(self.folder) from None
+            except OSError:
+                pass  # a file system without locks
+            remove_partial(self.folder)
+            names = {path.name for path in self.folder.iterdir()} - {LOCK}
+            if foreign := sorted(name for name in names - {DRAW} if not is_part(name)):
+                raise OutputExistsError(f"{self.folder} holds {foreign[0]}, which this command does not write")
+            before = _read(self.folder / DRAW)
+            if before != self._draw:
+                if names - {DRAW} and not overwrite:
+                    different = [name for name in self._draw if before.get(name) != self._draw[name]]
+                    raise OutputExistsError(
+                        f"{self.folder} holds parts of another draw (other {', '.join(different)}): finish that one, "
+                        "delete the folder, or pass --overwrite to begin again"
+                    )
+                for name in names:
+                    (self.folder / name).unlink()
+                with whole_file(self.folder / DRAW) as path:
+                    path.write_text(json.dumps(self._draw, indent=1) + "\n", encoding="utf-8")
+            else:
+                self._saved = self._check(names)
+            stack.pop_all()
+            self._lock = lock
+
+    def _check(self, names: Iterable[str]) -> list[range]:
+        """Return the numbers of the parts that are whole, and delete those that are not, as after a power failure."""
+        found = (range(int(match[1]), int(match[2])) for match in map(is_part, names) if match)
+        good: list[range] = []
+        for part in sorted(found, key=lambda part: part.start):
+            first = good[-1].stop if good else self.samples.start
+            try:
+                is_good = first <= part.start and part.stop <= self.samples.stop
+                is_good = is_good and len(np.load(self._path(part), mmap_mode="r")) == len(part)
+            except (ValueError, OSError, EOFError):
+                is_good = False
+            if is_good:
+                good.append(part)
+            else:
+                self._path(part).unlink()
+        return good
 
 
-def _runs(drawn: list[Drawn]) -> Iterator[list[Drawn]]:
-    """Yield the runs of arrays whose numbers follow one another."""
-    run: list[Drawn] = []
-    for numbers, values in sorted(drawn, key=lambda item: item[0].start):
-        if run and run[-1][0].stop != numbers.start:
-            yield run
-            run = []
-        run.append((numbers, values))
-    if run:
-        yield run
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON holds; nothing if there is no such file, or if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _in_use(folder: Path) -> OutputExistsError:
+    return OutputExistsError(f"{folder} is being written by another process")
 
 
 def _lock_file(file: IO[bytes]) -> None:
     """Lock a file until it is closed or the process ends, however it ends.
 
     Raises:
-        OSError: if another process has locked it.
+        BlockingIOError: if another process has locked it.
+        OSError: if the file system has no locks.
     """
     if sys.platform == "win32":
         import msvcrt
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(*error.args) from None
     else:
         import fcntl
 

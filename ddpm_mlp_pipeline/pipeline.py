@@ -359,15 +359,16 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     def _draw_labels(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> list[int]:
         """Draw labels from the class shares, with one generator for the batch or one for each sample."""
-        shares = torch.tensor(self.config.class_shares, dtype=torch.float64)
+        shares = torch.tensor(self.config.class_shares, dtype=torch.float64)  # as precise as the runtime's
         if len(shares) != len(self.class_names):
             raise ValueError(f"class_shares must hold {len(self.class_names)} numbers, got {len(shares)}")
         if isinstance(generator, list):
             if len(generator) > 1:  # a list of one is for the batch, as in `randn_tensor`
                 return [label for i in range(batch_size) for label in self._draw_labels(1, [generator[i]])]
             generator = generator[0]
-        device = self._execution_device if generator is None else generator.device
-        labels: list[int] = torch.multinomial(shares.to(device), batch_size, True, generator=generator).tolist()
+        device = torch.device("cpu") if generator is None else generator.device
+        shares = shares.to(device, torch.float64 if device.type == "cpu" else torch.float32)  # MPS has no float64
+        labels: list[int] = torch.multinomial(shares, batch_size, True, generator=generator).tolist()
         return labels
 
     def _to_class(self, label: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigurationError, explain_missing_extra
+from .errors import ConfigurationError, DDPMPipelineError, explain_missing_extra
 from .parts import Drawn
 from .runtime.request import Asked
 from .sampling import open_sampler
@@ -24,6 +24,7 @@ with explain_missing_extra("--engine ray"):
     from ray.util import ActorPool
 
 TASK_SECONDS, TASK_VALUES = 5.0, 2**20  # how long a task takes, and how many values it returns at most
+RETRIES = 3  # of a task whose worker dies
 Source = tuple[Path, str | None, int | None]
 """A bundle or a checkpoint, and for a checkpoint the scheduler and the number of steps."""
 
@@ -98,12 +99,12 @@ def draw_with_ray(
         on_step: called with the number of samples, `steps` times for each, for a progress bar.
 
     Raises:
-        ConfigurationError: if there is no cluster at the address.
+        ConfigurationError: if there is no cluster at the address, or if a worker can't draw.
     """
     path, *options = source
     with _connected(address):
-        workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Worker)
+        workers = max(1, int(ray.available_resources().get("CPU", 1)))  # others may hold the rest of the cluster
+        worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
         pool = ActorPool([worker.remote(path.resolve(), *options) for _ in range(workers)])
         rest, size = list(gaps), batch_size
         while rest or pool.has_next():
@@ -115,15 +116,19 @@ def draw_with_ray(
                 pool.submit(lambda actor, task: actor.draw.remote(*task), task)
             try:
                 part, samples, seconds = pool.get_next_unordered()
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, DDPMPipelineError):
+                    raise cause from None
+                last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+                raise ConfigurationError(f"a worker of Ray can't draw: {last_line}") from None
             # Tasks grow until each takes some seconds, beside which the scheduling takes nothing.
             per_batch = max(seconds, 1e-6) / len(part) * batch_size
             most = max(1, TASK_VALUES // samples[0].size // batch_size)
             size = batch_size * min(max(1, int(TASK_SECONDS / per_batch)), most)
             if on_step is not None:
                 on_step(steps * len(part))
-            yield part, samples
+            yield part, np.array(samples)  # Ray's own array is of a memory that it shares, and takes back at the end
 
 
 class _Worker:
@@ -142,6 +147,10 @@ class _Worker:
 @contextmanager
 def _connected(address: str | None) -> Iterator[None]:
     """Connect to the cluster at an address, or start one for the time of the block."""
+    if ray.is_initialized():
+        yield
+        return
+    where = "Ray can't be started" if address is None else f"there is no Ray cluster at {address}"
     options: dict[str, Any] = {"include_dashboard": False} if address is None else {}
     try:
         if address is not None and address != "auto":  # Ray itself tries for minutes
@@ -149,7 +158,7 @@ def _connected(address: str | None) -> Iterator[None]:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+        raise ConfigurationError(f"{where}: {str(error).splitlines()[0]}") from None
     try:
         yield
     finally:

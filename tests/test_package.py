@@ -96,7 +96,7 @@ def requirements(extra=None):
     config.read(ROOT / "setup.cfg")
     section = config["options.extras_require"] if extra else config["options"]
     text = section[extra or "install_requires"]
-    return {re.split(r"[><=]", line)[0].lower() for line in text.split()}
+    return {re.split(r"[><=[]", line)[0].lower() for line in text.split()}
 
 
 def imports(module, everywhere):
@@ -158,7 +158,7 @@ def test_what_is_declared_is_imported():
 
 def test_the_lowest_versions_are_those_of_the_lower_bounds():
     def read(text, operator):
-        pairs = re.findall(rf"^ *([\w-]+){operator}([\d.]+)", text, re.MULTILINE)
+        pairs = re.findall(rf"^ *([\w-]+)(?:\[\w+\])?{operator}([\d.]+)", text, re.MULTILINE)
         return {(name.lower(), version.removesuffix(".0").removesuffix(".0")) for name, version in pairs}
 
     bounds = (ROOT / "setup.cfg").read_text(encoding="utf-8").partition("\n# Inception")[0]

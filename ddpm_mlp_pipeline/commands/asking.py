@@ -98,7 +98,11 @@ class Asking:
     def digest(self) -> str:
         """Return a checksum of what is asked."""
         asked = {"num_samples": self.num_samples, **self.of_all, **self.of_each}
-        text = json.dumps(asked, sort_keys=True, default=lambda values: np.asarray(values).tolist())
+
+        def to_lists(values: Any) -> Any:  # a picture's numbers may be those of a palette
+            return np.asarray(values.convert("RGBA") if hasattr(values, "convert") else values).tolist()
+
+        text = json.dumps(asked, sort_keys=True, default=to_lists)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

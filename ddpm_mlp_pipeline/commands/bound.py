@@ -24,6 +24,7 @@ from .parser import (
 )
 
 with command_imports("ddpm-bound", __name__):
+    import torch
     from diffusers import DDPMScheduler
     from tabulate import tabulate
 
@@ -63,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         paths = (args.output, args.figure) if is_main_process else (None, None)
         output, figure = (path and stack.enter_context(whole_file(path, args.overwrite)) for path in paths)
-        pipeline = without_tables(load_checkpoint(args.checkpoint).to(choose_device(args.device)))
+        pipeline = without_tables(load_checkpoint(args.checkpoint).to(choose_device(args.device, torch.float64)))
         if args.variance_type is not None:
             pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=args.variance_type)
         if args.split is None and not pipeline.is_points:
             args.split = choose_split(args.dataset, HELD_OUT_SPLITS)
         number = args.num_samples or (NUM_POINTS if pipeline.is_points else None)
         options = {"split": args.split, "fit": args.fit, "noise": args.dataset_noise, "seed": args.seed}
-        with leaving_out(args.skip_corrupt) as on_corrupt:
+        with leaving_out(args.skip_corrupt, silent=not is_main_process) as on_corrupt:
             dataset = load_normalized(pipeline, args.dataset, number, **options, on_corrupt=on_corrupt)
         options = {"batch_size": args.batch_size, "timestep_stride": args.timestep_stride, "seed": args.seed}
         estimate = variational_bound(pipeline, dataset, **options, state_path=state_path)

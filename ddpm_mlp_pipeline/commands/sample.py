@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, DDPMPipelineError
 from ..export.schedulers import SCHEDULERS
 from ..files import check_file, check_folder, whole_file, whole_folder
 from ..parts import Drawn, Parts
@@ -71,14 +71,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     number, steps = len(asking.samples), len(sampler) * args.resample
     write = find_writer(sampler.sample_shape, suffix, number)
     draw = functools.partial(_draw, sampler, asking, args.seed, args.batch_size)
+    is_first = is_first_process(args.source)
     if args.engine == "ray":
-        from ..ray_engine import draw_with_ray
-
         if any(options.values()):
             raise ConfigurationError("--device and --provider are for this process, not for Ray's workers")
+        if not is_first:
+            return
+        from ..ray_engine import draw_with_ray
+
         opening = (args.source, args.scheduler, args.num_inference_steps)
         draw = functools.partial(draw_with_ray, opening, args.address, steps, asking.of, args.seed, args.batch_size)
-    elif not is_first_process(args.source):  # this process only draws its share
+    elif not is_first:  # this process only draws its share
         for _ in draw(_shared(sampler)):
             pass
         return
@@ -96,14 +99,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with (
         whole(args.output, overwrite=args.overwrite) as path,
         Parts(folder, asking.samples, what, args.overwrite) as parts,
-        sampling_bar(number * steps, len(parts) * steps) as progress,
+        sampling_bar(number * steps, parts.num_saved * steps) as progress,
     ):
         gaps = parts.gaps() if args.engine == "ray" else _shared(sampler, parts.gaps())
         try:
             with closing(draw(gaps, progress.update)) as drawn:
                 parts.add((numbers, to_pixels(x) if as_pixels else x) for numbers, x in drawn)
             write(path, parts, number, sampler)
-        except (KeyboardInterrupt, OSError) as error:
+        except (KeyboardInterrupt, OSError, DDPMPipelineError) as error:
             raise _explained(error, parts, number) from error
     parts.delete()
     print(f"{args.output}: {number} {'points' if sampler.is_points else 'images'}")
@@ -138,10 +141,12 @@ def _shared(sampler: Sampler, gaps: list[range] | None = None) -> list[range]:
 
 
 def _checksum(source: Path) -> str:
-    """Return a checksum of what is drawn from. A bundle.json has the checksums of the bundle's other files."""
-    files = [source / "bundle.json"]
-    if not files[0].is_file():
-        files = sorted(path for path in source.rglob("*") if path.suffix in (".json", ".safetensors", ".bin", ".py"))
+    """Return a checksum of the files that say what is drawn."""
+    if (source / "bundle.json").is_file():
+        files = [source / name for name in ("bundle.json", "step_table.json", "unet.onnx")]
+    else:
+        folders = (source / "unet", source / "scheduler")
+        files = [source / "model_index.json", *sorted(path for folder in folders for path in folder.glob("*"))]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
@@ -150,9 +155,9 @@ def _checksum(source: Path) -> str:
 
 def _explained(error: BaseException, parts: Parts, number: int) -> BaseException:
     """Return the error that also says how to go on, if there are parts."""
-    if not parts.folder.exists():
+    if not parts.num_saved:
         return error
-    how = f"{len(parts):,} of {number:,} samples are in {parts.folder}: the same command goes on from there"
+    how = f"{parts.num_saved:,} of {number:,} samples are in {parts.folder}: the same command goes on from there"
     if isinstance(error, OSError) and error.strerror:
         return OSError(error.errno, f"{error.strerror}; {how}", error.filename)
     return type(error)(f"{str(error) or 'interrupted'}; {how}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..bound import BoundEstimate, VariationalBound
 from ..data.batches import Batch, BatchDataset
@@ -70,11 +70,15 @@ def variational_bound(
     options = (batch_size, timestep_stride, seed)
     identity = json.dumps([*fingerprint(pipeline, data=ends), number, options], default=list)
     is_begun = state_path is not None and state_path.exists()
-    state = _State.load(state_path, identity) if state_path is not None and is_begun else _State()
+    process = this_process()
+    state = _State()
+    if state_path is not None and is_begun and process.is_main_process:
+        state = _State.load(state_path, identity)
+    (state,) = broadcast_object_list([state])  # other machines may not have the file
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
     with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
         samples = range(done, number)
-        batches, process = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)], this_process()
+        batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
         for i in range(0, len(batches), process.num_processes):
             together, found = batches[i : i + process.num_processes], []
             for rows in together[process.process_index :][:1]:

@@ -105,7 +105,8 @@ class PixelPosterior(nn.Module):
         gate_bias, scale, log_evidence = self.of_timestep(t_emb).float().split([num_pixels, 1, 1], dim=1)
         evidence = log_evidence.clamp(max=self.MAX_LOG_EVIDENCE).exp()
         mean = torch.tanh(log_odds + evidence * x_t)
-        return mean + torch.sigmoid(gate + gate_bias) * ((1 + scale) * x_t - mean)
+        x_0 = mean + torch.sigmoid(gate + gate_bias) * ((1 + scale) * x_t - mean)
+        return x_0.to(x_t.dtype)
 
 
 class ConditionEmbedding(nn.Module):

@@ -20,17 +20,19 @@ def this_process() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def choose_device(name: str | None = None) -> torch.device:
-    """Return the device of a name, or this process's accelerator, or the CPU if there is none.
+def choose_device(name: str | None = None, dtype: torch.dtype = torch.float32) -> torch.device:
+    """Return the device of a name, or this process's accelerator, or the CPU if there is none that knows the type.
 
     Raises:
-        ConfigurationError: if there is no such device.
+        ConfigurationError: if there is no such device, or if it doesn't know the type.
     """
-    if name is None:
-        return this_process().device
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = this_process().device if name is None else torch.device(name)
+        torch.empty(1, dtype=dtype, device=device)
+    except TypeError:
+        if name is None:
+            return torch.device("cpu")
+        raise ConfigurationError(f"the device {name!r} has no {str(dtype).removeprefix('torch.')}") from None
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigurationError(f"there is no device {name!r}: {str(error).splitlines()[0]}") from None
     return device

@@ -1,5 +1,6 @@
 """Draws that are divided: ranges of samples, parts that survive a kill, Parquet files, Ray's workers."""
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -15,10 +16,12 @@ from helpers import SCRIPTS, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, load_images, pretrained
 from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
+from ddpm_mlp_pipeline.errors import OutputExistsError
 from ddpm_mlp_pipeline.judge.sources import open_source
 from ddpm_mlp_pipeline.parts import Parts
 from ddpm_mlp_pipeline.ray_engine import DrawBatch
 
+OTHERS = {"draw.json", "lock"}  # files of a folder of parts
 MANY = 4_500_000  # points: two parts of 16 MiB, and a rest
 
 
@@ -130,12 +133,59 @@ def test_parts_may_come_in_any_order(tmp_path):
         parts.add((range(100 + a, 100 + b), rows[a:b]) for a, b in [(6, 8), (0, 3), (3, 4)])
         parts._write()
         assert parts.gaps() == [range(104, 106), range(108, 110)]
-    assert {path.name for path in (tmp_path / "parts").iterdir()} >= {"100-104.npy", "106-108.npy"}
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {"100-104.npy", "106-108.npy", *OTHERS}
     with Parts(tmp_path / "parts", range(100, 110), {"seed": 0}) as parts:
-        assert len(parts) == 6
+        assert parts.num_saved == 6
         parts.add((gap, rows[gap.start - 100 : gap.stop - 100]) for gap in parts.gaps())
         np.testing.assert_array_equal(np.concatenate([*parts]), rows)
         parts.delete()
+    assert not list(tmp_path.iterdir())
+
+
+def write_parts(folder, *ranges, seed=0, number=10):
+    with Parts(folder, range(number), {"seed": seed}) as parts:
+        parts.add((range(a, b), np.arange(float(a), b)) for a, b in ranges)
+        parts._write()
+
+
+def test_two_draws_that_begin_together_do_not_mix(tmp_path):
+    """The second finds the first's parts only when it writes its own: it is refused, and writes none."""
+    folder = tmp_path / "parts"
+    second = Parts(folder, range(10), {"seed": 0})
+    write_parts(folder, (0, 4))
+    with pytest.raises(OutputExistsError, match="another process"):
+        second.add(refuse_after((range(3), np.arange(3.0)), second))
+    assert {path.name for path in folder.iterdir()} == {"0-4.npy", *OTHERS}
+
+
+def refuse_after(item, parts):
+    yield item
+    parts._write()
+
+
+def test_damaged_parts_are_drawn_again(tmp_path):
+    folder = tmp_path / "parts"
+    write_parts(folder, (0, 3), (4, 6), (7, 9))
+    (folder / "4-6.npy").write_bytes((folder / "4-6.npy").read_bytes()[:-3])  # as after a power failure
+    np.save(folder / "8-10.npy", np.zeros(2))  # overlaps another
+    with Parts(folder, range(10), {"seed": 0}) as parts:
+        assert parts.gaps() == [range(3, 7), range(9, 10)]
+    (folder / "draw.json").write_text("")
+    with pytest.raises(OutputExistsError, match="another draw"):
+        Parts(folder, range(10), {"seed": 0})
+    for path in folder.glob("*.npy"):
+        path.unlink()
+    with Parts(folder, range(10), {"seed": 0}) as parts:  # the disk was full before the first part
+        assert parts.gaps() == [range(10)]
+
+
+def test_a_draw_that_fails_before_its_first_part_leaves_nothing(tmp_path):
+    def fail():
+        yield range(3), np.arange(3.0)
+        raise KeyboardInterrupt
+
+    with Parts(tmp_path / "parts", range(10), {"seed": 0}) as parts, pytest.raises(KeyboardInterrupt):
+        parts.add(fail())
     assert not list(tmp_path.iterdir())
 
 
@@ -147,12 +197,12 @@ def test_rays_workers_draw_the_same(quick_bundle, run_forked, tmp_path):
         while not list((tmp_path / "ray.npy.parts").glob("*.npy")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        workers = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if child.cmdline()[:1] == ["ray::_Worker.draw"]
-        ]
-        workers[0].kill()
+        worker = None
+        while worker is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker = child if child.cmdline()[:1] == ["ray::_Worker.draw"] else worker
+        worker.kill()
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert run_forked("sample", *argv, tmp_path / "plain.npy").returncode == 0

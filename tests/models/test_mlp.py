@@ -80,6 +80,12 @@ def test_what_a_pixel_says_of_itself_is_bayes_rule():
     torch.testing.assert_close(found[0], (up - down) / (up + down))
 
 
+def test_an_image_network_runs_in_half_precision():
+    model = MLPModel(1, 8, hidden_dim=16, pixel_posterior=True).to(torch.bfloat16)
+    images = DDPMMLPPipeline(model, DDPMScheduler(prediction_type="sample"))(2, None, 3, "np").images
+    assert np.isfinite(images).all()
+
+
 def test_a_grey_pixel_passes_the_gate():
     posterior, x_t = PixelPosterior(4, 3), torch.tensor([[0.2, -0.4, 0.0]])
     output = torch.tensor([[5.0, 5.0, 5.0, 50.0, 50.0, 50.0]])
