@@ -29,6 +29,8 @@ def choose_device(name: str | None = None, dtype: torch.dtype = torch.float32) -
     try:
         device = this_process().device if name is None else torch.device(name)
         torch.empty(1, dtype=dtype, device=device)
+        if device.type == "cpu":
+            device = torch.device("cpu")  # to "cpu:0", weights would be copied, and be summed in another order
     except TypeError:
         if name is None:
             return torch.device("cpu")
