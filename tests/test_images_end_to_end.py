@@ -1,13 +1,13 @@
 """Images from a folder to samples by onnxruntime: train, plot, export and sample, as a user runs them."""
 
 import json
-import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from helpers import LAUNCH, ROOT, assert_one_line_error
+from helpers import ROOT, assert_one_line_error
 from PIL import Image
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel
@@ -34,12 +34,11 @@ def squares(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(squares, tmp_path_factory):
-    import subprocess
-
     folder = tmp_path_factory.mktemp("run") / "squares"
-    argv = (*LAUNCH, SCRIPT, "--dataset_name", squares, "--output_dir", folder, *SMALL, "--num_epochs", 4)
+    argv = ("--dataset_name", squares, "--output_dir", folder, *SMALL, "--num_epochs", 4)
     argv += ("--save_samples_epochs", 2, "--ddpm_num_inference_steps", 5, "--snr_gamma", 5, "--random_flip")
-    subprocess.run([str(word) for word in argv], check=True, capture_output=True, text=True)
+    result = forked.Command("train_images", [str(word) for word in argv], folder.parent).wait()
+    assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -81,9 +80,9 @@ def test_frames_are_of_the_nearest_steps():
     assert every == list(range(1000, -1, -1))
 
 
-def test_export_and_every_output(trained, run, tmp_path):
+def test_export_and_every_output(trained, run, run_forked, tmp_path):
     bundle = tmp_path / "bundle"
-    result = run("ddpm-export", trained, bundle, "--scheduler", "ddpm", "--num_inference_steps", 10)
+    result = run_forked("export", trained, bundle, "--scheduler", "ddpm", "--num_inference_steps", 10)
     assert result.returncode == 0, result.stderr
     for batch_size, name in ((4, "images.npy"), (10, "again.npy"), (4, "grid.png"), (4, "folder")):
         argv = ("--num_samples", 10, "--batch_size", batch_size, "--output", tmp_path / name)
@@ -142,7 +141,8 @@ def test_comparing_schedulers(trained, squares, run_forked, tmp_path):
     output.write_text(output.read_text().replace(str(rows["ddpm", 4]["frechet_distance"]), "123.2"))
     again = run_forked(*argv[:-2])
     assert "ddpm, 4 steps: 123.2" in again.stdout
-    measured = run_forked(*argv[:7], 71, *argv[8:-2])
+    one = argv[: argv.index("--num_inference_steps")]
+    measured = run_forked(*one[:7], 71, *one[8:], "--num_inference_steps", 4, "--schedulers", "ddpm")
     assert measured.returncode == 0, measured.stderr
     assert "ddpm, 4 steps: 123.2" not in measured.stdout
     assert_one_line_error(run_forked(*argv[:-1], "ddim:eta"), "NAME=VALUE")
@@ -199,14 +199,14 @@ def test_the_stock_model_trains(squares, run_forked, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_way_of_training_is_measured(squares, run, tmp_path):
+def test_a_way_of_training_is_measured(squares, run_forked, tmp_path):
     """Measure a light variant of a user's preset, in bfloat16, on data whose test set is the training set."""
     preset = tmp_path / "squares.yaml"
     preset.write_text(f"dataset_name: {squares}\ntrain_batch_size: 16\nddpm_num_steps: 20\nlr_warmup_steps: 2\n")
     narrow = f"{preset} --no-attention --block_out_channels 8,8 --mixed_precision bf16"
     argv = (narrow, "--num_images", 90, "--repeats", 1, "--split", "train")
     argv += ("--num_samples", 70, "--num_inference_steps", 5, "--output_dir", tmp_path / "runs")
-    result = run(sys.executable, ROOT / "train_scripts" / "benchmark_training.py", *argv)
+    result = run_forked("benchmark_training", *argv)
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "runs" / "benchmark.json").read_text())
     pipeline = DDPMMLPPipeline.from_pretrained(tmp_path / "runs" / "0")

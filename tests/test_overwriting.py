@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -59,24 +59,26 @@ DATA, IMAGES = ("--dataset", "nowhere"), ("--dataset_name", "nowhere", "--output
 def test_what_is_in_the_way_is_refused_before_any_work(run, taken):
     golden = (sys.executable, ROOT / "export" / "golden.py")
     cases = [
-        (("ddpm-sample", "nowhere", "--output", "a.png"), ["a.png", EXISTS]),
-        (("ddpm-sample", "nowhere", "--output", "a.npy"), ["a.npy", EXISTS]),
-        (("ddpm-sample", "nowhere", "--output", "a.csv"), ["a.csv", EXISTS]),
-        (("ddpm-sample", "nowhere", "--output", "keep"), ["keep holds notes.txt", LEFT_ALONE]),
-        (("ddpm-sample", "nowhere", "--output", "keep", "--overwrite"), ["keep holds notes.txt", LEFT_ALONE]),
-        (("ddpm-sample", "nowhere", "--output", "pictures"), ["pictures", NOT_EMPTY]),
-        (("ddpm-export", "nowhere", "new", "--web", "page"), ["page", NOT_EMPTY]),
-        (("ddpm-export", "nowhere", "new", "--web", "web", "--overwrite"), ["bundle/thesis.tex", LEFT_ALONE]),
-        (("ddpm-evaluate", "nowhere", *DATA, "--output", "a.json"), ["a.json", EXISTS]),
-        (("ddpm-compare", "nowhere", *DATA, "--output", "new.json", "--figure", "a.png"), ["a.png", EXISTS]),
+        (("sample", "nowhere", "--output", "a.png"), ["a.png", EXISTS]),
+        (("sample", "nowhere", "--output", "a.npy"), ["a.npy", EXISTS]),
+        (("sample", "nowhere", "--output", "a.csv"), ["a.csv", EXISTS]),
+        (("sample", "nowhere", "--output", "keep"), ["keep holds notes.txt", LEFT_ALONE]),
+        (("sample", "nowhere", "--output", "keep", "--overwrite"), ["keep holds notes.txt", LEFT_ALONE]),
+        (("sample", "nowhere", "--output", "pictures"), ["pictures", NOT_EMPTY]),
+        (("export", "nowhere", "new", "--web", "page"), ["page", NOT_EMPTY]),
+        (("export", "nowhere", "new", "--web", "web", "--overwrite"), ["bundle/thesis.tex", LEFT_ALONE]),
+        (("evaluate", "nowhere", *DATA, "--output", "a.json"), ["a.json", EXISTS]),
+        (("compare", "nowhere", *DATA, "--output", "new.json", "--figure", "a.png"), ["a.png", EXISTS]),
         ((*golden, "golden"), ["golden", NOT_EMPTY]),
         ((*golden, "keep", "--overwrite"), ["keep holds notes.txt", LEFT_ALONE]),
     ]
     before = contents(taken)
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda case: run(*case[0], cwd=taken), cases)
-        for result, (_, fragments) in zip(results, cases, strict=True):
-            assert_one_line_error(result, *fragments)
+    for (command, *argv), fragments in cases:
+        if command == sys.executable:
+            result = run(command, *argv, cwd=taken)
+        else:
+            result = forked.Command(command, argv, taken).wait()
+        assert_one_line_error(result, *fragments)
     assert contents(taken) == before
 
 

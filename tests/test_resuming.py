@@ -182,32 +182,20 @@ def test_a_full_disk_leaves_the_state_before_usable(tmp_path, run):
     assert _checksums(tmp_path / "run" / "checkpoint-120") == _checksums(tmp_path / "cwd" / "whole" / "checkpoint-120")
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_state_and_says_how_to_resume(tmp_path, signum, status):
-    training = forked.Command("train_points", long_training(tmp_path), tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status", "num_processes"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)])
+def test_a_signal_saves_the_state_and_says_how_to_resume(tmp_path, signum, status, num_processes):
+    """Several processes, which all get it, stop at the same step."""
+    training = forked.Command("train_points", long_training(tmp_path), tmp_path, num_processes)
     training.wait_for("loss=")
-    os.kill(training.processes[0].pid, signum)
+    for process in training.processes:
+        os.kill(process.pid, signum)
     result = training.wait()
     assert result.returncode == status
     (state,) = states(tmp_path / "run")
     step = state.partition("-")[2]
     assert result.stderr.splitlines()[-1] == f"stopped at step {step}; go on with --resume_from_checkpoint latest"
-
-
-@pytest.mark.slow
-def test_two_processes_stop_at_the_same_step(tmp_path):
-    """What `accelerate launch` started gets the signal that it gets."""
-    words = [str(word) for word in (*TWO_PROCESSES, POINTS, *long_training(tmp_path))]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, bufsize=1, env=environment) as process:
-        text = ""
-        while "loss=" not in text:
-            text += (character := process.stderr.read(1))
-            assert character, text  # it has ended
-        process.send_signal(signal.SIGTERM)
-        text += process.stderr.read()
-    (state,) = states(tmp_path / "run")
-    assert text.count(f"stopped at step {state.partition('-')[2]};") == 2
+    assert result.stderr.count(f"stopped at step {step};") == num_processes
 
 
 def long_training(folder):

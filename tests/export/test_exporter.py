@@ -251,6 +251,14 @@ def test_weights_that_lack_a_tensor_are_refused(heart, tmp_path):
         export_bundle(tmp_path / "checkpoint", tmp_path / "bundle")
 
 
+def small_unet(channels, size):
+    return random_weights(SmallUNet2DModel(size, channels, block_out_channels=(16, 32)))
+
+
+def image_mlp(channels, size):
+    return random_weights(MLPModel(channels, size, hidden_dim=32, pixel_posterior=True))
+
+
 def stock_unet(channels, size):
     return UNet2DModel(
         sample_size=size,
@@ -265,22 +273,23 @@ def stock_unet(channels, size):
     )
 
 
-@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "channels", "size"),
     [
-        lambda channels, size: random_weights(SmallUNet2DModel(size, channels, block_out_channels=(16, 32))),
-        lambda channels, size: MLPModel(channels, size, hidden_dim=32),
-        stock_unet,
+        pytest.param(small_unet, 1, 28, id="SmallUNet2DModel, grey"),
+        pytest.param(small_unet, 3, 32, id="SmallUNet2DModel, colour"),
+        pytest.param(image_mlp, 1, 28, id="MLPModel, grey"),
+        pytest.param(image_mlp, 3, 32, id="MLPModel, colour"),
+        pytest.param(stock_unet, 3, 32, id="UNet2DModel"),
     ],
-    ids=["SmallUNet2DModel", "MLPModel", "UNet2DModel"],
 )
 def test_image_networks_agree_with_torch(tmp_path, make, channels, size):
     """Stock DDPMPipeline folders are included."""
     torch.manual_seed(0)
     network = make(channels, size).eval()
     pipeline = DDPMPipeline if isinstance(network, UNet2DModel) else DDPMMLPPipeline
-    pipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "checkpoint")
+    predicted = "sample" if isinstance(network, MLPModel) else "epsilon"
+    pipeline(network, DDPMScheduler(prediction_type=predicted)).save_pretrained(tmp_path / "checkpoint")
     assert export_bundle(tmp_path / "checkpoint", tmp_path / "bundle", "ddim", 4).parity.ok
     sampler = OnnxSampler(tmp_path / "bundle")
     for batch_size in (1, 7, 64):

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import CIFAR10, MNIST, ROOT, Payload, needs_cifar10, needs_mnist
+from helpers import CIFAR10, MNIST, Payload, needs_cifar10, needs_mnist
 
 from ddpm_mlp_pipeline.checkpoints import FEATURES
 from ddpm_mlp_pipeline.commands import train_features
@@ -84,7 +84,7 @@ def test_inception_is_torch_fidelitys(tmp_path, monkeypatch):
         load_features(tmp_path / "weights.pth")
 
 
-def test_training_one(run, tmp_path):
+def test_training_one(run_forked, tmp_path):
     """The classes are easy to tell: bright above, or bright below."""
     rng = np.random.default_rng(0)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["above", "below"])})
@@ -97,7 +97,7 @@ def test_training_one(run, tmp_path):
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
     argv = ("--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "net", "--train_batch_size", 20)
     argv += ("--layers_per_block", 2, "--block_out_channels", "8,16", "--random_flip", "--mixed_precision", "bf16")
-    result = run(sys.executable, ROOT / "train_scripts" / "train_features.py", *argv)
+    result = run_forked("train_features", *argv)
     assert result.returncode == 0, result.stderr
     assert "60 of 60 test images" in result.stdout
     network = load_features(tmp_path / "net")
