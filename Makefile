@@ -12,7 +12,7 @@ MNIST ?= ylecun/mnist
 CIFAR10 ?= uoft-cs/cifar10
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo check style types test test-lowest test-pythons lint docs dist pretrained features pictures schedulers clean
+.PHONY: demo check style types pytest test test-lowest test-pythons lint docs dist pretrained features pictures schedulers clean
 
 # Train a heart, export it, and sample it in a process that never imports torch.
 demo: .venv/installed
@@ -33,7 +33,9 @@ check: checks
 
 # The whole: what CI runs. It ends by naming what was skipped, and what would un-skip it.
 test: .venv/installed
-	$(MAKE) --jobs 2 --output-sync types style docs
+	$(MAKE) --jobs 2 style types docs pytest  # types take a minute at first, on one core
+
+pytest: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)  # two processes of one thread, for two cores
 
 checks: style types

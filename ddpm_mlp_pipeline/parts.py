@@ -17,7 +17,7 @@ import numpy as np
 from .errors import OutputExistsError
 from .files import remove_partial, whole_file
 
-PART_BYTES = 2**24  # a part is written when it is so large,
+PART_BYTES = 2**22  # a part is written when it is so large,
 PART_SECONDS = 10.0  # or so old: what is lost if the process is killed
 DRAW, LOCK = "draw.json", "lock"
 is_part = re.compile(r"([0-9]+)-([0-9]+)\.npy").fullmatch

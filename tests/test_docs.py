@@ -43,7 +43,17 @@ def test_files_and_options_that_pages_name_exist(page):
         assert (ROOT / path).exists(), path
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "ddpm_mlp_pipeline").rglob("*.py"))
     sources += (ROOT / "tests" / "kill_training.py").read_text() + (ROOT / "tests" / "fuzz_files.py").read_text()
-    theirs = {"quiet", "cpu", "multi_gpu", "num_processes", "config_file", "directory", "help", "config"}
+    theirs = {
+        "quiet",
+        "cpu",
+        "multi_gpu",
+        "num_processes",
+        "machine_rank",
+        "config_file",
+        "directory",
+        "help",
+        "config",
+    }
     for option in re.findall(r"`[^`]*?--(?:no-)?([a-z_]+)", text):
         assert option in theirs or re.search(rf"\b{option}\b", sources), option
 

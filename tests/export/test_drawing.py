@@ -4,6 +4,7 @@ import contextlib
 import signal
 import subprocess
 import time
+from argparse import ArgumentTypeError
 
 import numpy as np
 import psutil
@@ -15,6 +16,7 @@ from helpers import SCRIPTS, assert_one_line_error
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, load_images, pretrained
 from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
+from ddpm_mlp_pipeline.commands.parser import sample_range
 from ddpm_mlp_pipeline.commands.sample import _explained
 from ddpm_mlp_pipeline.errors import OutputExistsError
 from ddpm_mlp_pipeline.judge.sources import open_source
@@ -22,7 +24,7 @@ from ddpm_mlp_pipeline.parts import Parts
 from ddpm_mlp_pipeline.ray_engine import DrawBatch
 
 OTHERS = {"draw.json", "lock"}  # files of a folder of parts
-MANY = 3_500_000  # points: a part of 16 MiB, and a rest
+MANY = 900_000  # points: a part of 4 MiB, and a rest
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +62,26 @@ def test_parts_of_what_is_asked_for(run_forked, labelled_points, tmp_path):
     np.testing.assert_array_equal(np.concatenate(parts), all_of_them)
     np.testing.assert_allclose(all_of_them[:8, 0], [1] * 4 + [2] * 4, atol=1e-6)
     output = ("--output", tmp_path / "a.npy")
-    for more, fragment in [
-        (("--samples", "5:13"), "ends at 13, but 12 are asked for"),
-        (("--samples", "5"), "is not FIRST:END"),
-        (("--samples", "5:5"), "holds no samples"),
-        (("--samples", "5:2"), "holds no samples"),
-        (("--samples", "-1:2"), "holds no samples"),
-        (("--samples", "a:2"), "'a' is not a whole number"),
-    ]:
-        assert_one_line_error(run_forked(*whole, *(f"{more[0]}={more[1]}",), *output), fragment)
+    assert_one_line_error(run_forked(*whole, "--samples", "5:13", *output), "ends at 13, but 12 are asked for")
+    assert_one_line_error(run_forked(*whole, "--samples", "5:5", *output), "--samples", "5:5 holds no samples")
     one = ("sample", labelled_points, *output)
     assert_one_line_error(run_forked(*one, "--samples", f"0:{2**32 + 1}"), "a seed has 4294967296 samples")
     assert_one_line_error(run_forked(*one, "--samples", "0:2", "--num_samples", 2), "not both")
     assert_one_line_error(run_forked(*one, "--address", "auto"), "--address needs --engine ray")
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("5", "is not FIRST:END"),
+        ("5:2", "holds no samples"),
+        ("-1:2", "holds no samples"),
+        ("a:2", "'a' is not a whole number"),
+    ],
+)
+def test_ranges_that_are_none(text, fragment):
+    with pytest.raises(ArgumentTypeError, match=fragment):
+        sample_range(text)
 
 
 def test_parquet(run_forked, labelled_points, labelled_images, tmp_path):
@@ -204,11 +213,12 @@ def test_a_draw_that_fails_before_its_first_part_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_rays_workers_draw_the_same(quick_bundle, run_forked, tmp_path):
     """Also if one of them is killed on the way."""
-    argv = (quick_bundle, "--samples", f"7:{MANY}", "--output")
+    argv = (quick_bundle, "--samples", f"7:{4 * MANY}", "--output")
     with start(*argv, tmp_path / "ray.npy", "--engine", "ray") as process:
         wait_for_part(tmp_path / "ray.npy.parts", process)
         worker = None
         while worker is None:
+            assert process.poll() is None, process.stderr.read()
             for child in psutil.Process(process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     worker = child if child.cmdline()[:1] == ["ray::_Worker.draw"] else worker
