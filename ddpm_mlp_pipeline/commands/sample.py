@@ -146,9 +146,9 @@ def _checksum(source: Path) -> str:
         files = [source / name for name in ("bundle.json", "step_table.json", "unet.onnx")]
     else:
         folders = (source / "unet", source / "scheduler")
-        files = [source / "model_index.json", *sorted(path for folder in folders for path in folder.glob("*"))]
+        files = [source / "model_index.json", *sorted(path for folder in folders for path in folder.glob("*.*"))]
     digest = hashlib.sha256()
-    for file in files:
+    for file in filter(Path.is_file, files):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
