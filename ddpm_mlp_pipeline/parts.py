@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,16 +32,17 @@ class Parts:
     Args:
         folder: the folder. It is made when the first part is written.
         samples: the numbers of all samples of the draw.
-        draw: what is drawn, in JSON's types. Parts of another draw are refused.
+        describe: returns what is drawn, in JSON's types; called when there is a folder. Parts of another draw are
+            refused.
         overwrite: whether to delete these instead.
 
     Raises:
         OutputExistsError: if the folder holds parts of another draw or other files, or is open in another process.
     """
 
-    def __init__(self, folder: Path, samples: range, draw: dict[str, Any], overwrite: bool = False):
+    def __init__(self, folder: Path, samples: range, describe: Callable[[], dict[str, Any]], overwrite: bool = False):
         self.folder, self.samples = folder, samples
-        self._draw = json.loads(json.dumps(draw))
+        self._describe = describe
         self._lock: IO[bytes] | None = None
         self._saved: list[range] = []
         self._in_memory: list[Drawn] = []
@@ -148,10 +149,10 @@ class Parts:
             names = {path.name for path in self.folder.iterdir()} - {LOCK}
             if foreign := sorted(name for name in names - {DRAW} if not is_part(name)):
                 raise OutputExistsError(f"{self.folder} holds {foreign[0]}, which this command does not write")
-            before = _read(self.folder / DRAW)
-            if before != self._draw:
+            before, draw = _read(self.folder / DRAW), json.loads(json.dumps(self._describe()))
+            if before != draw:
                 if names - {DRAW} and not overwrite:
-                    different = [name for name in self._draw if before.get(name) != self._draw[name]]
+                    different = [name for name in draw if before.get(name) != draw[name]]
                     raise OutputExistsError(
                         f"{self.folder} holds parts of another draw (other {', '.join(different)}): finish that one, "
                         "delete the folder, or pass --overwrite to begin again"
@@ -159,7 +160,7 @@ class Parts:
                 for name in names:
                     (self.folder / name).unlink()
                 with whole_file(self.folder / DRAW) as path:
-                    path.write_text(json.dumps(self._draw, indent=1) + "\n", encoding="utf-8")
+                    path.write_text(json.dumps(draw, indent=1) + "\n", encoding="utf-8")
             else:
                 self._saved = self._check(names)
             stack.pop_all()

@@ -87,18 +87,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     as_pixels = not sampler.is_points and suffix != ".npy"
-    what = {
-        "source": _checksum(args.source),
-        "scheduler": [args.scheduler, args.num_inference_steps],
-        "seed": args.seed,
-        "samples": [asking.samples.start, asking.samples.stop],
-        "labels, conditions and known values": asking.digest(),
-        "type": "uint8" if as_pixels else "float32",
-    }
+
+    def describe() -> dict[str, Any]:
+        return {
+            "source": _checksum(args.source),
+            "scheduler": [args.scheduler, args.num_inference_steps],
+            "seed": args.seed,
+            "samples": [asking.samples.start, asking.samples.stop],
+            "labels, conditions and known values": asking.digest(),
+            "type": "uint8" if as_pixels else "float32",
+        }
+
     folder = args.output.with_name(f"{args.output.name}.parts")
     with (
         whole(args.output, overwrite=args.overwrite) as path,
-        Parts(folder, asking.samples, what, args.overwrite) as parts,
+        Parts(folder, asking.samples, describe, args.overwrite) as parts,
         sampling_bar(number * steps, parts.num_saved * steps) as progress,
     ):
         gaps = parts.gaps() if args.engine == "ray" else _shared(sampler, parts.gaps())

@@ -139,7 +139,10 @@ def test_an_interrupted_draw_says_how_to_go_on(tmp_path):
         yield range(3, 5), np.arange(3.0, 5.0)
         raise KeyboardInterrupt
 
-    with Parts(tmp_path / "parts", range(10), {"seed": 0}) as parts, pytest.raises(KeyboardInterrupt) as interrupt:
+    with (
+        Parts(tmp_path / "parts", range(10), lambda: {"seed": 0}) as parts,
+        pytest.raises(KeyboardInterrupt) as interrupt,
+    ):
         parts.add(stop())
     assert parts.gaps() == [range(5, 10)]
     message = f"5 of 10 samples are in {tmp_path / 'parts'}: the same command goes on from there"
@@ -150,12 +153,12 @@ def test_an_interrupted_draw_says_how_to_go_on(tmp_path):
 
 def test_parts_may_come_in_any_order(tmp_path):
     rows = np.arange(10.0)
-    with Parts(tmp_path / "parts", range(100, 110), {"seed": 0}) as parts:
+    with Parts(tmp_path / "parts", range(100, 110), lambda: {"seed": 0}) as parts:
         parts.add((range(100 + a, 100 + b), rows[a:b]) for a, b in [(6, 8), (0, 3), (3, 4)])
         parts._write()
         assert parts.gaps() == [range(104, 106), range(108, 110)]
     assert {path.name for path in (tmp_path / "parts").iterdir()} == {"100-104.npy", "106-108.npy", *OTHERS}
-    with Parts(tmp_path / "parts", range(100, 110), {"seed": 0}) as parts:
+    with Parts(tmp_path / "parts", range(100, 110), lambda: {"seed": 0}) as parts:
         assert parts.num_saved == 6
         parts.add((gap, rows[gap.start - 100 : gap.stop - 100]) for gap in parts.gaps())
         np.testing.assert_array_equal(np.concatenate([*parts]), rows)
@@ -164,7 +167,7 @@ def test_parts_may_come_in_any_order(tmp_path):
 
 
 def write_parts(folder, *ranges, seed=0, number=10):
-    with Parts(folder, range(number), {"seed": seed}) as parts:
+    with Parts(folder, range(number), lambda: {"seed": seed}) as parts:
         parts.add((range(a, b), np.arange(float(a), b)) for a, b in ranges)
         parts._write()
 
@@ -172,7 +175,7 @@ def write_parts(folder, *ranges, seed=0, number=10):
 def test_two_draws_that_begin_together_do_not_mix(tmp_path):
     """The second finds the first's parts only when it writes its own: it is refused, and writes none."""
     folder = tmp_path / "parts"
-    second = Parts(folder, range(10), {"seed": 0})
+    second = Parts(folder, range(10), lambda: {"seed": 0})
     write_parts(folder, (0, 4))
     with pytest.raises(OutputExistsError, match="another process"):
         second.add(refuse_after((range(3), np.arange(3.0)), second))
@@ -189,14 +192,14 @@ def test_damaged_parts_are_drawn_again(tmp_path):
     write_parts(folder, (0, 3), (4, 6), (7, 9))
     (folder / "4-6.npy").write_bytes((folder / "4-6.npy").read_bytes()[:-3])  # as after a power failure
     np.save(folder / "8-10.npy", np.zeros(2))  # overlaps another
-    with Parts(folder, range(10), {"seed": 0}) as parts:
+    with Parts(folder, range(10), lambda: {"seed": 0}) as parts:
         assert parts.gaps() == [range(3, 7), range(9, 10)]
     (folder / "draw.json").write_text("")
     with pytest.raises(OutputExistsError, match="another draw"):
-        Parts(folder, range(10), {"seed": 0})
+        Parts(folder, range(10), lambda: {"seed": 0})
     for path in folder.glob("*.npy"):
         path.unlink()
-    with Parts(folder, range(10), {"seed": 0}) as parts:  # the disk was full before the first part
+    with Parts(folder, range(10), lambda: {"seed": 0}) as parts:  # the disk was full before the first part
         assert parts.gaps() == [range(10)]
 
 
@@ -205,7 +208,7 @@ def test_a_draw_that_fails_before_its_first_part_leaves_nothing(tmp_path):
         yield range(3), np.arange(3.0)
         raise KeyboardInterrupt
 
-    with Parts(tmp_path / "parts", range(10), {"seed": 0}) as parts, pytest.raises(KeyboardInterrupt):
+    with Parts(tmp_path / "parts", range(10), lambda: {"seed": 0}) as parts, pytest.raises(KeyboardInterrupt):
         parts.add(fail())
     assert not list(tmp_path.iterdir())
 
