@@ -27,16 +27,27 @@ BUNDLE_FILES = ("bundle.json", "step_table.json", "unet.onnx")
 REGISTRY = "https://registry.npmjs.org"
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # SHA-512
-SCRIPT, WASM = "dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm"
-NEEDED = ("package.json", SCRIPT, WASM)  # package.json names author, version and licence
+# For CPUs, and for WebGPU, which browsers fetch only if they have it and the CPU is slow.
+SCRIPTS = ("dist/ort.wasm.bundle.min.mjs", "dist/ort.webgpu.bundle.min.mjs")
+BINARIES = ("dist/ort-wasm-simd-threaded.wasm", "dist/ort-wasm-simd-threaded.asyncify.wasm")
+NEEDED = ("package.json", *SCRIPTS, *BINARIES)  # package.json names author, version and licence
 MAX_SIZE = 200 * 2**20  # bytes of the package's archive
 TIMEOUT = 60  # seconds
-# Some servers don't serve .mjs as JavaScript. Few compress files: gzip reduces the .wasm file from 14 MB to 4 MB.
-PAGE_SCRIPT, PAGE_WASM = Path(SCRIPT).with_suffix(".js").name, f"{Path(WASM).name}.gz"
+
+
+def _page_name(name: str) -> str:
+    """Return the name that the page has for one of the package's files.
+
+    Some servers don't serve .mjs as JavaScript. Few compress files: gzip reduces the .wasm files to a quarter.
+    """
+    file = Path(name)
+    return f"{file.name}.gz" if name in BINARIES else file.with_suffix(".js").name if name in SCRIPTS else file.name
+
+
 PAGE_ENTRIES = {
     *PAGE_FILES,
     *("bundle/", *(f"bundle/{name}" for name in BUNDLE_FILES)),
-    *("onnxruntime/", *(f"onnxruntime/{name}" for name in ("package.json", PAGE_SCRIPT, PAGE_WASM))),
+    *("onnxruntime/", *(f"onnxruntime/{_page_name(name)}" for name in NEEDED)),
 }
 
 
@@ -71,9 +82,10 @@ def write_page(
         for name in BUNDLE_FILES:
             shutil.copyfile(bundle / name, page / "bundle" / name)
         (page / "onnxruntime").mkdir()
-        shutil.copyfile(package / "package.json", page / "onnxruntime" / "package.json")
-        shutil.copyfile(package / SCRIPT, page / "onnxruntime" / PAGE_SCRIPT)
-        (page / "onnxruntime" / PAGE_WASM).write_bytes(gzip.compress((package / WASM).read_bytes(), mtime=0))
+        for name in NEEDED:
+            content = (package / name).read_bytes()
+            content = gzip.compress(content, compresslevel=6, mtime=0) if name in BINARIES else content
+            (page / "onnxruntime" / _page_name(name)).write_bytes(content)
 
 
 def _check_package(package: Path) -> Path:

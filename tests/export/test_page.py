@@ -32,7 +32,7 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bun
 from ddpm_mlp_pipeline.errors import BundleError, ConfigurationError, OutputExistsError
 from ddpm_mlp_pipeline.export import page as page_module
 from ddpm_mlp_pipeline.export.compile import compile_scheduler, make_scheduler
-from ddpm_mlp_pipeline.export.page import PAGE_FILES, SCRIPT, VERSION, WASM, write_page
+from ddpm_mlp_pipeline.export.page import BINARIES, NEEDED, PAGE_FILES, SCRIPTS, VERSION, write_page
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.pictures import image_grid
@@ -45,6 +45,7 @@ ENDED = """
     ['done', 'stopped', 'failed'].includes(document.getElementById('status').dataset.state)
     && document.getElementById('draw').textContent === 'Draw'
 """
+SOFTWARE_WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 640}
 
 
@@ -53,11 +54,22 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Isolated(Quiet):
+    """A server that sends the two headers without which browsers allow no shared memory, and so no threads."""
+
+    def end_headers(self):
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
+
+
 @pytest.fixture
 def serve():
     """Serve a folder, like `python -m http.server`, and return its address."""
     with contextlib.ExitStack() as servers:
-        yield lambda folder: servers.enter_context(serving(functools.partial(Quiet, directory=folder)))
+        yield lambda folder, handler=Quiet: servers.enter_context(
+            serving(functools.partial(handler, directory=folder))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +80,7 @@ def chromium():
         "needs Chromium: apt-get install chromium"
     )
     with playwright.sync_playwright() as context:
-        browser = context.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = context.chromium.launch(executable_path=path, args=["--no-sandbox", *SOFTWARE_WEBGPU])
         yield browser
         browser.close()
 
@@ -78,15 +90,15 @@ def visit(chromium, serve):
     """Open a page's folder in the browser, and wait until it is ready or shows an error."""
     contexts = []
 
-    def visit(folder, viewport=WIDE, as_file=False, **options):
+    def visit(folder, viewport=WIDE, as_file=False, handler=Quiet, query="", **options):
         options = {"viewport": viewport, "reduced_motion": "reduce", **options}  # no delay between steps
         contexts.append(context := chromium.new_context(**options))
         tab = context.new_page()
         tab.set_default_timeout(120_000)
         tab.requests = []
         tab.on("request", lambda request: tab.requests.append(request.url))
-        tab.address = folder.as_uri() + "/index.html" if as_file else serve(folder)
-        tab.goto(tab.address)
+        tab.address = folder.as_uri() + "/index.html" if as_file else serve(folder, handler)
+        tab.goto(tab.address + query)
         tab.wait_for_function(LOADED)
         return tab
 
@@ -174,6 +186,55 @@ def test_the_whole_sampler_runs_in_a_browser(visit, pages, ddpm_bundle, tmp_path
     }""")
     expected = OnnxSampler(ddpm_bundle).sample(500, seed=2**40 + 7)
     np.testing.assert_allclose(np.reshape(points, expected.shape), expected, atol=1e-4)
+
+
+ON_BACKEND = """async ([backend, numSamples, numCalls]) => {
+    const worker = new Worker("./worker.js", { type: "module" });
+    const ask = (name, argument) => new Promise((resolve, reject) => {
+        worker.onmessage = ({ data }) => (data.error === undefined ? resolve(data.result) : reject(Error(data.error)));
+        worker.postMessage({ id: 0, name, argument });
+    });
+    await ask("open", backend);
+    await ask("start", { numSamples, seed: 2n ** 40n + 7n, asked: {} });
+    let step;
+    for (let k = 0; k < numCalls; k++) step = await ask("step");
+    worker.terminate();
+    return Array.from(step.sample);
+}"""
+
+
+def test_one_thread_two_threads_and_webgpu_draw_the_same(visit, pages, ddim_bundle, tiny_bundle):
+    """WebGPU on a device of software. Of points, its own sines would be off by 7e-3."""
+    for bundle, number in ((ddim_bundle, 300), (tiny_bundle, 2)):
+        sampler, tab = OnnxSampler(bundle), visit(pages(bundle), handler=Isolated)
+        assert tab.evaluate("crossOriginIsolated")
+        expected = sampler.sample(number, seed=2**40 + 7)
+        for provider, threads in (("wasm", 1), ("wasm", 2), ("webgpu", 1)):
+            backend = {"provider": provider, "numThreads": threads}
+            samples = tab.evaluate(ON_BACKEND, [backend, number, len(sampler)])
+            np.testing.assert_allclose(np.reshape(samples, expected.shape), expected, atol=1e-4)
+
+
+def test_a_slow_draw_takes_the_fastest_of_what_the_browser_has(visit, pages, tmp_path):
+    export_bundle(pretrained("heart"), tmp_path / "slow", "ddpm", 1000)
+    tab = visit(pages(tmp_path / "slow"), handler=Isolated)
+    rows = [row.split(": ") for row in tab.inner_text("#status").split("; ")]
+    names = [name for name, _ in rows]
+    threads = min(4, tab.evaluate("navigator.hardwareConcurrency"))
+    assert sorted(names) == sorted(["one thread", *([f"{threads} threads"] if threads > 1 else []), "WebGPU"])
+    times = [float(time.removesuffix(" ms a step").replace(",", "")) for _, time in rows]
+    assert times == sorted(times)
+    assert draw(tab, 0, 1) == ""
+    assert tab.inner_text("#status").endswith(f"ms a step on {names[0]}")
+
+
+@pytest.mark.parametrize(("query", "message"), [("wasm", ""), ("webgpu", ""), ("opengl", "must be one of wasm")])
+def test_the_address_chooses_the_backend(visit, pages, ddim_bundle, query, message):
+    tab = visit(pages(ddim_bundle), query=f"?backend={query}")
+    assert message in tab.inner_text("#error")
+    if not message:
+        assert draw(tab, 0, 10) == ""
+        assert tab.inner_text("#status").endswith({"wasm": "on one thread", "webgpu": "on WebGPU"}[query])
 
 
 def ink_of(tab):
@@ -533,7 +594,7 @@ DAMAGES = [
         rename_output,
         "must have the inputs sample, timestep and the output out_sample, but has sample, timestep, noise",
     ),
-    (delete("onnxruntime/ort.wasm.bundle.min.js"), "onnxruntime/ort.wasm.bundle.min.js can't be loaded"),
+    (delete("onnxruntime/ort.wasm.bundle.min.js"), "ort.wasm.bundle.min.js can't be loaded"),
     (delete("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be fetched"),
     (cut("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be unpacked"),
     (delete("worker.js"), "worker.js can't be run"),
@@ -615,8 +676,10 @@ def package(tmp_path):
     folder = tmp_path / "package"
     (folder / "dist").mkdir(parents=True)
     (folder / "package.json").write_text(json.dumps({"name": "onnxruntime-web", "version": VERSION}))
-    (folder / SCRIPT).write_text("export {};\n")
-    (folder / WASM).write_bytes(b"\0asm" * 1000)
+    for name in SCRIPTS:
+        (folder / name).write_text("export {};\n")
+    for name in BINARIES:
+        (folder / name).write_bytes(b"\0asm" * 1000)
     return folder
 
 
@@ -630,7 +693,8 @@ def test_a_page_is_written_whole_and_replaced(ddim_bundle, package, tmp_path):
     for name in ("unet.onnx", "step_table.json", "bundle.json"):
         assert (folder / "bundle" / name).read_bytes() == (ddim_bundle / name).read_bytes()
     assert {path.name for path in (folder / "onnxruntime").iterdir()} == {
-        *("ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm.gz", "package.json")
+        *("ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm.gz", "package.json"),
+        *("ort.webgpu.bundle.min.js", "ort-wasm-simd-threaded.asyncify.wasm.gz"),
     }
     for path in folder.rglob("*"):
         if path.suffix in (".html", ".js") and path.parent == folder:
@@ -663,7 +727,7 @@ def test_a_damaged_bundle_gets_no_page(ddim_bundle, package, tmp_path):
         (shutil.rmtree, "is not the npm package onnxruntime-web"),
         (lambda folder: (folder / "package.json").write_text('{"name": "left-pad"}'), "is not the npm package"),
         (lambda folder: (folder / "package.json").write_text("[]"), "is not the npm package"),
-        (lambda folder: (folder / WASM).unlink(), "lacks dist/ort-wasm-simd-threaded.wasm"),
+        (lambda folder: (folder / BINARIES[0]).unlink(), "lacks dist/ort-wasm-simd-threaded.wasm"),
     ],
 )
 def test_another_package_is_refused(ddim_bundle, package, tmp_path, damage, message):
@@ -690,11 +754,11 @@ def registry(package, serve, tmp_path, monkeypatch):
 def test_the_package_is_downloaded_once(ddim_bundle, registry, package, tmp_path, monkeypatch):
     write_page(ddim_bundle, tmp_path / "page", None)
     assert (tmp_path / "page" / "onnxruntime" / "ort.wasm.bundle.min.js").read_bytes() == (
-        package / SCRIPT
+        package / SCRIPTS[0]
     ).read_bytes()
     cached = tmp_path / "cache" / "ddpm-mlp-pipeline" / f"onnxruntime-web-{VERSION}"
     files = {path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()}
-    assert files == {"package.json", SCRIPT, WASM}
+    assert files == set(NEEDED)
     monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:1")  # the server is gone, and no request is made
     write_page(ddim_bundle, tmp_path / "again")
 

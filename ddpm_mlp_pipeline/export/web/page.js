@@ -7,6 +7,7 @@ const MAX_POINTS = 10_000;
 const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits or 85 CIFAR images
 const MAX_KEPT = 2 ** 24; // numbers kept for the slider over the steps, 64 MB
 const MAX_BUTTONS = 12; // more classes are a select
+const WORTH = 1000; // milliseconds: for a faster draw, no other backend is tried
 const RESAMPLE = 5; // times that each step is taken where a part is drawn anew, so that it fits the rest
 const element = (id) => document.getElementById(id);
 const [form, seedInput, countInput, drawButton, stepInput, saveButton, progress, status, canvas] = [
@@ -17,30 +18,39 @@ const format = (number, digits = 0) =>
   number.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const plural = (number, noun) => `${format(number)} ${noun}${number === 1 ? "" : "s"}`;
 
-const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
-const waiting = new Map();
-let lastId = 0;
-worker.onmessage = ({ data: { id, result, error } }) => {
-  const { resolve, reject } = waiting.get(id);
-  waiting.delete(id);
-  if (error === undefined) resolve(result);
-  else reject(new Error(error));
-};
-worker.onerror = (event) => {
-  event.preventDefault();
-  const error = new Error(`worker.js can't be run${event.message ? `: ${event.message}` : ""}`);
-  for (const { reject } of waiting.values()) reject(error);
+/** What can run the network. Threads need shared memory, which browsers allow only to pages with two headers. */
+const numThreads = globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
+const BACKENDS = {
+  wasm: { label: "one thread", provider: "wasm", numThreads: 1, isThere: true },
+  threads: { label: `${numThreads} threads`, provider: "wasm", numThreads, isThere: numThreads > 1 },
+  webgpu: { label: "WebGPU", provider: "webgpu", numThreads: 1, isThere: Boolean(navigator.gpu) },
 };
 
-/** Have the worker call one of its `answers`, and return the result. */
-function ask(name, argument) {
-  return new Promise((resolve, reject) => {
+/** Start a worker, and return it with `ask`, which calls one of its `answers` and returns the result. */
+function startWorker() {
+  const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+  const waiting = new Map();
+  let lastId = 0;
+  worker.onmessage = ({ data: { id, result, error } }) => {
+    const { resolve, reject } = waiting.get(id);
+    waiting.delete(id);
+    if (error === undefined) resolve(result);
+    else reject(new Error(error));
+  };
+  worker.onerror = (event) => {
+    event.preventDefault();
+    const error = new Error(`worker.js can't be run${event.message ? `: ${event.message}` : ""}`);
+    for (const { reject } of waiting.values()) reject(error);
+  };
+  const ask = (name, argument) => new Promise((resolve, reject) => {
     const id = ++lastId;
     waiting.set(id, { resolve, reject });
     worker.postMessage({ id, name, argument });
   });
+  return { ask, end: () => worker.terminate() };
 }
 
+let backend; // the worker that draws, with the name of its backend
 let model; // the answer to `open`, with properties derived from it
 /** @type {{label: string, samples: Float32Array}[]} the steps that the slider can show */
 let frames = [];
@@ -69,8 +79,55 @@ function describe({ info, scheduler, numCalls }) {
     : "";
 }
 
+/**
+ * Start a worker on each backend that is there, and keep the fastest.
+ * @returns {Promise<string>} the times of a step
+ */
+async function chooseBackend() {
+  const argument = { numSamples: Number(countInput.value) }, time = () => backend.ask("time", argument);
+  const times = new Map();
+  try {
+    times.set(backend.name, await time());
+  } catch { // a draw says what is wrong
+    return "";
+  }
+  const others = Object.keys(BACKENDS).filter((name) => name !== backend.name && BACKENDS[name].isThere);
+  if (times.get(backend.name) * model.numCalls < WORTH) others.length = 0;
+  for (const name of others) {
+    status.textContent = `Trying ${BACKENDS[name].label} …`;
+    const before = backend;
+    try {
+      backend = await openOn(name);
+      times.set(name, await time());
+    } catch { // a browser may have WebGPU without a device for it
+      times.delete(name);
+    }
+    const [slower, faster] = times.get(name) < times.get(before.name) ? [before, backend] : [backend, before];
+    if (slower !== faster) slower.end();
+    backend = faster;
+  }
+  const shown = [...times].sort(([, a], [, b]) => a - b);
+  return shown.map(([name, ms]) => `${BACKENDS[name].label}: ${format(ms, 1)} ms a step`).join("; ");
+}
+
+/** Start a worker that opens the bundle on a backend. */
+async function openOn(name) {
+  const worker = startWorker();
+  try {
+    return { ...worker, name, opened: await worker.ask("open", BACKENDS[name]) };
+  } catch (error) {
+    worker.end();
+    throw error;
+  }
+}
+
 async function open() {
-  const opened = await ask("open");
+  const wanted = new URLSearchParams(location.search).get("backend");
+  if (wanted !== null && !Object.hasOwn(BACKENDS, wanted)) {
+    throw new Error(`?backend= must be one of ${Object.keys(BACKENDS).join(", ")}.`);
+  }
+  backend = await openOn(wanted ?? "wasm");
+  const { opened } = backend;
   const { info, clipRange } = opened;
   const shape = info.sample_shape, dimension = shape.reduce((a, b) => a * b), isPoints = shape.length === 1;
   if (!isPoints && shape[0] !== 1 && shape[0] !== 3) {
@@ -92,6 +149,7 @@ async function open() {
   canvas.dataset.axes = JSON.stringify(model.axes);
   show(0);
   offerChoices(opened);
+  status.textContent = wanted ? BACKENDS[wanted].label : await chooseBackend();
   drawButton.disabled = false;
 }
 
@@ -213,9 +271,9 @@ async function draw({ seed, count, asked, numCalls }, whole) {
   let stride, seconds = 0, shown = performance.now();
   // Slow down fast steps to make them visible, by two seconds in all at most.
   const pause = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(150, 2000 / numCalls);
-  await ask("start", { numSamples: count, seed, asked });
+  await backend.ask("start", { numSamples: count, seed, asked });
   for (let k = 0; k < numCalls && !(run.stopped && frames.length); k++) {
-    const { timestep, milliseconds, initial, sample } = await ask("step");
+    const { timestep, milliseconds, initial, sample } = await backend.ask("step");
     seconds += milliseconds / 1000;
     if (initial) {
       frames.push({ label: `noise, before the first of ${plural(numCalls, "step")}`, samples: whole(initial) });
@@ -234,7 +292,7 @@ async function draw({ seed, count, asked, numCalls }, whole) {
       await new Promise((resolve) => setTimeout(resolve)); // let the browser paint
     }
   }
-  return `${format(seconds, 2)} s, ${format((1000 * seconds) / numCalls, 1)} ms a step`;
+  return `${format(seconds, 2)} s, ${format((1000 * seconds) / numCalls, 1)} ms a step on ${BACKENDS[backend.name].label}`;
 }
 
 /** Draw what the form says. */

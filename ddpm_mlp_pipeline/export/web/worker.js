@@ -15,19 +15,26 @@ async function fetchBytes(path) {
   return new Uint8Array(await response.arrayBuffer());
 }
 
-/** Load ONNX Runtime for one thread: more threads need headers that few file servers send. */
-async function loadRuntime() {
+/** ONNX Runtime's files, by the provider that runs the network. */
+const FILES = {
+  wasm: ["ort.wasm.bundle.min.js", "ort-wasm-simd-threaded.wasm.gz"],
+  webgpu: ["ort.webgpu.bundle.min.js", "ort-wasm-simd-threaded.asyncify.wasm.gz"],
+};
+/** The network's nodes that stay on the CPU: WebGPU promises three digits of a sine, and embeddings need more. */
+const ON_CPU = ["sin", "cos"].flatMap((kind) => Array.from({ length: 16 }, (_, i) => `${kind}_${i}`));
+
+async function loadRuntime(provider, numThreads) {
+  const [script, path] = FILES[provider].map((name) => `onnxruntime/${name}`);
   let ort;
   try {
-    ort = await import("./onnxruntime/ort.wasm.bundle.min.js");
+    ort = await import(`./${script}`);
   } catch (error) {
-    throw new BundleError(`onnxruntime/ort.wasm.bundle.min.js can't be loaded: ${oneLine(error)}`);
+    throw new BundleError(`${script} can't be loaded: ${oneLine(error)}`);
   }
-  const path = "onnxruntime/ort-wasm-simd-threaded.wasm.gz";
   const bytes = await fetchBytes(path);
   const isGzip = bytes[0] === 0x1f && bytes[1] === 0x8b; // with some servers, the browser has unpacked it already
   const packed = new Blob([bytes]).stream();
-  ort.env.wasm.numThreads = 1;
+  ort.env.wasm.numThreads = numThreads;
   try {
     const stream = isGzip ? packed.pipeThrough(new DecompressionStream("gzip")) : packed;
     ort.env.wasm.wasmBinary = await new Response(stream).arrayBuffer();
@@ -38,9 +45,11 @@ async function loadRuntime() {
 }
 
 const answers = {
-  async open() {
-    const ort = await loadRuntime();
-    sampler = await openBundle(ort, (name) => fetchBytes(`bundle/${name}`), { executionProviders: ["wasm"] });
+  async open({ provider, numThreads }) {
+    const ort = await loadRuntime(provider, numThreads);
+    sampler = await openBundle(ort, (name) => fetchBytes(`bundle/${name}`), {
+      executionProviders: [provider === "webgpu" ? { name: provider, forceCpuNodeNames: ON_CPU } : provider],
+    });
     const { info, table, isGuidable, takesKnown } = sampler;
     let isResampleable = true;
     try {
@@ -60,6 +69,17 @@ const answers = {
       takesKnown,
       isResampleable,
     };
+  },
+
+  /** Return the milliseconds of a step, of the faster of two after one that may compile. */
+  async time({ numSamples }) {
+    const times = [];
+    for (let i = 0; i < 3; i++) {
+      const start = performance.now();
+      await sampler.steps(numSamples, 0n).next();
+      times.push(performance.now() - start);
+    }
+    return Math.min(...times.slice(1));
   },
 
   start({ numSamples, seed, asked }) {
