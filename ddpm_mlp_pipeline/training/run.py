@@ -173,7 +173,8 @@ class Run:
         if accelerator.sync_gradients:
             self.losses.append(self._clip_gradient(batch, t, eps))
         self.optimizer.step()
-        self.lr_scheduler.step()
+        if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
         self.optimizer.zero_grad()
         if accelerator.sync_gradients:
             self._end_step()
@@ -293,7 +294,8 @@ def prepare_run(
     dataloader: DataLoader[Batch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # any class with a length and `__getitems__` works
         batch_size=args.train_batch_size,
-        shuffle=True,
+        sampler=(sampler := getattr(dataset, "sampler", None)),
+        shuffle=sampler is None,
         drop_last=True,
         collate_fn=lambda batch: batch,
         # With the global generator, a resumed run would draw once more than a run that never stopped.
@@ -306,8 +308,8 @@ def prepare_run(
         get_scheduler(
             args.lr_scheduler,
             optimizer,
-            num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-            num_training_steps=max_train_steps * accelerator.num_processes,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=max_train_steps,
         )
     )
     ema = None
@@ -318,7 +320,8 @@ def prepare_run(
         given = {name: value for name, value in vars(args).items() if value is not None}
         options = {name: value if isinstance(value, int | float) else str(value) for name, value in given.items()}
         accelerator.init_trackers("train", options)
-    checkpoints = Checkpoints(accelerator, pipeline, ema, Path(args.output_dir), args.checkpoints_total_limit)
+    total = args.train_batch_size * accelerator.num_processes
+    checkpoints = Checkpoints(accelerator, pipeline, ema, total, Path(args.output_dir), args.checkpoints_total_limit)
     return Run(
         args=args,
         pipeline=pipeline,
@@ -348,6 +351,8 @@ def _make_accelerator(args: RunArguments) -> Accelerator:
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+            # Accelerate would step it once for each process, so that its state would depend on their number.
+            step_scheduler_with_optimizer=False,
             # The order of the data depends on seed and epoch only, so that a resumed run finds its place.
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 
@@ -22,7 +23,7 @@ from ..files import PARTIAL, find_foreign, remove_partial, rename_durably
 from ..pipeline import DDPMMLPPipeline
 
 MANIFEST = "manifest.json"  # the SHA-256 of every other file
-PROGRESS = "progress_{}.bin"  # what Accelerate doesn't save, by process: the losses and the EMA
+PROGRESS = "progress_{}.bin"  # what Accelerate doesn't save, by process: the losses, the EMA, what it has to fit
 
 
 class Checkpoints:
@@ -35,6 +36,7 @@ class Checkpoints:
         accelerator: the accelerator whose prepared objects make up the state.
         pipeline: the pipeline. A state is loaded only into the same configurations of network and scheduler.
         ema: the exponential moving average of the weights, if there is one.
+        total_batch_size: number of samples in a batch of all processes.
         output_dir: the folder of the states.
         limit: maximum number of states to keep; by default all.
     """
@@ -44,11 +46,12 @@ class Checkpoints:
         accelerator: Accelerator,
         pipeline: DDPMMLPPipeline,
         ema: EMAModel | None,
+        total_batch_size: int,
         output_dir: Path,
         limit: int | None = None,
     ):
         self.accelerator, self.pipeline, self.ema = accelerator, pipeline, ema
-        self.output_dir, self.limit = output_dir, limit
+        self.total_batch_size, self.output_dir, self.limit = total_batch_size, output_dir, limit
 
     def save(self, losses: list[float]) -> None:
         """Save the state after `len(losses)` steps, then delete the oldest states beyond the limit.
@@ -62,7 +65,8 @@ class Checkpoints:
             with explain_writing(folder):
                 self.accelerator.save_state(partial)
                 ema = None if self.ema is None else self.ema.state_dict()
-                progress = {"losses": losses, "ema": ema, "data": self._data}
+                progress = {"losses": losses, "ema": ema, "data": self._data, "batch": self.total_batch_size}
+                progress["random"] = _random_of(self.accelerator.device).get_rng_state()
                 torch.save(progress, partial / PROGRESS.format(self.accelerator.process_index))
                 self.accelerator.wait_for_everyone()
                 if self.accelerator.is_main_process:
@@ -153,11 +157,11 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> list[float]:
         try:
-            saved_by = len(list(folder.glob(PROGRESS.format("*"))))
-            if saved_by != self.accelerator.num_processes:
-                raise ValueError(f"it was saved by {saved_by} processes, not {self.accelerator.num_processes}")
-            file = folder / PROGRESS.format(self.accelerator.process_index)
+            saved_by, process = len(list(folder.glob(PROGRESS.format("*")))), self.accelerator.process_index
+            # All processes have the same progress, and random numbers: each draws those of all.
+            file = folder / PROGRESS.format(process if process < saved_by else 0)
             progress = torch.load(file, map_location="cpu", weights_only=True)
+            self._check_processes(saved_by, progress["batch"])
             if progress.get("data", self._data) != self._data:
                 raise ValueError("its data differ: pass the same data, --dataset_size, --dataset_noise and --seed")
             for name in ("unet", "scheduler"):
@@ -169,6 +173,8 @@ class Checkpoints:
             if (progress["ema"] is None) != (self.ema is None):
                 raise ValueError(f"it was saved with{'out' if self.ema else ''} --use_ema")
             self.accelerator.load_state(folder, load_kwargs={"weights_only": True})
+            if process >= saved_by:
+                _random_of(self.accelerator.device).set_rng_state(progress["random"])
             self._lay_out()
             if self.ema is not None:
                 self.ema.load_state_dict(progress["ema"])
@@ -177,6 +183,18 @@ class Checkpoints:
             raise CheckpointError(f"can't resume from {folder}: {error}") from None
         return progress["losses"]
 
+    def _check_processes(self, saved_by: int, batch: int) -> None:
+        """Refuse another number of processes, unless they have the same batch together."""
+        number = self.accelerator.num_processes
+        if saved_by == number and batch == self.total_batch_size:
+            return
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(f"it holds the shards of {saved_by} processes, not of {number}")
+        if batch != self.total_batch_size:
+            what = f"a batch of its {saved_by} processes had {batch} samples in all, not {self.total_batch_size}"
+            how = f"--train_batch_size {batch // number}" if batch % number == 0 else "another number of processes"
+            raise ValueError(f"{what}: pass {how}")
+
     def _lay_out(self) -> None:
         """Give the optimizer's state the memory layout of its parameters: the fused Adam reads both as they lie."""
         for optimizer in self.accelerator._optimizers:
@@ -184,6 +202,11 @@ class Checkpoints:
                 for name, value in state.items():
                     if value.shape == parameter.shape and value.stride() != parameter.stride():
                         state[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _random_of(device: torch.device) -> Any:
+    """Return the module of torch that has the state of a device's random numbers."""
+    return torch.random if device.type == "cpu" else torch.get_device_module(device)
 
 
 @contextlib.contextmanager
