@@ -10,7 +10,7 @@ from typing import TypeVar
 from accelerate.utils import set_seed
 
 from .. import figures
-from ..data.batches import TensorBatches
+from ..data.batches import KnownBatches
 from ..pipeline import DDPMMLPPipeline
 from ..progress import progress_bar
 from ..training import model_card
@@ -40,7 +40,7 @@ def start_run(arguments: type[Options], argv: Sequence[str] | None, description:
 def finish_run(
     args: TrainingArguments,
     pipeline: DDPMMLPPipeline,
-    data: TensorBatches,
+    data: KnownBatches,
     losses: list[float],
     dataset: str,
     repo_id: str | None,
@@ -64,7 +64,7 @@ def finish_run(
         print(model_card.push(repo_id, args))
 
 
-def _fit(args: TrainingArguments, pipeline: DDPMMLPPipeline, data: TensorBatches, num_calls: Sequence[int]) -> None:
+def _fit(args: TrainingArguments, pipeline: DDPMMLPPipeline, data: KnownBatches, num_calls: Sequence[int]) -> None:
     """Fit tables of few calls, and save the pipeline with a scheduler that plays them."""
     defaults = FittingArguments.of_points if pipeline.is_points else FittingArguments.of_images
     fitting = defaults(seed=args.seed)

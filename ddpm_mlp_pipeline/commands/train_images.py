@@ -13,6 +13,7 @@ with command_imports("training", __name__):
 
     from .. import figures
     from ..data.images import ImageBatches, load_labelled_images, mirror_half
+    from ..data.shards import ImageShards
     from ..pipeline import DDPMMLPPipeline
     from ..training.loop import train
     from ..training.options import ImageTrainingArguments
@@ -41,13 +42,13 @@ def draw_samples(args: ImageTrainingArguments, pipeline: DDPMMLPPipeline, ema: E
 
 def train_on_images(
     args: ImageTrainingArguments,
-    data: ImageBatches,
+    data: ImageBatches | ImageShards,
     class_names: Sequence[str] = (),
     draw_samples: Callable[..., None] | None = None,
 ) -> tuple[DDPMMLPPipeline, list[float]]:
     """Train a new pipeline on images of some classes; return it and the steps' losses."""
     shares = class_shares_of(data.class_labels, len(class_names))
-    pipeline = make_image_pipeline(args, tuple(data.samples.shape[1:]), class_names, shares)
+    pipeline = make_image_pipeline(args, data.sample_shape, class_names, shares)
     pipeline.set_progress_bar_config(disable=True)
     augment = mirror_half if args.random_flip else None
     return pipeline, train(pipeline, data, args, draw_samples, augment)
@@ -56,18 +57,29 @@ def train_on_images(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args, repo_id = start_run(ImageTrainingArguments, argv, __doc__)
+    data, class_names = _load_data(args)
+    channels, height, width = data.sample_shape
+    shape = f"{height}×{width}, channels: {channels}"
+    this_process().print(f"{len(data)} images, {shape}, classes: {len(class_names) or 'none'}")
+    pipeline, losses = train_on_images(args, data, class_names, functools.partial(draw_samples, args))
+    finish_run(args, pipeline, data, losses, args.dataset_name, repo_id, args.ddpm_num_inference_steps)
+
+
+def _load_data(args: ImageTrainingArguments) -> tuple[ImageBatches | ImageShards, list[str]]:
+    """Return the images, and the names of their classes."""
+    if args.streaming:
+        form = (args.resolution, args.fit, args.channels, args.seed)
+        shards = ImageShards(args.dataset_name, args.label_column, args.split, *form)
+        return shards, shards.class_names
     process = this_process()
     with process.local_main_process_first(), leaving_out(args.skip_corrupt, not process.is_main_process) as on_corrupt:
         choose_resolution(args)
-        form = args.resolution, args.fit, args.channels
         images, labels, class_names = load_labelled_images(
-            args.dataset_name, args.label_column, args.split, *form, on_corrupt=on_corrupt
+            *(args.dataset_name, args.label_column, args.split),
+            *(args.resolution, args.fit, args.channels),
+            on_corrupt=on_corrupt,
         )
-    number, channels, height, width = images.shape
-    process.print(f"{number} images, {height}×{width}, channels: {channels}, classes: {len(class_names) or 'none'}")
-    data = ImageBatches(images, labels).to_accelerator(process.device)
-    pipeline, losses = train_on_images(args, data, class_names, functools.partial(draw_samples, args))
-    finish_run(args, pipeline, data, losses, args.dataset_name, repo_id, args.ddpm_num_inference_steps)
+    return ImageBatches(images, labels).to_accelerator(process.device), class_names
 
 
 if __name__ == "__main__":

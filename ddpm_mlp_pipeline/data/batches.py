@@ -54,11 +54,18 @@ class Batch(NamedTuple):
 
 
 class BatchDataset(Protocol):
-    """A data set that returns whole batches."""
+    """A data set that returns whole batches. If it has a `sampler`, that is the order of its epochs."""
 
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: list[int]) -> Batch: ...
+
+
+class KnownBatches(BatchDataset, Protocol):
+    """A data set whose labels and conditions are known without its samples, with the shapes of a `Batch`."""
+
+    class_labels: torch.Tensor | None
+    condition: torch.Tensor | None
 
 
 class TensorBatches(Dataset[Batch]):

@@ -98,31 +98,26 @@ def load_labelled_images(
     Raises:
         DatasetError: as `load_images` does, and if there is no such column, or a label is missing.
     """
-    size = (resolution, resolution) if isinstance(resolution, int) else resolution
-    if size is not None and min(size) < 1:
-        raise DatasetError(f"resolution must be at least 1, got {min(size)}")
-    if channels is not None and channels not in MODES:
-        raise DatasetError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), got {channels}")
+    size = target_size(resolution, channels)
     everything = _load(name, split)
     rows, column, indices = _choose_images(everything, name, split, number, seed)
-    labels, names = (None, []) if label_column is None else _labels_of(everything, name, label_column)
+    labels, names = (None, []) if label_column is None else labels_of(everything, name, label_column)
     images: np.ndarray | None = None
     kept: list[int] = []
     for row, index in zip(progress_bar(iterable=rows, desc="decoding", leave=False), indices, strict=True):
         path = row[column]["path"]
         what = f"row {index} of {name}" + (f" ({path})" if path else "")
         try:
-            image = _open(row[column])
-            channels = channels or _channels(image)
-            image = _convert(image, channels)
+            pixels = decode(row[column], channels, size, fit, what)
+        except DatasetError:
+            raise
         except Exception as error:  # Pillow's decoders raise many types of errors
             message = f"{what} can't be decoded: {error}"
             if on_corrupt is None:
                 raise DatasetError(f"{message} (pass --skip_corrupt to skip such images)") from None
             on_corrupt(message)
             continue
-        pixels = np.asarray(_fit(image, size, fit, what))
-        pixels = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
+        channels = channels or len(pixels)
         if images is None:
             images = _allocate((len(rows), *pixels.shape), max_memory)
         if pixels.shape != images.shape[1:]:
@@ -137,7 +132,44 @@ def load_labelled_images(
     return torch.from_numpy(images[: len(kept)]), None if labels is None else labels[np.array(kept)], names
 
 
-def _labels_of(
+def target_size(resolution: int | tuple[int, int] | None, channels: int | None) -> tuple[int, int] | None:
+    """Return the images' target height and width, `None` if they keep theirs.
+
+    Raises:
+        DatasetError: if it is less than 1, or if images can't have so many channels.
+    """
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if size is not None and min(size) < 1:
+        raise DatasetError(f"resolution must be at least 1, got {min(size)}")
+    if channels is not None and channels not in MODES:
+        raise DatasetError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), got {channels}")
+    return size
+
+
+def decode(row: dict[str, Any], channels: int | None, size: tuple[int, int] | None, fit: str, what: str) -> np.ndarray:
+    """Decode an image, whose bytes or path `datasets` gives.
+
+    Args:
+        row: with the keys `bytes` and `path`.
+        channels: 1, 3 or 4; by default the image's own.
+        size: target height and width; by default its own.
+        fit: as for `load_images`.
+        what: names the image in errors.
+
+    Returns:
+        uint8 `[channels, height, width]`.
+
+    Raises:
+        DatasetError: if it is too large to be padded.
+        Exception: of many types, if it can't be decoded.
+    """
+    image = _open(row)
+    channels = channels or _channels(image)
+    pixels = np.asarray(_fit(_convert(image, channels), size, fit, what))
+    return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
+
+
+def labels_of(
     rows: datasets.Dataset, name: str | os.PathLike[str], label_column: str
 ) -> tuple[torch.Tensor, list[str]]:
     """Return the labels of a data set's rows, int64, and the classes' names."""
@@ -228,6 +260,11 @@ def to_network_units(images: torch.Tensor) -> torch.Tensor:
 
 class ImageBatches(TensorBatches):
     """uint8 images in memory, `[number, channels, height, width]`, of which batches are in the network's units."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """`(channels, height, width)`."""
+        return tuple(self.samples.shape[1:])
 
     def __getitems__(self, indices: list[int]) -> Batch:
         batch = super().__getitems__(indices)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..data.batches import TensorBatches
+from ..data.batches import KnownBatches
 from ..errors import CheckpointError, ConfigurationError, DivergenceError
 from ..files import whole_file
 from ..loading import fingerprint
@@ -76,7 +76,7 @@ class TableFitter:
     def __init__(
         self,
         pipeline: DDPMMLPPipeline,
-        data: TensorBatches,
+        data: KnownBatches,
         features: FitFeatures,
         args: FittingArguments,
         state_path: Path | None = None,

@@ -227,6 +227,7 @@ class ImageTrainingArguments(TrainingArguments):
     fit: str = option("resize", "how to reach it: scale, or centre on black", choices=["resize", "pad"])
     channels: int | None = option(None, "1 (grey), 3 (RGB) or 4 (RGBA); by default as the first image")
     skip_corrupt: bool = option(False, "skip images that can't be read, and list them")
+    streaming: bool = option(False, "decode images of Parquet files while training: for those that fit nowhere")
     random_flip: bool = option(False, "mirror half of the images, left to right")
     model: str = option("unet", "network; stock is diffusers' UNet2DModel", choices=["unet", "mlp", "stock"])
     block_out_channels: str | None = option(
@@ -252,6 +253,8 @@ class ImageTrainingArguments(TrainingArguments):
         self.label_column = self.label_column or None
         super().__post_init__()
         self._check_least({"resolution": 1, "max_resolution": 4})
+        if self.streaming and (self.skip_corrupt or self.max_resolution is not None):
+            raise ConfigurationError("streaming decodes each image late: give --resolution, and no --skip_corrupt")
         if self.ddpm_num_inference_steps is None:
             self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:

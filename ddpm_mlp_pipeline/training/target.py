@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.batches import Batch, TensorBatches
+from ..data.batches import Batch, KnownBatches
 from ..errors import ConfigurationError, DatasetError
 from ..pipeline import DDPMMLPPipeline
 from .fit_features import FitFeatures, PointFeatures, energy_distance, mean_distance
@@ -39,7 +39,7 @@ class Target:
         DatasetError: if there are too few data, or the network takes labels that the data lack.
     """
 
-    def __init__(self, pipeline: DDPMMLPPipeline, data: TensorBatches, features: FitFeatures, args: FittingArguments):
+    def __init__(self, pipeline: DDPMMLPPipeline, data: KnownBatches, features: FitFeatures, args: FittingArguments):
         self.data, self.features, self.args, self.device = data, features, args, pipeline.device
         if pipeline.num_classes and data.class_labels is None:
             raise DatasetError(
