@@ -102,7 +102,7 @@ def draw_with_ray(
         ConfigurationError: if there is no cluster at the address, or if a worker can't draw.
     """
     path, *options = source
-    with _connected(address):
+    with connected(address):
         workers = max(1, int(ray.available_resources().get("CPU", 1)))  # others may hold the rest of the cluster
         worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
         pool = ActorPool([worker.remote(path.resolve(), *options) for _ in range(workers)])
@@ -131,6 +131,27 @@ def draw_with_ray(
             yield part, np.array(samples)  # Ray's own array is of a memory that it shares, and takes back at the end
 
 
+def batches_with_ray(
+    source: Source,
+    steps: int,
+    number: int,
+    seed: int,
+    batch_size: int,
+    on_step: Callable[[int], Any] | None = None,
+    **asked: Any,
+) -> Iterator[np.ndarray]:
+    """Draw samples as `draw_with_ray` does, in order. Of what is asked, `class_labels` has a label for each sample."""
+    labels = asked.pop("class_labels", None)
+
+    def ask(part: range) -> Asked:
+        of_part = {} if labels is None else {"class_labels": labels[part.start : part.stop]}
+        return Asked(**asked, **of_part)  # type: ignore[typeddict-item]
+
+    drawn = draw_with_ray(source, None, steps, ask, seed, batch_size, [range(number)], on_step)
+    for _, samples in sorted(drawn, key=lambda part: part[0].start):
+        yield samples
+
+
 class _Worker:
     """Ray's actor: a sampler in a process of its own, with one thread."""
 
@@ -145,8 +166,8 @@ class _Worker:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """Connect to the cluster at an address, or start one for the time of the block."""
+def connected(address: str | None) -> Iterator[None]:
+    """Connect to the cluster at an address, or start one, for the time of the block. A connection is kept."""
     if ray.is_initialized():
         yield
         return

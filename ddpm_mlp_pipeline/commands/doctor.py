@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, ConfigurationError, DatasetError
-from .parser import CommandParser, add_data_options, command, command_imports, leaving_out
+from .parser import CommandParser, add_data_options, add_device, command, command_imports, leaving_out
 
 with command_imports("ddpm-doctor", __name__):
     import torch
@@ -40,6 +40,7 @@ with command_imports("ddpm-doctor", __name__):
         make_image_pipeline,
         make_point_pipeline,
     )
+    from ..training.processes import choose_device
     from ..training.state import find_states
     from .presets import parse_options, read_preset
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_count("--resolution", "size of a preset's images, as in training")
     parser.add_argument("--channels", type=int, choices=[1, 3, 4], help="channels of a preset's images")
+    add_device(parser)
     args = parser.parse_args(argv)
     with leaving_out(args.skip_corrupt) as on_corrupt:
         make_patient = _checkpoint_as_patient if Path(args.patient).is_dir() else _preset_as_patient
@@ -108,7 +110,7 @@ def _checkpoint_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | 
         raise ConfigurationError(
             "--resolution and --channels are for a preset, and a checkpoint has its own: leave them out"
         )
-    pipeline = load_checkpoint(args.patient)
+    pipeline = load_checkpoint(args.patient).to(choose_device(args.device))
     if args.label_column is not None:
         if not pipeline.num_classes:
             raise ConfigurationError(f"{args.patient} knows no classes: leave --label_column out")
@@ -144,6 +146,7 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     typed["dataset_name"] = args.dataset
     if args.guidance_scale != 1:
         raise ConfigurationError("--guidance_scale is for a checkpoint, and a preset is not trained: leave it out")
+    choose_device(args.device)  # refuse one that isn't there
     if is_points:
         if args.resolution or args.channels:
             raise ConfigurationError("--resolution and --channels are for images: leave them out for points")

@@ -27,8 +27,10 @@ from .parser import (
     CommandParser,
     add_data_options,
     add_device,
+    add_engine,
     add_overwrite,
     add_provider,
+    check_engine,
     command,
     command_imports,
     leaving_out,
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="a .json file for the results and their settings")
     add_device(parser)
     add_provider(parser)
+    add_engine(parser)
     add_overwrite(parser)
     classes = parser.add_argument_group("classes")
     classes.add_argument(
@@ -88,11 +91,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     images.add_argument("--features", help=FEATURES_HELP)
     args = parser.parse_args(argv)
+    check_engine(args)
     is_first = is_first_process(args.samples)
-    with whole_file(args.output, args.overwrite) if args.output and is_first else contextlib.nullcontext() as output:
-        source = open_source(
-            args.samples, args.scheduler, args.num_inference_steps, device=args.device, provider=args.provider
-        )
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(whole_file(args.output, args.overwrite)) if args.output and is_first else None
+        options = {"device": args.device, "provider": args.provider, "engine": args.engine}
+        source = open_source(args.samples, args.scheduler, args.num_inference_steps, **options)
+        if args.engine == "ray":
+            if not is_first:
+                return
+            from ..ray_engine import connected
+
+            stack.enter_context(connected(args.address))  # once for all repeats
         if args.class_labels and not source.class_names:
             raise ConfigurationError(f"{args.samples} knows no classes: leave --class_labels out")
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")

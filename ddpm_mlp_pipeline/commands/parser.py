@@ -147,6 +147,26 @@ def add_provider(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--provider", help="what ONNX Runtime runs a bundle on: cuda, openvino … (default: cpu)")
 
 
+def add_engine(parser: argparse._ActionsContainer) -> None:
+    """Add `--engine` and `--address`."""
+    parser.add_argument("--engine", choices=["ray"], help="draw in Ray's workers (default: in this process)")
+    parser.add_argument(
+        "--address", help="of a Ray cluster, such as 'auto' or HOST:PORT (default: start one on this machine)"
+    )
+
+
+def check_engine(args: argparse.Namespace) -> None:
+    """Refuse options of an engine that contradict each other.
+
+    Raises:
+        ConfigurationError: if an address is given without an engine, or a device or provider with one.
+    """
+    if args.address is not None and args.engine is None:
+        raise ConfigurationError("--address needs --engine ray")
+    if args.engine is not None and (args.device or args.provider):
+        raise ConfigurationError("--device and --provider are for this process, not for Ray's workers")
+
+
 def _positive_int(text: str) -> int:
     value = _int(text)
     if value < 1:

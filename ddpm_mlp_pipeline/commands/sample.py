@@ -24,7 +24,16 @@ from ..runtime.sampler import OnnxSampler, Sampler
 from ..sampling import is_first_process, open_sampler
 from ..writers import SUFFIXES, find_writer
 from .asking import Asking, add_asking_options, read_asking
-from .parser import CommandParser, add_device, add_overwrite, add_provider, command, noise_seed
+from .parser import (
+    CommandParser,
+    add_device,
+    add_engine,
+    add_overwrite,
+    add_provider,
+    check_engine,
+    command,
+    noise_seed,
+)
 
 CHUNK = 2**18  # samples whose arguments are prepared at once
 is_picture = re.compile(r"[0-9]+\.png").fullmatch  # the files of a folder that this command writes
@@ -47,17 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
     add_device(parser)
     add_provider(parser)
-    parser.add_argument("--engine", choices=["ray"], help="draw in Ray's workers (default: in this process)")
-    parser.add_argument(
-        "--address", help="of a Ray cluster, such as 'auto' or HOST:PORT (default: start one on this machine)"
-    )
+    add_engine(parser)
     add_overwrite(parser)
     args = parser.parse_args(argv)
     suffix = args.output.suffix
     if suffix not in SUFFIXES:
         raise ConfigurationError(f"{args.output} must end in .png, .npy, .csv or .parquet, or be a folder's name")
-    if args.address is not None and args.engine is None:
-        raise ConfigurationError("--address needs --engine ray")
+    check_engine(args)
     if suffix:
         check_file(args.output, args.overwrite)
         whole = whole_file
@@ -65,21 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_folder(args.output, is_picture, args.overwrite)
         whole = functools.partial(whole_folder, own=is_picture)
 
-    options = {"device": args.device, "provider": args.provider}
-    sampler = open_sampler(args.source, args.scheduler, args.num_inference_steps, **options)
+    opening = (args.source, args.scheduler, args.num_inference_steps)
+    sampler = open_sampler(*opening, device=args.device, provider=args.provider)
     asking = read_asking(args, sampler)
     number, steps = len(asking.samples), len(sampler) * args.resample
     write = find_writer(sampler.sample_shape, suffix, number)
     draw = functools.partial(_draw, sampler, asking, args.seed, args.batch_size)
     is_first = is_first_process(args.source)
     if args.engine == "ray":
-        if any(options.values()):
-            raise ConfigurationError("--device and --provider are for this process, not for Ray's workers")
         if not is_first:
             return
         from ..ray_engine import draw_with_ray
 
-        opening = (args.source, args.scheduler, args.num_inference_steps)
         draw = functools.partial(draw_with_ray, opening, args.address, steps, asking.of, args.seed, args.batch_size)
     elif not is_first:  # this process only draws its share
         for _ in draw(_shared(sampler)):

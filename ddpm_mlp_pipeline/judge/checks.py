@@ -82,7 +82,7 @@ class Patient:
     @property
     def unet(self) -> Callable[..., UNet2DOutput]:
         """The network, as a function of x_t, t and, where they are known, labels and conditions."""
-        return without_label(self.pipeline, self.pipeline.unet)
+        return called_on_cpu(self.pipeline, self.pipeline.unet)
 
     @property
     def scheduler(self) -> DDPMScheduler:
@@ -207,7 +207,7 @@ def check_precision(patient: Patient) -> Finding:
         remedy = "go back to an earlier state, and lower the learning rate"
         return Finding("precision", "the network's output isn't finite, even in float32", remedy)
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        with torch.autocast(x_t.device.type, dtype):
+        with torch.autocast(patient.pipeline.device.type, dtype):
             output = unet(x_t, t).sample.float()
         error = ((output - exact).square().mean() / exact.square().mean().clamp(min=1e-12)).sqrt().item()
         if not error < 0.1:  # also if it is NaN
@@ -274,7 +274,7 @@ def check_ema(patient: Patient) -> Finding:
         return Finding("EMA", "the folder holds no checkpoint-<step> with raw weights to compare", is_open=True)
     averaged, raw = (
         loss_share(unet, patient.scheduler, patient.data)
-        for unet in (patient.unet, without_label(patient.pipeline, patient.raw))
+        for unet in (patient.unet, called_on_cpu(patient.pipeline, patient.raw))
     )
     message = f"the loss of the averaged weights is {averaged / raw:.2f} times that of the raw ones"
     remedy = "the average lags behind: train longer, or lower --ema_max_decay"
@@ -380,6 +380,20 @@ def _excess(differences: torch.Tensor) -> float:
 def _random(number: int, limit: int) -> torch.Tensor:
     """Return whole numbers below a limit, always the same."""
     return torch.randint(limit, (number,), generator=torch.Generator().manual_seed(0))
+
+
+def called_on_cpu(pipeline: DDPMMLPPipeline, unet: torch.nn.Module) -> Callable[..., UNet2DOutput]:
+    """Return a network of a pipeline that needs no label, and takes and returns tensors of the CPU."""
+    predict = without_label(pipeline, unet)
+    if pipeline.device.type == "cpu":
+        return predict
+
+    def predict_there(x_t: torch.Tensor, t: torch.Tensor, **known: torch.Tensor) -> UNet2DOutput:
+        there = {name: values.to(pipeline.device) for name, values in known.items()}
+        output = predict(x_t.to(pipeline.device), t.to(pipeline.device), **there)
+        return UNet2DOutput(sample=output.sample.float().cpu())
+
+    return predict_there
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,22 +51,30 @@ class Source:
 
 
 def open_source(
-    path: Path, scheduler: str | None = None, num_inference_steps: int | None = None, **engine: str | None
+    path: Path,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    engine: str | None = None,
+    **options: str | None,
 ) -> Source:
     """Open a checkpoint, a bundle, a file of points or images, or a folder of images.
 
     Args:
         path: the folder or the file. A Parquet file holds points, or pictures as `ddpm-sample` writes them.
         scheduler, num_inference_steps: replace a checkpoint's own.
-        engine: `device` or `provider`, as for `open_sampler`.
+        engine: `"ray"` to draw in Ray's workers.
+        options: `device` or `provider`, as for `open_sampler`.
 
     Raises:
-        ConfigurationError: if the path is none of these, or a scheduler is given and it is not a checkpoint.
+        ConfigurationError: if the path is none of these, if a scheduler is given and it is not a checkpoint, or an
+            engine and it is neither a checkpoint nor a bundle.
         DatasetError: if a file does not hold points or images.
         DDPMPipelineError: if a loader fails.
     """
     if (path / "model_index.json").is_file() or (path / "bundle.json").is_file():
-        return _open_sampler(path, scheduler, num_inference_steps, engine)
+        return _open_sampler(path, scheduler, num_inference_steps, engine, options)
+    if engine is not None:
+        raise ConfigurationError(f"an engine draws from a checkpoint or a bundle, and {path} is neither")
     if scheduler is not None or num_inference_steps is not None:
         raise ConfigurationError(f"a scheduler and its steps are for a checkpoint, but {path} is not a checkpoint")
     if path.is_dir() or holds_pictures(path):
@@ -92,16 +101,25 @@ def open_source(
 
 
 def _open_sampler(
-    path: Path, scheduler: str | None, num_inference_steps: int | None, engine: dict[str, str | None]
+    path: Path,
+    scheduler: str | None,
+    num_inference_steps: int | None,
+    engine: str | None,
+    options: dict[str, str | None],
 ) -> Source:
     from ..sampling import open_sampler
 
-    sampler = open_sampler(path, scheduler, num_inference_steps, **engine)  # type: ignore[arg-type]
+    sampler = open_sampler(path, scheduler, num_inference_steps, **options)  # type: ignore[arg-type]
+    draw_batches: Callable[..., Iterable[np.ndarray]] = sampler.batches
+    if engine == "ray":
+        from ..ray_engine import batches_with_ray
+
+        draw_batches = functools.partial(batches_with_ray, (path, scheduler, num_inference_steps), len(sampler))
 
     def draw(number: int, seed: int, **asked: Unpack[Asked]) -> np.ndarray:
         size = POINT_BATCH_SIZE if sampler.is_points else IMAGE_BATCH_SIZE
         with sampling_bar(number * len(sampler)) as progress:
-            batches = sampler.batches(number, seed, size, progress.update, **asked)
+            batches = draw_batches(number, seed, size, progress.update, **asked)
             if sampler.is_points:
                 return np.concatenate([*batches])
             return np.concatenate([to_pixels(batch).transpose(0, 3, 1, 2) for batch in batches])

@@ -236,6 +236,17 @@ def test_rays_workers_draw_the_same(quick_bundle, run_forked, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_rays_workers_are_judged_as_one_process(moons_bundle, run, run_forked, tmp_path):
+    argv = (moons_bundle, "--dataset", "two_moons", "--class_labels", "--num_samples", 600, "--repeats", 1)
+    with_ray = run("ddpm-evaluate", *argv, "--engine", "ray")
+    assert with_ray.returncode == 0, with_ray.stderr
+    assert with_ray.stdout == run_forked("evaluate", *argv).stdout
+    np.save(tmp_path / "drawn.npy", np.zeros((9, 2)))
+    drawn = run_forked("evaluate", tmp_path / "drawn.npy", "--dataset", "two_moons", "--engine", "ray")
+    assert_one_line_error(drawn, "an engine draws from a checkpoint or a bundle")
+
+
 def test_rows_of_a_ray_data_set(labelled_points, labelled_images):
     """The numbers of a batch need not follow one another. Its other columns are what is known and asked for."""
     numbers = np.array([5, 6, 7, 2, 3, 20])
@@ -264,5 +275,8 @@ def test_devices_and_providers(run_forked, labelled_points, tmp_path):
     for device in ("abacus", "xpu:7"):
         assert_one_line_error(run_forked(*argv, "--device", device), f"there is no device '{device}'")
     assert_one_line_error(run_forked(*argv, "--provider", "cpu"), "give a checkpoint's --device")
+    for patient in (pretrained("heart"), "heart"):
+        examined = run_forked("doctor", patient, "--dataset", "heart", "--num_samples", 200, "--device", "abacus")
+        assert_one_line_error(examined, "there is no device 'abacus'")
     options = ("--engine", "ray", "--device", "cpu")
     assert_one_line_error(run_forked(*argv, *options), "not for Ray's workers")
