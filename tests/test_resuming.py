@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import ROOT, SCRIPTS, Payload
+from helpers import ROOT, SCRIPTS, Payload, assert_one_line_error
 from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel, pretrained, train
@@ -201,6 +201,13 @@ def test_a_signal_saves_the_state_and_says_how_to_resume(tmp_path, signum, statu
 def long_training(folder):
     argv = ("--max_train_steps", 100_000, *kill_training.points(folder)[:4], "--output_dir", folder / "run")
     return [str(word) for word in argv]
+
+
+def test_deepspeed_is_refused(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    result = run(sys.executable, POINTS, *kill_training.points(tmp_path), "--output_dir", tmp_path / "run")
+    assert_one_line_error(result, "DeepSpeed is not supported: launch with --multi_gpu")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

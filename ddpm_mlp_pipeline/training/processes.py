@@ -15,7 +15,12 @@ def this_process() -> PartialState:
     """Return Accelerate's state of this process; the first call connects it with the others.
 
     A `PartialState()` without `cpu` would not connect processes that run on CPUs.
+
+    Raises:
+        ConfigurationError: if they were launched with DeepSpeed.
     """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigurationError("DeepSpeed is not supported: launch with --multi_gpu or --use_fsdp instead")
     atexit.register(_leave)  # repeated calls are harmless
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 

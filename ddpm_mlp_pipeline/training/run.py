@@ -33,6 +33,7 @@ from ..files import PARTIAL, check_names, move_into
 from ..pipeline import DDPMMLPPipeline
 from ..progress import progress_bar
 from .options import RunArguments, TrainingArguments
+from .processes import this_process
 from .state import Checkpoints, deferred_signals, explain_writing, resumes_in
 
 DrawSamples = Callable[[DDPMMLPPipeline, EMAModel | None, int], None]
@@ -182,8 +183,7 @@ class Run:
     def _clip_gradient(self, batch: Batch, t: torch.Tensor, eps: torch.Tensor) -> float:
         """Clip the gradient, and return the step's loss."""
         accelerator, self.lr = self.accelerator, self.lr_scheduler.get_last_lr()[0]
-        # DeepSpeed clips by itself, and may not return the norm.
-        norm = float(accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm) or 0.0)
+        norm = float(accelerator.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm))
         loss = accelerator.reduce(torch.stack(self.batch_losses).mean(), "mean").item()
         self.batch_losses.clear()
         if not math.isfinite(loss + norm) and not _will_be_skipped(accelerator):
@@ -342,6 +342,7 @@ def prepare_run(
 
 def _make_accelerator(args: RunArguments) -> Accelerator:
     """Make the run's folder and its accelerator."""
+    this_process()  # refuses launchers that are not supported
     check_output_dir(args)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

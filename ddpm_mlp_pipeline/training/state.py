@@ -30,7 +30,7 @@ class Checkpoints:
     """A run's folders `checkpoint-<step>`, which are written atomically.
 
     Accelerate saves weights, optimizer, learning rate and random states; this class saves the rest. Loading a state
-    runs no code from it, except where FSDP and DeepSpeed load their parts in their own way.
+    runs no code from it, unless FSDP has saved it in shards (`SHARDED_STATE_DICT`).
 
     Args:
         accelerator: the accelerator whose prepared objects make up the state.
