@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -130,7 +131,9 @@ class Parts:
             run, rest = rest[:end], rest[end:]
             numbers = range(run[0][0].start, run[-1][0].stop)
             with whole_file(self._path(numbers)) as path:
-                np.save(path, np.concatenate([values for _, values in run]))
+                content = io.BytesIO()  # of a full disk, np.save itself says only how many numbers it has written
+                np.save(content, np.concatenate([values for _, values in run]))
+                path.write_bytes(content.getbuffer())
             self._saved.append(numbers)
             self._in_memory = rest
         self._bytes = 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,6 +33,13 @@ LAUNCH = (
     1,
     "--num_cpu_threads_per_process",
     1,
+)
+
+
+# In a new user namespace, an ordinary user may mount a file system of a certain size, which can then be full.
+NO_MOUNTS = not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+needs_mounts = pytest.mark.skipif(
+    bool(NO_MOUNTS), reason="needs the right to mount a file system: `unshare -rm true` must succeed"
 )
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import forked
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import ROOT, SCRIPTS, Payload, assert_one_line_error
+from helpers import ROOT, SCRIPTS, Payload, assert_one_line_error, needs_mounts
 from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel, pretrained, train
@@ -26,7 +25,6 @@ from ddpm_mlp_pipeline.training.state import _checksums
 POINTS = ROOT / "train_scripts" / "train_points.py"
 # Without MPI, `--cpu --num_processes 2` starts one process.
 TWO_PROCESSES = (SCRIPTS / "accelerate", "launch", "--quiet", "--multi_gpu", "--num_processes", 2)
-NO_MOUNTS = not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
 
 
 def states(folder):
@@ -157,7 +155,7 @@ def test_a_strangers_state_runs_no_code(tmp_path, name):
     assert (tmp_path / "ran").exists()  # the test's code would have run
 
 
-@pytest.mark.skipif(NO_MOUNTS, reason="needs the right to mount a file system: `unshare -rm true` must succeed")
+@needs_mounts
 def test_a_full_disk_leaves_the_state_before_usable(tmp_path, run):
     argv = ("--checkpointing_steps", 5, *kill_training.points(tmp_path), "--checkpoints_total_limit", 100)
     script = """

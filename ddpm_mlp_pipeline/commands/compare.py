@@ -25,6 +25,7 @@ from .parser import (
     CommandParser,
     add_data_options,
     add_overwrite,
+    add_provider,
     command,
     command_imports,
     leaving_out,
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_bundle(args.checkpoint, bundle, "ddpm", min(10, pipeline.scheduler.config.num_train_timesteps))
-        sampler, rows = OnnxSampler(bundle), []
+        sampler, rows = OnnxSampler(bundle, provider=args.provider or "cpu"), []
         for (scheduler, num_inference_steps), table in tables.items():
             sampler.table = table
             row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
@@ -207,6 +208,7 @@ def _make_parser() -> CommandParser:
         "--output", type=Path, required=True, help="a .json file; distances already in it are not measured again"
     )
     parser.add_argument("--figure", type=Path, help="a .png file for distance by time")
+    add_provider(parser)
     add_overwrite(parser)
     return parser
 

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from datasets import load_dataset
 from diffusers import DDPMScheduler
-from helpers import SCRIPTS, assert_one_line_error
+from helpers import SCRIPTS, assert_one_line_error, needs_mounts
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bundle, load_images, pretrained
 from ddpm_mlp_pipeline.checkpoint_sampler import CheckpointSampler
@@ -211,6 +211,27 @@ def test_a_draw_that_fails_before_its_first_part_leaves_nothing(tmp_path):
     with Parts(tmp_path / "parts", range(10), lambda: {"seed": 0}) as parts, pytest.raises(KeyboardInterrupt):
         parts.add(fail())
     assert not list(tmp_path.iterdir())
+
+
+@needs_mounts
+def test_a_full_disk_says_how_to_go_on(quick_bundle, run, run_forked, tmp_path):
+    script = """
+        mount -t tmpfs -o size=6m tmpfs disk
+        "$@"; ls -A disk
+        mount -o remount,size=100m disk
+        "$@" && ls -A disk && cp disk/points.npy .
+    """
+    (tmp_path / "cwd" / "disk").mkdir(parents=True)
+    argv = (quick_bundle, "--num_samples", MANY, "--output")
+    words = ("unshare", "-rm", "sh", "-c", script, "sh", SCRIPTS / "ddpm-sample", *argv, "disk/points.npy")
+    result = run(*words)
+    assert result.stdout.split("disk/points.npy: ")[0] == "points.npy.parts\n", result.stderr
+    assert result.stdout.endswith(" points\npoints.npy\n")
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in error
+    assert f"of {MANY:,} samples are in disk/points.npy.parts: the same command goes on from there" in error
+    assert run_forked("sample", *argv, tmp_path / "plain.npy").returncode == 0
+    assert (tmp_path / "cwd" / "points.npy").read_bytes() == (tmp_path / "plain.npy").read_bytes()
 
 
 @pytest.mark.slow
