@@ -221,11 +221,11 @@ def test_a_slow_draw_takes_the_fastest_of_what_the_browser_has(visit, pages, tmp
     rows = [row.split(": ") for row in tab.inner_text("#status").split("; ")]
     names = [name for name, _ in rows]
     threads = min(4, tab.evaluate("navigator.hardwareConcurrency"))
-    assert sorted(names) == sorted(["one thread", *([f"{threads} threads"] if threads > 1 else []), "WebGPU"])
+    # WebGPU's device is of software: it isn't tried.
+    assert sorted(names) == sorted(["one thread", *([f"{threads} threads"] if threads > 1 else [])])
     times = [float(time.removesuffix(" ms a step").replace(",", "")) for _, time in rows]
     assert times == sorted(times)
-    assert draw(tab, 0, 1) == ""
-    assert tab.inner_text("#status").endswith(f"ms a step on {names[0]}")
+    assert tab.get_attribute("#status", "data-backend") == ("wasm" if names[0] == "one thread" else "threads")
 
 
 @pytest.mark.parametrize(("query", "message"), [("wasm", ""), ("webgpu", ""), ("opengl", "must be one of wasm")])

@@ -21,10 +21,16 @@ const plural = (number, noun) => `${format(number)} ${noun}${number === 1 ? "" :
 /** What can run the network. Threads need shared memory, which browsers allow only to pages with two headers. */
 const numThreads = globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
 const BACKENDS = {
-  wasm: { label: "one thread", provider: "wasm", numThreads: 1, isThere: true },
-  threads: { label: `${numThreads} threads`, provider: "wasm", numThreads, isThere: numThreads > 1 },
-  webgpu: { label: "WebGPU", provider: "webgpu", numThreads: 1, isThere: Boolean(navigator.gpu) },
+  wasm: { label: "one thread", provider: "wasm", numThreads: 1 },
+  threads: { label: `${numThreads} threads`, provider: "wasm", numThreads },
+  webgpu: { label: "WebGPU", provider: "webgpu", numThreads: 1 },
 };
+
+/** Return whether WebGPU has a device that is not of software, which would take seconds for a step. */
+async function hasGpu() {
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
+}
 
 /** Start a worker, and return it with `ask`, which calls one of its `answers` and returns the result. */
 function startWorker() {
@@ -91,7 +97,8 @@ async function chooseBackend() {
   } catch { // a draw says what is wrong
     return "";
   }
-  const others = Object.keys(BACKENDS).filter((name) => name !== backend.name && BACKENDS[name].isThere);
+  const isThere = { threads: numThreads > 1, webgpu: await hasGpu() };
+  const others = Object.keys(BACKENDS).filter((name) => isThere[name]);
   if (times.get(backend.name) * model.numCalls < WORTH) others.length = 0;
   for (const name of others) {
     status.textContent = `Trying ${BACKENDS[name].label} …`;
@@ -99,7 +106,7 @@ async function chooseBackend() {
     try {
       backend = await openOn(name);
       times.set(name, await time());
-    } catch { // a browser may have WebGPU without a device for it
+    } catch { // such as too little memory
       times.delete(name);
     }
     const [slower, faster] = times.get(name) < times.get(before.name) ? [before, backend] : [backend, before];
@@ -150,6 +157,7 @@ async function open() {
   show(0);
   offerChoices(opened);
   status.textContent = wanted ? BACKENDS[wanted].label : await chooseBackend();
+  status.dataset.backend = backend.name;
   drawButton.disabled = false;
 }
 
