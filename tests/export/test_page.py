@@ -203,16 +203,19 @@ ON_BACKEND = """async ([backend, numSamples, numCalls]) => {
 }"""
 
 
-def test_one_thread_two_threads_and_webgpu_draw_the_same(visit, pages, ddim_bundle, tiny_bundle):
+@pytest.mark.parametrize(
+    ("bundle", "number", "provider", "threads"),
+    [("ddim_bundle", 50, "wasm", 2), ("ddim_bundle", 50, "webgpu", 1), ("tiny_bundle", 2, "webgpu", 1)],
+)
+def test_threads_and_webgpu_draw_the_same(visit, pages, request, bundle, number, provider, threads):
     """WebGPU on a device of software. Of points, its own sines would be off by 7e-3."""
-    for bundle, number in ((ddim_bundle, 300), (tiny_bundle, 2)):
-        sampler, tab = OnnxSampler(bundle), visit(pages(bundle), handler=Isolated)
-        assert tab.evaluate("crossOriginIsolated")
-        expected = sampler.sample(number, seed=2**40 + 7)
-        for provider, threads in (("wasm", 1), ("wasm", 2), ("webgpu", 1)):
-            backend = {"provider": provider, "numThreads": threads}
-            samples = tab.evaluate(ON_BACKEND, [backend, number, len(sampler)])
-            np.testing.assert_allclose(np.reshape(samples, expected.shape), expected, atol=1e-4)
+    bundle = request.getfixturevalue(bundle)
+    sampler, tab = OnnxSampler(bundle), visit(pages(bundle), handler=Isolated)
+    assert tab.evaluate("crossOriginIsolated")
+    expected = sampler.sample(number, seed=2**40 + 7)
+    backend = {"provider": provider, "numThreads": threads}
+    samples = tab.evaluate(ON_BACKEND, [backend, number, len(sampler)])
+    np.testing.assert_allclose(np.reshape(samples, expected.shape), expected, atol=1e-4)
 
 
 def test_a_slow_draw_takes_the_fastest_of_what_the_browser_has(visit, pages, tmp_path):
