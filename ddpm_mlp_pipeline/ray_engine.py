@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ with explain_missing_extra("--engine ray"):
 
 TASK_SECONDS, TASK_VALUES = 5.0, 2**20  # how long a task takes, and how many values it returns at most
 RETRIES = 3  # of a task whose worker dies
+ENDING_SECONDS = 5.0  # to wait for workers to end
 Source = tuple[Path, str | None, int | None]
 """A bundle or a checkpoint, and for a checkpoint the scheduler and the number of steps."""
 
@@ -102,10 +103,9 @@ def draw_with_ray(
         ConfigurationError: if there is no cluster at the address, or if a worker can't draw.
     """
     path, *options = source
-    with connected(address):
-        workers = max(1, int(ray.available_resources().get("CPU", 1)))  # others may hold the rest of the cluster
-        worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
-        pool = ActorPool([worker.remote(path.resolve(), *options) for _ in range(workers)])
+    with ExitStack() as stack:
+        stack.enter_context(connected(address))
+        pool = stack.enter_context(_workers(path.resolve(), *options))
         rest, size = list(gaps), batch_size
         while rest or pool.has_next():
             while rest and pool.has_free():
@@ -150,6 +150,22 @@ def batches_with_ray(
     drawn = draw_with_ray(source, None, steps, ask, seed, batch_size, [range(number)], on_step)
     for _, samples in sorted(drawn, key=lambda part: part[0].start):
         yield samples
+
+
+@contextmanager
+def _workers(*opening: Any) -> Iterator[ActorPool]:
+    """Start a worker for each free processor, and end them, so that a draw that follows finds the processors free."""
+    free = int(ray.available_resources().get("CPU", 1))  # others may hold the rest of the cluster
+    worker = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
+    actors = [worker.remote(*opening) for _ in range(max(1, free))]
+    try:
+        yield ActorPool(actors)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        end = time.monotonic() + ENDING_SECONDS
+        while ray.available_resources().get("CPU", 0) < free and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 class _Worker:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from helpers import ROOT, SCRIPTS, Payload, assert_one_line_error, needs_mounts
+from safetensors.torch import load_file
 from small_training import small_pipeline, train_small, training_options
 
 from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel, pretrained, train
@@ -230,18 +231,32 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path, run_forked):
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_with_the_same_batch_was_stopped(tmp_path, run_forked):
     argv, one, two = [str(word) for word in kill_training.points(tmp_path)], tmp_path / "one", tmp_path / "two"
+    argv += ["--checkpoints_total_limit", "100"]
     kill_training.train_points.main([*argv, "--output_dir", str(one)])
-    shutil.copytree(one / "checkpoint-115", two / "checkpoint-115")
+    shutil.copytree(one / "checkpoint-40", two / "checkpoint-40")
     argv += ["--output_dir", str(two), "--resume_from_checkpoint", "latest", "--train_batch_size"]
     result = run_forked("train_points", *argv, 16, num_processes=2)
     assert "had 64 samples in all, not 32: pass --train_batch_size 32" in result.stderr
     result = run_forked("train_points", *argv, 32, num_processes=2)
     assert result.returncode == 0, result.stderr
-    assert "resuming at step 115" in result.stdout
-    whole, resumed = (
-        torch.load(folder / "checkpoint-120" / "progress_0.bin", weights_only=True)["losses"] for folder in (one, two)
-    )
-    np.testing.assert_allclose(resumed, whole, rtol=1e-5)
+    assert "resuming at step 40" in result.stdout
+    whole, resumed = (folder / "checkpoint-120" for folder in (one, two))
+    losses = [torch.load(state / "progress_0.bin", weights_only=True)["losses"] for state in (whole, resumed)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    last, first = (load_file(state / "model.safetensors") for state in (whole, resumed))
+    for name, weights in last.items():
+        torch.testing.assert_close(first[name], weights, atol=1e-5, rtol=0)
+    rates = [torch.load(state / "scheduler.bin", weights_only=True)["last_epoch"] for state in (whole, resumed)]
+    assert rates == [120, 120]
+
+
+def test_states_of_earlier_versions_go_on_in_one_process(tmp_path):
+    result = train_small(tmp_path, checkpointing_steps=6)
+    state = tmp_path / "checkpoint-6"
+    progress = torch.load(state / "progress_0.bin", weights_only=True)
+    torch.save({name: progress[name] for name in ("losses", "ema", "data")}, state / "progress_0.bin")
+    (state / "manifest.json").write_text(json.dumps(_checksums(state)))
+    assert train_small(tmp_path, checkpointing_steps=6, resume_from_checkpoint="latest") == result
 
 
 def test_two_processes_draw_the_same_images_as_one(tmp_path, run_forked):

@@ -146,7 +146,7 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     typed["dataset_name"] = args.dataset
     if args.guidance_scale != 1:
         raise ConfigurationError("--guidance_scale is for a checkpoint, and a preset is not trained: leave it out")
-    choose_device(args.device)  # refuse one that isn't there
+    device = choose_device(args.device)
     if is_points:
         if args.resolution or args.channels:
             raise ConfigurationError("--resolution and --channels are for images: leave them out for points")
@@ -175,7 +175,7 @@ def _preset_as_patient(args: Namespace, on_corrupt: Callable[[str], None] | None
     chosen = dataset.take(rows)
     if not is_points:
         chosen = chosen._replace(x_0=to_network_units(chosen.x_0))
-    return Patient(pipeline, chosen, options=options, dataset_size=size)
+    return Patient(pipeline.to(device), chosen, options=options, dataset_size=size)
 
 
 def _show(finding: Finding) -> str:

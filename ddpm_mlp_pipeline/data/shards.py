@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import fsspec
@@ -21,7 +21,7 @@ from .arrays import holds_pictures
 from .batches import Batch
 from .images import decode, labels_of, target_size, to_network_units
 
-WINDOW = 10_000  # images that are shuffled together, and of which memory holds two lots
+WINDOW = 10_000  # images that are shuffled together
 
 
 class WindowSampler(Sampler[int]):
@@ -59,7 +59,9 @@ class WindowSampler(Sampler[int]):
 
 
 class ImageShards(Dataset[Batch]):
-    """Images of Parquet files, decoded when a batch needs them. Memory holds two windows of the `sampler`.
+    """Images of Parquet files, read when a batch needs them, and decoded then.
+
+    Memory holds the undecoded images of two windows of the `sampler`, and at least a row group of a file.
 
     Args:
         name: a folder of Parquet files, one such file, or a data set on the hub that consists of them.
@@ -76,8 +78,8 @@ class ImageShards(Dataset[Batch]):
         sample_shape: `(channels, height, width)`.
 
     Raises:
-        DatasetError: if there are no Parquet files, or no column of images or of labels. Later, if an image can't be
-            decoded or has another size.
+        DatasetError: if there are no Parquet files, or no column of images or of labels, or if the files' columns
+            differ. Later, if a file can't be read, or if an image can't be decoded or has another size.
     """
 
     def __init__(
@@ -91,95 +93,119 @@ class ImageShards(Dataset[Batch]):
         seed: int = 0,
     ):
         self.name, self.size, self.fit = str(name), target_size(resolution, channels), fit
-        self.files = _find_files(name, split)
-        opened = [self._open(file) for file in self.files]
-        self.groups = [(i, j) for i, file in enumerate(opened) for j in range(file.num_row_groups)]
-        sizes = [opened[i].metadata.row_group(j).num_rows for i, j in self.groups]
-        self.firsts = np.cumsum([0, *sizes])
-        features = datasets.Features.from_arrow_schema(opened[0].schema_arrow)
-        images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-        if not images:
-            raise DatasetError(f"{name} has no column of images, only {', '.join(features)}")
-        if not len(self):
+        files, features = _find_files(name, split)
+        self.groups: list[tuple[str, pyarrow.parquet.FileMetaData, int]] = []
+        labels: list[pyarrow.Table] = []
+        schema: pyarrow.Schema | None = None
+        for file in files:
+            with _open(file) as opened:
+                features = features or datasets.Features.from_arrow_schema(opened.schema_arrow)
+                self.column = _image_column(name, features)
+                if label_column is not None and label_column not in features:
+                    raise DatasetError(f"{name} has no column {label_column!r} of labels, only {', '.join(features)}")
+                columns = [column for column in (self.column, label_column) if column is not None]
+                own = pyarrow.schema([opened.schema_arrow.field(column) for column in columns])
+                schema = schema or own
+                if not own.equals(schema):
+                    raise DatasetError(
+                        f"the columns {' and '.join(columns)} of {file} differ from those of {files[0]}"
+                    )
+                metadata = opened.metadata
+                numbers = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+                self.groups += [(file, metadata, i) for i, number in enumerate(numbers) if number]
+                if label_column is not None:
+                    labels.append(opened.read([label_column]).replace_schema_metadata())
+        sizes = [metadata.row_group(i).num_rows for _, metadata, i in self.groups]
+        if not sizes or features is None:
             raise DatasetError(f"the split {split!r} of {name} is empty")
-        self.column = images[0]
+        self.firsts = np.cumsum([0, *sizes])
         self.class_labels: torch.Tensor | None = None
         self.condition: torch.Tensor | None = None
         self.class_names: list[str] = []
         if label_column is not None:
-            if label_column not in features:
-                raise DatasetError(f"{name} has no column {label_column!r} of labels, only {', '.join(features)}")
-            table = pyarrow.concat_tables([file.read([label_column]) for file in opened]).replace_schema_metadata()
             info = datasets.DatasetInfo(features=datasets.Features({label_column: features[label_column]}))
-            labels = datasets.Dataset(table, info)
-            self.class_labels, self.class_names = labels_of(labels, name, label_column)
+            table = datasets.Dataset(pyarrow.concat_tables(labels), info)
+            self.class_labels, self.class_names = labels_of(table, name, label_column)
         self.sampler = WindowSampler(sizes, seed)
-        self.cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.cache: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
         self.channels = channels
         self.sample_shape: tuple[int, ...] = ()
-        self.read_group(0)  # the others must be like the first image
+        self.sample_shape = self._decode(0).shape  # the others must be like the first
+        self.channels = self.sample_shape[0]
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        rows = np.array(indices)
-        groups = np.searchsorted(self.firsts, rows, side="right") - 1
-        images = np.empty((len(rows), *self.sample_shape), dtype=np.uint8)
-        for group in np.unique(groups):
-            images[groups == group] = self.read_group(int(group))[rows[groups == group] - self.firsts[group]]
-        labels = None if self.class_labels is None else self.class_labels[torch.from_numpy(rows)]
-        return Batch(to_network_units(torch.from_numpy(images)), labels)
+        images = torch.from_numpy(np.stack([self._decode(row) for row in indices]))
+        labels = None if self.class_labels is None else self.class_labels[torch.tensor(indices)]
+        return Batch(to_network_units(images), labels)
 
-    def read_group(self, group: int) -> np.ndarray:
-        """Return a group's images, uint8 `[number, channels, height, width]`, from memory or from its file."""
-        if group not in self.cache:
-            file, index = self.groups[group]
-            rows = self._open(self.files[file]).read_row_group(index, [self.column])[self.column].to_pylist()
-            images = [self._decode(row, int(self.firsts[group]) + i) for i, row in enumerate(rows)]
-            self.cache[group] = np.stack(images)
-            while len(self.cache) > 1 and sum(map(len, self.cache.values())) > 2 * self.sampler.window:
-                self.cache.popitem(last=False)
-        self.cache.move_to_end(group)
-        return self.cache[group]
-
-    def _decode(self, row: dict[str, Any], number: int) -> np.ndarray:
-        what = f"row {number} of {self.name}"
+    def _decode(self, row: int) -> np.ndarray:
+        """Return an image, uint8 `[channels, height, width]`."""
+        group = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        encoded = self._read(group)[row - int(self.firsts[group])].as_py()
+        what = f"row {row} of {self.name}"
         try:
-            image = decode(row, self.channels, self.size, self.fit, what)
+            image = decode(encoded, self.channels, self.size, self.fit, what)
         except DatasetError:
             raise
         except Exception as error:  # Pillow's decoders raise many types of errors
             raise DatasetError(f"{what} can't be decoded: {error}; --streaming can't leave images out") from None
-        if not self.sample_shape:
-            self.channels, self.sample_shape = len(image), image.shape
-        if image.shape != self.sample_shape:
+        if self.sample_shape and image.shape != self.sample_shape:
             raise DatasetError(
                 f"{what} is {image.shape[2]}×{image.shape[1]} pixels, but the first image is "
                 f"{self.sample_shape[2]}×{self.sample_shape[1]}: pass --resolution to resize them"
             )
         return image
 
-    def _open(self, file: str) -> pyarrow.parquet.ParquetFile:
-        try:
-            return pyarrow.parquet.ParquetFile(fsspec.open(file, "rb").open())
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DatasetError(f"can't read {file}: {str(error).splitlines()[0]}") from None
+    def _read(self, group: int) -> pyarrow.ChunkedArray:
+        """Return a group's images, undecoded, from memory or from its file."""
+        if group not in self.cache:
+            file, metadata, index = self.groups[group]
+            with _open(file, metadata) as opened:
+                self.cache[group] = opened.read_row_group(index, [self.column])[self.column]
+            # A batch may lie in two windows, each of which may end with the largest group.
+            most = 2 * (self.sampler.window + max(self.sampler.sizes))
+            while sum(map(len, self.cache.values())) > most:
+                self.cache.popitem(last=False)
+        self.cache.move_to_end(group)
+        return self.cache[group]
 
 
-def _find_files(name: str | os.PathLike[str], split: str) -> list[str]:
-    """Return the Parquet files of a split."""
-    if holds_pictures(Path(name)):
-        return [str(name)]
+@contextlib.contextmanager
+def _open(file: str, metadata: pyarrow.parquet.FileMetaData | None = None) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """Open a Parquet file, on this machine or elsewhere, and name it in errors of reading."""
     try:
-        files = datasets.load_dataset_builder(str(name)).config.data_files or {}
-    except Exception as error:  # `datasets` raises many types of errors
-        what = "can't be loaded" if Path(name).exists() else "is neither a folder nor a data set on the hub"
+        with fsspec.open(file, "rb") as opened:
+            yield pyarrow.parquet.ParquetFile(opened, metadata=metadata)
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DatasetError(f"{name} {what}: {message}") from None
+        raise DatasetError(f"can't read {file}: {message}") from None
+
+
+def _image_column(name: str | os.PathLike[str], features: datasets.Features) -> str:
+    for column, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            return str(column)
+    raise DatasetError(f"{name} has no column of images, only {', '.join(features)}")
+
+
+def _find_files(name: str | os.PathLike[str], split: str) -> tuple[list[str], datasets.Features | None]:
+    """Return the Parquet files of a split, and the types of their columns, if the data set declares them."""
+    if holds_pictures(Path(name)):
+        files, features = {"train": [str(name)]}, None
+    else:
+        try:
+            builder = datasets.load_dataset_builder(str(name))
+        except Exception as error:  # `datasets` raises many types of errors
+            what = "can't be loaded" if Path(name).exists() else "is neither a folder nor a data set on the hub"
+            message = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DatasetError(f"{name} {what}: {message}") from None
+        files, features = builder.config.data_files or {}, builder.info.features
     if split not in files:
         raise DatasetError(f"{name} has no split {split!r}, only {', '.join(map(str, files)) or 'none'}")
     found = [str(file) for file in files[split]]
     if not all(file.endswith(".parquet") for file in found):
         raise DatasetError(f"{name} does not consist of Parquet files, which --streaming reads: leave it out")
-    return found
+    return found, features

@@ -44,7 +44,7 @@ def train(
         DivergenceError: if the loss or its gradient is no longer finite. The step is not taken.
         StoppedBySignal: after Ctrl-C or SIGTERM, once the current step is done and its state is saved.
     """
-    run = prepare_run(pipeline, dataset, args, draw_samples, args.save_samples_epochs)
+    run = prepare_run(pipeline, dataset, args, draw_samples, args.save_samples_epochs, any_processes=True)
     unet, scheduler, device = run.network, pipeline.scheduler, run.accelerator.device
     loss_function = make_loss(pipeline, args.loss_type)
     T = scheduler.config.num_train_timesteps

@@ -255,6 +255,8 @@ class ImageTrainingArguments(TrainingArguments):
         self._check_least({"resolution": 1, "max_resolution": 4})
         if self.streaming and (self.skip_corrupt or self.max_resolution is not None):
             raise ConfigurationError("streaming decodes each image late: give --resolution, and no --skip_corrupt")
+        if self.streaming and self.num_calls:
+            raise ConfigurationError("a fit needs images in any order: use ddpm-fit after --streaming")
         if self.ddpm_num_inference_steps is None:
             self.ddpm_num_inference_steps = min(50, self.ddpm_num_steps)
         if not 1 <= self.ddpm_num_inference_steps <= self.ddpm_num_steps:

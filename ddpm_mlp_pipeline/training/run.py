@@ -261,6 +261,7 @@ def prepare_run(
     samples_epochs: int | None = None,
     network: torch.nn.Module | None = None,
     learning_rates: Mapping[str, float] | None = None,
+    any_processes: bool = False,
 ) -> Run:
     """Check the options against the data, and prepare network, optimizer and data with Accelerate.
 
@@ -272,6 +273,7 @@ def prepare_run(
         samples_epochs: number of epochs between draws; by default none is drawn.
         network: the network to train; by default the pipeline's.
         learning_rates: peak learning rates by name of parameter; by default `args.learning_rate`.
+        any_processes: see `Checkpoints`.
 
     Raises:
         OutputExistsError, ConfigurationError: see `train`.
@@ -320,8 +322,9 @@ def prepare_run(
         given = {name: value for name, value in vars(args).items() if value is not None}
         options = {name: value if isinstance(value, int | float) else str(value) for name, value in given.items()}
         accelerator.init_trackers("train", options)
-    total = args.train_batch_size * accelerator.num_processes
-    checkpoints = Checkpoints(accelerator, pipeline, ema, total, Path(args.output_dir), args.checkpoints_total_limit)
+    total, folder = args.train_batch_size * accelerator.num_processes, Path(args.output_dir)
+    limit = args.checkpoints_total_limit
+    checkpoints = Checkpoints(accelerator, pipeline, ema, total, folder, limit, any_processes)
     return Run(
         args=args,
         pipeline=pipeline,

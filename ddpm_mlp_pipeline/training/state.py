@@ -39,6 +39,8 @@ class Checkpoints:
         total_batch_size: number of samples in a batch of all processes.
         output_dir: the folder of the states.
         limit: maximum number of states to keep; by default all.
+        any_processes: whether a state may go on with another number of processes, because each draws the random
+            numbers of all.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class Checkpoints:
         total_batch_size: int,
         output_dir: Path,
         limit: int | None = None,
+        any_processes: bool = False,
     ):
         self.accelerator, self.pipeline, self.ema = accelerator, pipeline, ema
         self.total_batch_size, self.output_dir, self.limit = total_batch_size, output_dir, limit
+        self.any_processes = any_processes
 
     def save(self, losses: list[float]) -> None:
         """Save the state after `len(losses)` steps, then delete the oldest states beyond the limit.
@@ -66,6 +70,7 @@ class Checkpoints:
                 self.accelerator.save_state(partial)
                 ema = None if self.ema is None else self.ema.state_dict()
                 progress = {"losses": losses, "ema": ema, "data": self._data, "batch": self.total_batch_size}
+                progress["device"] = self.accelerator.device.type
                 progress["random"] = _random_of(self.accelerator.device).get_rng_state()
                 torch.save(progress, partial / PROGRESS.format(self.accelerator.process_index))
                 self.accelerator.wait_for_everyone()
@@ -158,10 +163,10 @@ class Checkpoints:
     def _load(self, folder: Path) -> list[float]:
         try:
             saved_by, process = len(list(folder.glob(PROGRESS.format("*")))), self.accelerator.process_index
-            # All processes have the same progress, and random numbers: each draws those of all.
+            # With `any_processes`, all have the same progress and random numbers.
             file = folder / PROGRESS.format(process if process < saved_by else 0)
             progress = torch.load(file, map_location="cpu", weights_only=True)
-            self._check_processes(saved_by, progress["batch"])
+            self._check_processes(saved_by, progress)
             if progress.get("data", self._data) != self._data:
                 raise ValueError("its data differ: pass the same data, --dataset_size, --dataset_noise and --seed")
             for name in ("unet", "scheduler"):
@@ -173,7 +178,7 @@ class Checkpoints:
             if (progress["ema"] is None) != (self.ema is None):
                 raise ValueError(f"it was saved with{'out' if self.ema else ''} --use_ema")
             self.accelerator.load_state(folder, load_kwargs={"weights_only": True})
-            if process >= saved_by:
+            if saved_by != self.accelerator.num_processes:
                 _random_of(self.accelerator.device).set_rng_state(progress["random"])
             self._lay_out()
             if self.ema is not None:
@@ -183,17 +188,25 @@ class Checkpoints:
             raise CheckpointError(f"can't resume from {folder}: {error}") from None
         return progress["losses"]
 
-    def _check_processes(self, saved_by: int, batch: int) -> None:
-        """Refuse another number of processes, unless they have the same batch together."""
-        number = self.accelerator.num_processes
-        if saved_by == number and batch == self.total_batch_size:
-            return
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(f"it holds the shards of {saved_by} processes, not of {number}")
-        if batch != self.total_batch_size:
+    def _check_processes(self, saved_by: int, progress: dict[str, Any]) -> None:
+        """Refuse another batch of all processes, and another number of processes where that changes the training."""
+        number, device = self.accelerator.num_processes, self.accelerator.device.type
+        if "batch" not in progress:
+            if saved_by == number == 1:
+                return
+            raise ValueError("it is of an earlier version, whose states go on in one process only")
+        if (batch := progress["batch"]) != self.total_batch_size:
             what = f"a batch of its {saved_by} processes had {batch} samples in all, not {self.total_batch_size}"
             how = f"--train_batch_size {batch // number}" if batch % number == 0 else "another number of processes"
             raise ValueError(f"{what}: pass {how}")
+        if saved_by == number:
+            return
+        if not self.any_processes or self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(f"it was saved by {saved_by} processes, not {number}")
+        if progress["device"] != device:
+            raise ValueError(
+                f"its {saved_by} processes ran on {progress['device']}, whose random numbers {device} lacks"
+            )
 
     def _lay_out(self) -> None:
         """Give the optimizer's state the memory layout of its parameters: the fused Adam reads both as they lie."""

@@ -7,13 +7,18 @@ import forked
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from helpers import assert_one_line_error
 from PIL import Image
+from small_training import training_options
 
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, train as training
+from ddpm_mlp_pipeline.data import shards as shards_module
 from ddpm_mlp_pipeline.data.images import load_labelled_images, to_network_units
 from ddpm_mlp_pipeline.data.shards import ImageShards, WindowSampler
 from ddpm_mlp_pipeline.errors import DatasetError
 
+open_file = shards_module._open
 SHARDS, IMAGES, GROUP = 2, 90, 20
 NAMES = ["cat", "dog", "ship"]
 
@@ -51,7 +56,41 @@ def test_memory_holds_two_windows(shards):
     streamed.sampler.window = GROUP
     for row in streamed.sampler:
         streamed.__getitems__([row])
-        assert sum(map(len, streamed.cache.values())) <= 2 * GROUP
+        assert sum(map(len, streamed.cache.values())) <= 4 * GROUP
+
+
+def test_a_group_is_read_once_an_epoch_however_long_it_is(tmp_path, monkeypatch):
+    pictures, reads = tmp_path / "pictures", []
+    pictures.mkdir()
+    for i, number in enumerate((5, 40, 7, 30, 1)):
+        rows = {"image": [Image.new("L", (4, 4), row) for row in range(number)]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(pictures / f"train-{i}.parquet", batch_size=99)
+    streamed = ImageShards(pictures, None)
+    streamed.sampler.window = 10
+    monkeypatch.setattr(shards_module, "_open", lambda file, *more: reads.append(file) or open_file(file, *more))
+    streamed.cache.clear()
+    rows = list(streamed.sampler)
+    for i in range(0, len(rows), 4):
+        streamed.__getitems__(rows[i : i + 4])
+    assert len(reads) == 5
+
+
+def test_each_epoch_has_its_order(shards, tmp_path):
+    """Accelerate tells the sampler the epoch."""
+
+    class Recorded(ImageShards):
+        def __getitems__(self, indices):
+            seen.append(indices)
+            return super().__getitems__(indices)
+
+    seen, streamed = [], Recorded(shards, None)
+    args = training_options(tmp_path, train_batch_size=60, max_train_steps=6)
+    unet = MLPModel(3, (8, 8), hidden_dim=8, num_hidden_layers=1)
+    training(DDPMMLPPipeline(unet, DDPMScheduler()), streamed, args)
+    for epoch in range(2):
+        streamed.sampler.set_epoch(epoch)
+        assert [row for batch in seen[3 * epoch : 3 * epoch + 3] for row in batch] == list(streamed.sampler)
 
 
 def test_an_epoch_has_each_row_once_and_stays_in_its_window():
@@ -102,6 +141,7 @@ def test_what_can_not_be_streamed_is_refused(shards, tmp_path):
     for arguments, message in (
         ((tmp_path / "nowhere", None), "is neither a folder nor a data set on the hub"),
         ((shards, None, "test"), "no split 'test', only train"),
+        ((next(shards.iterdir()), None, "test"), "no split 'test', only train"),
         ((shards, "species"), "no column 'species' of labels, only image, label"),
     ):
         with pytest.raises(DatasetError, match=message):
@@ -116,3 +156,23 @@ def test_a_wrong_image_is_named(tmp_path):
         ImageShards(tmp_path / "sizes", None).__getitems__([1])
     with pytest.raises(DatasetError, match=r"row 1 of .*broken can't be decoded"):
         ImageShards(tmp_path / "broken", None).__getitems__([1])
+
+
+def test_files_that_do_not_fit_each_other_are_named(shards, tmp_path):
+    pictures = shutil.copytree(shards, tmp_path / "pictures")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int32")})
+    rows = {"image": [Image.new("RGB", (8, 8))], "label": [1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(pictures / "train-00009-of-00009.parquet")
+    with pytest.raises(DatasetError, match=r"columns image and label of .*train-00009.* differ from those of"):
+        ImageShards(pictures, "label")
+    damaged = shutil.copytree(shards, tmp_path / "damaged")
+    for file in damaged.iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DatasetError, match=r"can't read .*damaged/train-00000.*\.parquet"):
+        ImageShards(damaged, None)
+    empty = tmp_path / "empty"
+    write_shards(empty, [Image.new("RGB", (8, 8))] * 4)
+    features["label"] = datasets.ClassLabel(names=NAMES)
+    none = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
+    none.to_parquet(empty / "train-0.parquet")
+    assert len(ImageShards(empty, "label")) == 4

@@ -259,7 +259,7 @@ def test_rays_workers_draw_the_same(quick_bundle, run_forked, tmp_path):
 
 @pytest.mark.slow
 def test_rays_workers_are_judged_as_one_process(moons_bundle, run, run_forked, tmp_path):
-    argv = (moons_bundle, "--dataset", "two_moons", "--class_labels", "--num_samples", 600, "--repeats", 1)
+    argv = (moons_bundle, "--dataset", "two_moons", "--class_labels", "--num_samples", 600, "--repeats", 2)
     with_ray = run("ddpm-evaluate", *argv, "--engine", "ray")
     assert with_ray.returncode == 0, with_ray.stderr
     assert with_ray.stdout == run_forked("evaluate", *argv).stdout

@@ -90,8 +90,12 @@ function describe({ info, scheduler, numCalls }) {
  * @returns {Promise<string>} the times of a step
  */
 async function chooseBackend() {
-  const argument = { numSamples: Number(countInput.value) }, time = () => backend.ask("time", argument);
+  const time = () => backend.ask("time", {
+    numSamples: parseCount(countInput.value, model.maxCount), // a browser may have kept what was typed before
+    asked: readAsked(),
+  });
   const times = new Map();
+  status.textContent = "Timing a step …";
   try {
     times.set(backend.name, await time());
   } catch { // a draw says what is wrong
@@ -133,6 +137,7 @@ async function open() {
   if (wanted !== null && !Object.hasOwn(BACKENDS, wanted)) {
     throw new Error(`?backend= must be one of ${Object.keys(BACKENDS).join(", ")}.`);
   }
+  if (wanted === "threads" && numThreads === 1) throw new Error("Threads need two headers, which this server doesn't send.");
   backend = await openOn(wanted ?? "wasm");
   const { opened } = backend;
   const { info, clipRange } = opened;
