@@ -8,7 +8,7 @@ from collections.abc import Iterator
 # The extra of this package that installs each third-party module
 _EXTRA_OF_MODULE = {
     **dict.fromkeys(["torch", "diffusers", "accelerate", "huggingface_hub", "safetensors", "datasets"], "train"),
-    **dict.fromkeys(["pandas", "matplotlib", "yaml", "tensorboard", "psutil", "torchmetrics"], "train"),
+    **dict.fromkeys(["pandas", "matplotlib", "yaml", "tensorboard", "psutil", "torchmetrics", "fsspec"], "train"),
     **dict.fromkeys(["onnx", "onnx_ir", "onnxscript"], "export"),
     **dict.fromkeys(["ot", "scipy", "tabulate"], "evaluate"),
     **dict.fromkeys(["pyarrow"], "parquet"),

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from .parser import (
 )
 
 with command_imports("ddpm-compare", __name__):
+    import torch
+    from accelerate.utils import gather_object
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from matplotlib.figure import Figure
     from tabulate import tabulate
@@ -54,6 +56,7 @@ with command_imports("ddpm-compare", __name__):
     from ..loading import fingerprint, load_checkpoint
     from ..pipeline import DDPMMLPPipeline
     from ..table_scheduler import StepTableScheduler
+    from ..training.processes import this_process
 
 
 STEPS = (10, 20, 30, 50)
@@ -82,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _make_parser().parse_args(argv)
     if args.figure is not None:
         check_file(args.figure, args.overwrite)
-    known = _read(args.output)
-    _write(known, args.output)  # fails before the work if the file can't be written
+    process, known = this_process(), _read(args.output)
+    if process.is_main_process:
+        _write(known, args.output)  # fails before the work if the file can't be written
     pipeline = load_checkpoint(args.checkpoint)
     yardstick = _for_points(args, pipeline) if pipeline.is_points else _for_images(args, pipeline)
     tables, measure = _compile_all(args, pipeline.scheduler), yardstick.measure
@@ -96,11 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_samples": yardstick.num_samples,
         **yardstick.run,
     }
-    print(f"{LABELS[measure]} to {yardstick.title}", flush=True)
+    process.print(f"{LABELS[measure]} to {yardstick.title}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_bundle(args.checkpoint, bundle, "ddpm", min(10, pipeline.scheduler.config.num_train_timesteps))
-        sampler, rows = OnnxSampler(bundle, provider=args.provider or "cpu"), []
+        threads = torch.get_num_threads() if process.num_processes > 1 else None
+        sampler, rows = OnnxSampler(bundle, threads, args.provider or "cpu"), []
         for (scheduler, num_inference_steps), table in tables.items():
             sampler.table = table
             row = run | {"scheduler": scheduler, "num_inference_steps": num_inference_steps}
@@ -110,15 +115,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 try:
                     row[measure] = yardstick.distance(sampler)
                 except DivergenceError as error:
-                    print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
+                    process.print(f"{scheduler}, {num_inference_steps} steps: {error}", flush=True)
                     continue
                 known.append(row)
-                _write(known, args.output)
+                if process.is_main_process:
+                    _write(known, args.output)
             else:
                 row = before
+            if not process.is_main_process:  # which only draws its share
+                continue
             row["ms_per_sample"] = {str(size): _milliseconds(sampler, size) for size in yardstick.batch_sizes}
             rows.append(row)
             print(f"{scheduler}, {num_inference_steps} steps: {row[measure]:.4g}", flush=True)
+    if not process.is_main_process:
+        return
     _write(known, args.output)
     if not rows:
         raise DivergenceError(f"no scheduler gives finite samples of {args.checkpoint}: train it longer")
@@ -163,7 +173,7 @@ def _for_images(args: argparse.Namespace, pipeline: DDPMMLPPipeline) -> _Yardsti
     references = image_features([images], network)
 
     def distance(sampler: OnnxSampler) -> float:
-        batches = map(to_uint8, sampler.batches(number, 0, batch_sizes[-1]))
+        batches = map(to_uint8, _draw_shared(sampler, number, batch_sizes[-1]))
         return between(image_features(batches, network), references)
 
     title = f"{len(images):,} images of {args.dataset}, split {split!r}, on {features}"
@@ -181,12 +191,33 @@ def _for_points(args: argparse.Namespace, pipeline: DDPMMLPPipeline) -> _Yardsti
     points = load_normalized(pipeline, args.dataset, number, seed=DATA_SEED, noise=args.dataset_noise).samples
 
     def distance(sampler: OnnxSampler) -> float:
-        drawn = sampler.sample(number, 0, batch_sizes[-1])
+        drawn = np.concatenate([*_draw_shared(sampler, number, batch_sizes[-1])])
         samples = normalize(drawn, pipeline.config.data_mean, pipeline.config.data_std)
         return sliced_wasserstein_distance(samples.numpy(), points.numpy())
 
     title = f"{len(points):,} points of {args.dataset}"
     return _Yardstick("sliced_wasserstein_distance", title, distance, number, batch_sizes, {}, {"points": points})
+
+
+def _draw_shared(sampler: OnnxSampler, number: int, size: int) -> Iterator[np.ndarray]:
+    """Draw a share in each process that `accelerate launch` has started, and yield all batches in each, in order.
+
+    Raises:
+        DivergenceError: in all of them, if the samples of one are not finite.
+    """
+    process = this_process()
+    batches = [range(i, min(i + size, number)) for i in range(0, number, size)]
+    for i in range(0, len(batches), process.num_processes):
+        drawn: list[np.ndarray | DivergenceError] = []
+        for batch in batches[i : i + process.num_processes][process.process_index :][:1]:
+            try:
+                drawn.append(sampler.sample(batch, 0, size))
+            except DivergenceError as error:  # the others wait for a result
+                drawn.append(error)
+        for result in gather_object(drawn):
+            if isinstance(result, DivergenceError):
+                raise result
+            yield result
 
 
 def _make_parser() -> CommandParser:
@@ -231,7 +262,7 @@ def _compile_all(args: argparse.Namespace, trained_with: SchedulerMixin) -> dict
         try:
             tables[text, steps] = compile_by_name(name, trained_with, steps, options)
         except UnsupportedSchedulerError as error:
-            print(error)
+            this_process().print(error)
     if not tables:
         raise ConfigurationError("no scheduler can be compiled: name others with --schedulers")
     return tables

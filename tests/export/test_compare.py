@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from helpers import assert_one_line_error, random_weights
 from PIL import Image
 
-from ddpm_mlp_pipeline import DDPMMLPPipeline, SmallUNet2DModel, load_checkpoint, pretrained
+from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, SmallUNet2DModel, load_checkpoint, pretrained
 from ddpm_mlp_pipeline.commands.compare import main
 from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
 from ddpm_mlp_pipeline.training.options import FittingArguments
@@ -67,6 +67,28 @@ def test_where_every_sampler_diverges_it_ends_in_a_line(compare):
     assert "euler, 2 steps: the samples are not finite after step" in output
     assert errors.splitlines()[-1].startswith("error: no scheduler gives finite samples of")
     assert rows == []
+
+
+@pytest.mark.slow
+def test_two_processes_compare_as_one(tmp_path, run_forked):
+    """A scheduler that diverges is left out by both."""
+    unet = MLPModel(2, hidden_dim=8, num_hidden_layers=1)
+    torch.nn.init.zeros_(unet.proj_out.weight)
+    torch.nn.init.constant_(unet.proj_out.bias, 3e38)  # finite only with a clipped x_0
+    DDPMMLPPipeline(unet, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2")).save_pretrained(
+        tmp_path / "checkpoint"
+    )
+    argv = (tmp_path / "checkpoint", "--dataset", "heart", "--num_samples", 1500, "--num_inference_steps", 2)
+    argv += ("--schedulers", "euler", "ddpm")
+    rows = []
+    for number in (1, 2):
+        output = tmp_path / f"{number}.json"
+        result = run_forked("compare", *argv, "--output", output, num_processes=number)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("euler, 2 steps: the samples are not finite") == 1
+        rows.append([row.pop("ms_per_sample") and row for row in json.loads(output.read_text())])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 1
 
 
 @pytest.mark.slow
