@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from .errors import ConfigurationError, DivergenceError
 from .export.compile import check_num_inference_steps, make_scheduler
@@ -18,7 +17,7 @@ from .pipeline import DDPMMLPPipeline, default_num_inference_steps
 from .runtime.request import Asked, numbered
 from .runtime.sampler import Sampler
 from .sample_noise import SampleNoise
-from .training.processes import choose_device, this_process
+from .training.processes import choose_device, share_out
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -85,15 +84,14 @@ class CheckpointSampler(Sampler):
         **asked: Unpack[Asked],
     ) -> Generator[np.ndarray, None, None]:
         """Like [`OnnxSampler.batches`]; every process yields all batches in the same order."""
-        numbers, process = numbered(samples), this_process()
-        batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-        for i in range(0, len(batches), process.num_processes):
-            together = batches[i : i + process.num_processes]  # at most one per process
+        numbers = numbered(samples)
+
+        def draw(batch: range, together: Sequence[range]) -> np.ndarray:
             count = functools.partial(on_step, sum(map(len, together))) if on_step is not None else None
-            own = together[process.process_index :][:1]
-            yield from gather_object(
-                [self._draw(batch, seed, count, self._part(asked, batch, numbers)) for batch in own]
-            )
+            return self._draw(batch, seed, count, self._part(asked, batch, numbers))
+
+        for _, drawn in share_out([numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)], draw):
+            yield from drawn
 
     def _part(self, asked: Asked, batch: range, numbers: range) -> dict[str, Any]:
         """Return what is asked of the samples of a batch: its rows of what has one for each of `numbers`."""

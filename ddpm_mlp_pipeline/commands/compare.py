@@ -33,7 +33,6 @@ from .parser import (
 
 with command_imports("ddpm-compare", __name__):
     import torch
-    from accelerate.utils import gather_object
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from matplotlib.figure import Figure
     from tabulate import tabulate
@@ -56,7 +55,7 @@ with command_imports("ddpm-compare", __name__):
     from ..loading import fingerprint, load_checkpoint
     from ..pipeline import DDPMMLPPipeline
     from ..table_scheduler import StepTableScheduler
-    from ..training.processes import this_process
+    from ..training.processes import share_out, this_process
 
 
 STEPS = (10, 20, 30, 50)
@@ -200,24 +199,10 @@ def _for_points(args: argparse.Namespace, pipeline: DDPMMLPPipeline) -> _Yardsti
 
 
 def _draw_shared(sampler: OnnxSampler, number: int, size: int) -> Iterator[np.ndarray]:
-    """Draw a share in each process that `accelerate launch` has started, and yield all batches in each, in order.
-
-    Raises:
-        DivergenceError: in all of them, if the samples of one are not finite.
-    """
-    process = this_process()
+    """Draw a share in each process that `accelerate launch` has started, and yield all batches in each, in order."""
     batches = [range(i, min(i + size, number)) for i in range(0, number, size)]
-    for i in range(0, len(batches), process.num_processes):
-        drawn: list[np.ndarray | DivergenceError] = []
-        for batch in batches[i : i + process.num_processes][process.process_index :][:1]:
-            try:
-                drawn.append(sampler.sample(batch, 0, size))
-            except DivergenceError as error:  # the others wait for a result
-                drawn.append(error)
-        for result in gather_object(drawn):
-            if isinstance(result, DivergenceError):
-                raise result
-            yield result
+    for _, drawn in share_out(batches, lambda batch, _: sampler.sample(batch, 0, size)):
+        yield from drawn
 
 
 def _make_parser() -> CommandParser:

@@ -26,10 +26,8 @@ from .parser import (
     FEATURES_HELP,
     CommandParser,
     add_data_options,
-    add_device,
     add_engine,
     add_overwrite,
-    add_provider,
     check_engine,
     command,
     command_imports,
@@ -72,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
     parser.add_count("--repeats", f"draws to average (default: {POINT_REPEATS} of points, {IMAGE_REPEATS} of images)")
     parser.add_argument("--output", type=Path, help="a .json file for the results and their settings")
-    add_device(parser)
-    add_provider(parser)
     add_engine(parser)
     add_overwrite(parser)
     classes = parser.add_argument_group("classes")

@@ -148,7 +148,9 @@ def add_provider(parser: argparse._ActionsContainer) -> None:
 
 
 def add_engine(parser: argparse._ActionsContainer) -> None:
-    """Add `--engine` and `--address`."""
+    """Add what says where samples are drawn: `--device`, `--provider`, `--engine` and `--address`."""
+    add_device(parser)
+    add_provider(parser)
     parser.add_argument("--engine", choices=["ray"], help="draw in Ray's workers (default: in this process)")
     parser.add_argument(
         "--address", help="of a Ray cluster, such as 'auto' or HOST:PORT (default: start one on this machine)"

@@ -26,10 +26,8 @@ from ..writers import SUFFIXES, find_writer
 from .asking import Asking, add_asking_options, read_asking
 from .parser import (
     CommandParser,
-    add_device,
     add_engine,
     add_overwrite,
-    add_provider,
     check_engine,
     command,
     noise_seed,
@@ -54,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_asking_options(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
     parser.add_count("--num_inference_steps", "for a checkpoint (default: all timesteps)")
-    add_device(parser)
-    add_provider(parser)
     add_engine(parser)
     add_overwrite(parser)
     args = parser.parse_args(argv)

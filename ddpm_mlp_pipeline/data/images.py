@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,7 @@ def load_labelled_images(
         channels = channels or len(pixels)
         if images is None:
             images = _allocate((len(rows), *pixels.shape), max_memory)
-        if pixels.shape != images.shape[1:]:
-            raise DatasetError(
-                f"{what} is {pixels.shape[2]}×{pixels.shape[1]} pixels, but the first image is "
-                f"{images.shape[3]}×{images.shape[2]}: pass --resolution to resize them"
-            )
+        check_size(pixels, images.shape[1:], what)
         images[len(kept)] = pixels
         kept.append(index)
     if images is None:
@@ -169,13 +165,47 @@ def decode(row: dict[str, Any], channels: int | None, size: tuple[int, int] | No
     return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
 
 
+def check_size(pixels: np.ndarray, first: tuple[int, ...], what: str) -> None:
+    """Check that an image has the shape of the first, `(channels, height, width)`.
+
+    Raises:
+        DatasetError: if it has not; the message names it by `what`.
+    """
+    if pixels.shape != first:
+        raise DatasetError(
+            f"{what} is {pixels.shape[2]}×{pixels.shape[1]} pixels, but the first image is {first[2]}×{first[1]}: "
+            "pass --resolution to resize them"
+        )
+
+
+def image_column(name: str | os.PathLike[str], features: datasets.Features) -> str:
+    """Return the first column of type `Image`.
+
+    Raises:
+        DatasetError: if there is none.
+    """
+    column = next((column for column, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None:
+        raise DatasetError(f"{name} has no column of images, only {', '.join(features)}")
+    return str(column)
+
+
+def label_feature(name: str | os.PathLike[str], features: datasets.Features, label_column: str) -> Any:
+    """Return the type of a column of labels.
+
+    Raises:
+        DatasetError: if there is no such column.
+    """
+    if label_column not in features:
+        raise DatasetError(f"{name} has no column {label_column!r} of labels, only {', '.join(features)}")
+    return features[label_column]
+
+
 def labels_of(
     rows: datasets.Dataset, name: str | os.PathLike[str], label_column: str
 ) -> tuple[torch.Tensor, list[str]]:
     """Return the labels of a data set's rows, int64, and the classes' names."""
-    if label_column not in rows.features:
-        raise DatasetError(f"{name} has no column {label_column!r} of labels, only {', '.join(rows.features)}")
-    if not isinstance(rows.features[label_column], datasets.ClassLabel):
+    if not isinstance(label_feature(name, rows.features, label_column), datasets.ClassLabel):
         try:
             rows = rows.select_columns([label_column]).class_encode_column(label_column)
         except ValueError as error:
@@ -280,9 +310,7 @@ def _choose_images(
     rows: datasets.Dataset, name: str | os.PathLike[str], split: str, number: int | None = None, seed: int = 0
 ) -> tuple[datasets.Dataset, str, np.ndarray]:
     """Return undecoded images of a split's rows, at most `number`; their column; and the indices of their rows."""
-    column = next((column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)), None)
-    if column is None:
-        raise DatasetError(f"{name} has no column of images, only {', '.join(rows.features)}")
+    column = image_column(name, rows.features)
     if len(rows) == 0:
         raise DatasetError(f"the split {split!r} of {name} is empty")
     rows, indices = rows.select_columns([column]), np.arange(len(rows))
@@ -343,17 +371,25 @@ def _load(name: str | os.PathLike[str], split: str | None) -> datasets.Dataset |
     were_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        if is_parquet:
-            return datasets.load_dataset("parquet", data_files=str(name), split=split)
-        return datasets.load_dataset(str(name), split=split)
-    except Exception as error:  # `datasets` raises many types of errors
+        with explain_loading(name, split):
+            if is_parquet:
+                return datasets.load_dataset("parquet", data_files=str(name), split=split)
+            return datasets.load_dataset(str(name), split=split)
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def explain_loading(name: str | os.PathLike[str], split: str | None = None) -> Iterator[None]:
+    """Turn the errors of `datasets`, which are of many types, into a `DatasetError`."""
+    try:
+        yield
+    except Exception as error:
         what = "can't be loaded" if Path(name).exists() else "is neither a folder nor a data set on the hub"
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         of_split = "" if split is None else f" (split {split!r})"
         raise DatasetError(f"{name}{of_split} {what}: {message}") from None
-    finally:
-        if not were_disabled:
-            datasets.enable_progress_bars()
 
 
 def _allocate(shape: tuple[int, ...], max_memory: int | None) -> np.ndarray:

@@ -19,7 +19,16 @@ from torch.utils.data import Dataset, Sampler
 from ..errors import DatasetError
 from .arrays import holds_pictures
 from .batches import Batch
-from .images import decode, labels_of, target_size, to_network_units
+from .images import (
+    check_size,
+    decode,
+    explain_loading,
+    image_column,
+    label_feature,
+    labels_of,
+    target_size,
+    to_network_units,
+)
 
 WINDOW = 10_000  # images that are shuffled together
 
@@ -61,7 +70,7 @@ class WindowSampler(Sampler[int]):
 class ImageShards(Dataset[Batch]):
     """Images of Parquet files, read when a batch needs them, and decoded then.
 
-    Memory holds the undecoded images of two windows of the `sampler`, and at least a row group of a file.
+    Memory holds the undecoded images of two windows of the `sampler` and of two of the largest row groups, at most.
 
     Args:
         name: a folder of Parquet files, one such file, or a data set on the hub that consists of them.
@@ -100,10 +109,11 @@ class ImageShards(Dataset[Batch]):
         for file in files:
             with _open(file) as opened:
                 features = features or datasets.Features.from_arrow_schema(opened.schema_arrow)
-                self.column = _image_column(name, features)
-                if label_column is not None and label_column not in features:
-                    raise DatasetError(f"{name} has no column {label_column!r} of labels, only {', '.join(features)}")
-                columns = [column for column in (self.column, label_column) if column is not None]
+                self.column = image_column(name, features)
+                columns = [self.column]
+                if label_column is not None:
+                    label_type = label_feature(name, features, label_column)
+                    columns.append(label_column)
                 own = pyarrow.schema([opened.schema_arrow.field(column) for column in columns])
                 schema = schema or own
                 if not own.equals(schema):
@@ -123,7 +133,7 @@ class ImageShards(Dataset[Batch]):
         self.condition: torch.Tensor | None = None
         self.class_names: list[str] = []
         if label_column is not None:
-            info = datasets.DatasetInfo(features=datasets.Features({label_column: features[label_column]}))
+            info = datasets.DatasetInfo(features=datasets.Features({label_column: label_type}))
             table = datasets.Dataset(pyarrow.concat_tables(labels), info)
             self.class_labels, self.class_names = labels_of(table, name, label_column)
         self.sampler = WindowSampler(sizes, seed)
@@ -152,11 +162,8 @@ class ImageShards(Dataset[Batch]):
             raise
         except Exception as error:  # Pillow's decoders raise many types of errors
             raise DatasetError(f"{what} can't be decoded: {error}; --streaming can't leave images out") from None
-        if self.sample_shape and image.shape != self.sample_shape:
-            raise DatasetError(
-                f"{what} is {image.shape[2]}×{image.shape[1]} pixels, but the first image is "
-                f"{self.sample_shape[2]}×{self.sample_shape[1]}: pass --resolution to resize them"
-            )
+        if self.sample_shape:
+            check_size(image, self.sample_shape, what)
         return image
 
     def _read(self, group: int) -> pyarrow.ChunkedArray:
@@ -184,24 +191,13 @@ def _open(file: str, metadata: pyarrow.parquet.FileMetaData | None = None) -> It
         raise DatasetError(f"can't read {file}: {message}") from None
 
 
-def _image_column(name: str | os.PathLike[str], features: datasets.Features) -> str:
-    for column, feature in features.items():
-        if isinstance(feature, datasets.Image):
-            return str(column)
-    raise DatasetError(f"{name} has no column of images, only {', '.join(features)}")
-
-
 def _find_files(name: str | os.PathLike[str], split: str) -> tuple[list[str], datasets.Features | None]:
     """Return the Parquet files of a split, and the types of their columns, if the data set declares them."""
     if holds_pictures(Path(name)):
         files, features = {"train": [str(name)]}, None
     else:
-        try:
+        with explain_loading(name):
             builder = datasets.load_dataset_builder(str(name))
-        except Exception as error:  # `datasets` raises many types of errors
-            what = "can't be loaded" if Path(name).exists() else "is neither a folder nor a data set on the hub"
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DatasetError(f"{name} {what}: {message}") from None
         files, features = builder.config.data_files or {}, builder.info.features
     if split not in files:
         raise DatasetError(f"{name} has no split {split!r}, only {', '.join(map(str, files)) or 'none'}")

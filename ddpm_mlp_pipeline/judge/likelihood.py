@@ -6,12 +6,12 @@ import json
 import math
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from ..bound import BoundEstimate, VariationalBound
 from ..data.batches import Batch, BatchDataset
@@ -20,7 +20,7 @@ from ..files import whole_file
 from ..loading import fingerprint
 from ..pipeline import DDPMMLPPipeline
 from ..progress import progress_bar
-from ..training.processes import this_process
+from ..training.processes import share_out, this_process
 
 SECONDS_BETWEEN_SAVES = 10
 
@@ -76,18 +76,19 @@ def variational_bound(
         state = _State.load(state_path, identity)
     (state,) = broadcast_object_list([state])  # other machines may not have the file
     done, last_save = len(state.totals) * timestep_stride, time.monotonic()
+
+    def measure(rows: range, _: Sequence[range]) -> tuple[np.ndarray, np.ndarray]:
+        batch = dataset.__getitems__([*rows])
+        _check_data(pipeline, batch.x_0, rows.start)
+        noise_seed = np.random.SeedSequence([seed, rows.start]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(noise_seed))
+        return _groups(bound, pipeline, batch, timestep_stride, generator)
+
     with progress_bar(total=number, initial=done, desc="bound", leave=False) as progress:
         samples = range(done, number)
         batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-        for i in range(0, len(batches), process.num_processes):
-            together, found = batches[i : i + process.num_processes], []
-            for rows in together[process.process_index :][:1]:
-                batch = dataset.__getitems__([*rows])
-                _check_data(pipeline, batch.x_0, rows.start)
-                noise_seed = np.random.SeedSequence([seed, rows.start]).generate_state(1)[0]
-                generator = torch.Generator().manual_seed(int(noise_seed))
-                found.append(_groups(bound, pipeline, batch, timestep_stride, generator))
-            for terms, nulls in gather_object(found):  # in the order of the batches
+        for together, found in share_out(batches, measure):
+            for terms, nulls in found:
                 state.add(terms, nulls)
             progress.update(sum(map(len, together)))
             if state_path is None or not process.is_main_process:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, DDPMPipelineError
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 def this_process() -> PartialState:
@@ -23,6 +28,37 @@ def this_process() -> PartialState:
         raise ConfigurationError("DeepSpeed is not supported: launch with --multi_gpu or --use_fsdp instead")
     atexit.register(_leave)  # repeated calls are harmless
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def share_out(
+    parts: Sequence[Part], work: Callable[[Part, Sequence[Part]], Result]
+) -> Iterator[tuple[Sequence[Part], list[Result]]]:
+    """Do the work of some parts in all processes together, each process a part at a time.
+
+    Args:
+        parts: the parts.
+        work: called as `work(part, together)` with a part and those that the processes do at the same time.
+
+    Yields:
+        The parts that were done together, and their results, in every process the same.
+
+    Raises:
+        DDPMPipelineError: that of the work of one process, in all of them: the others wait for its result.
+    """
+    process = this_process()
+    for i in range(0, len(parts), process.num_processes):
+        together = parts[i : i + process.num_processes]
+        own: list[Result | DDPMPipelineError] = []
+        for part in together[process.process_index :][:1]:
+            try:
+                own.append(work(part, together))
+            except DDPMPipelineError as error:
+                own.append(error)
+        results = gather_object(own)
+        for result in results:
+            if isinstance(result, DDPMPipelineError):
+                raise result
+        yield together, results
 
 
 def choose_device(name: str | None = None, dtype: torch.dtype = torch.float32) -> torch.device:

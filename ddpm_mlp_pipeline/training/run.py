@@ -113,7 +113,7 @@ class Run:
     @property
     def total_batch_size(self) -> int:
         """Number of samples in a batch of all processes."""
-        return self.args.train_batch_size * self.accelerator.num_processes
+        return self.checkpoints.total_batch_size
 
     @property
     def rows(self) -> slice:
@@ -279,7 +279,8 @@ def prepare_run(
         OutputExistsError, ConfigurationError: see `train`.
     """
     accelerator = _make_accelerator(args)
-    if args.train_batch_size * accelerator.num_processes > len(dataset):
+    total_batch_size = args.train_batch_size * accelerator.num_processes
+    if total_batch_size > len(dataset):
         raise ConfigurationError(
             f"a batch of {args.train_batch_size} on each of {accelerator.num_processes} processes is larger than the "
             f"data set, which holds {len(dataset)} samples: lower --train_batch_size"
@@ -322,9 +323,12 @@ def prepare_run(
         given = {name: value for name, value in vars(args).items() if value is not None}
         options = {name: value if isinstance(value, int | float) else str(value) for name, value in given.items()}
         accelerator.init_trackers("train", options)
-    total, folder = args.train_batch_size * accelerator.num_processes, Path(args.output_dir)
-    limit = args.checkpoints_total_limit
-    checkpoints = Checkpoints(accelerator, pipeline, ema, total, folder, limit, any_processes)
+    checkpoints = Checkpoints(
+        *(accelerator, pipeline, ema, total_batch_size),
+        Path(args.output_dir),
+        args.checkpoints_total_limit,
+        any_processes,
+    )
     return Run(
         args=args,
         pipeline=pipeline,

@@ -110,9 +110,7 @@ async function chooseBackend() {
     try {
       backend = await openOn(name);
       times.set(name, await time());
-    } catch { // such as too little memory
-      times.delete(name);
-    }
+    } catch {} // such as too little memory: it has no time
     const [slower, faster] = times.get(name) < times.get(before.name) ? [before, backend] : [backend, before];
     if (slower !== faster) slower.end();
     backend = faster;
