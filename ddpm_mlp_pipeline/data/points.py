@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -18,7 +17,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, Features, Value
 
 from ..errors import DatasetError
-from .arrays import read_array
+from .files import SUFFIXES, read_table
 
 Columns = dict[str, np.ndarray]
 
@@ -75,7 +74,6 @@ def _polar(radius: np.ndarray, theta: np.ndarray) -> np.ndarray:
 
 
 MAX_CLASSES = 10_000
-SUFFIXES = (".csv", ".parquet", ".npy")  # of files of points
 # The distribution, which draws points and what is known of each (a label or an angle); and the standard deviation of
 # the Gaussian noise that is added to the points by default.
 POINT_SETS: dict[str, tuple[Callable[[int, np.random.Generator], tuple[np.ndarray, Columns]], float]] = {
@@ -145,7 +143,13 @@ def load_points(
         exclude = [*exclude, *(column for column in more if column not in (label_column, *condition_columns))]
         noise = default_noise if noise is None else noise
     else:
-        table = _read_file(Path(name))
+        path = Path(name)
+        if path.suffix not in SUFFIXES:
+            known = ", ".join(POINT_SETS)
+            raise DatasetError(
+                f"unknown data set {str(path)!r}: pass one of {known}, or a .csv, .parquet or .npy file"
+            )
+        table = read_table(path)
         if num_samples is not None and num_samples > len(table):
             raise DatasetError(f"{name} holds {len(table)} points, fewer than the {num_samples} requested")
     labels, table = _take_labels(table, name, label_column)
@@ -247,68 +251,6 @@ def warn_of_columns(name: str | os.PathLike[str], columns: Sequence[str] | None 
         print(f"warning: {warning.check}: {warning.message}: {warning.remedy}", file=sys.stderr)
 
 
-def _read_file(path: Path) -> pd.DataFrame:
-    """Read a file's columns of any type, with unique names."""
-    if path.suffix not in SUFFIXES:
-        known = ", ".join(POINT_SETS)
-        raise DatasetError(f"unknown data set {str(path)!r}: pass one of {known}, or a .csv, .parquet or .npy file")
-    if not path.is_file():
-        raise DatasetError(f"there is no file {path}")
-    try:
-        if path.suffix == ".csv":
-            table = _read_csv(path)
-        elif path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            array = read_array(path)
-            if array.ndim != 2:
-                raise ValueError("the array must have the shape [points, columns]")
-            table = pd.DataFrame(array)
-    except DatasetError:
-        raise
-    except Exception as error:  # the parsers of pandas and pyarrow raise many types of errors
-        raise DatasetError(f"can't read {path}: {error}") from None
-
-    if len(table) < 2 or table.shape[1] < 1:
-        raise DatasetError(f"{path} holds {len(table)} points: at least 2 are needed")
-    if all(isinstance(column, int) for column in table.columns):
-        table.columns = _numbered(table.shape[1])
-    table.columns = [str(column) or f"Unnamed: {i}" for i, column in enumerate(table.columns)]
-    if not table.columns.is_unique:
-        twice = table.columns[table.columns.duplicated()][0]
-        raise DatasetError(f"{path} has two columns named {twice!r}: rename one")
-    return table
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Read a CSV file, whose first line may hold the columns' names."""
-    with path.open(encoding="utf-8-sig") as file:
-        first_line, line = next(((i, line) for i, line in enumerate(file) if line.strip()), (0, ""))
-        next_line = next(file, "")
-    read = functools.partial(pd.read_csv, path, skipinitialspace=True, header=None)
-    first = read(nrows=1)
-    words = [not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype) for dtype in first.dtypes]
-    has_header = any(words) or not np.isfinite(first.to_numpy(dtype=np.float64)).any()  # a name can be "nan"
-    # Numbers can be names, too ("2019", "2020"): then they are in quotes, which those in the line below are not.
-    has_header |= '"' in line and '"' not in next_line
-    if not has_header:
-        return read()
-
-    names = read(nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
-    try:
-        # With the header, pandas would turn the surplus fields of a longer line into an index.
-        table = read(skiprows=first_line + 1)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame(columns=names)
-    if table.shape[1] != len(names):
-        raise ValueError(
-            f"its first line names {len(names)} columns, but the next lines have {table.shape[1]} fields: put names "
-            "that contain a comma in quotes"
-        )
-    table.columns = names
-    return table
-
-
 def _take_labels(
     table: pd.DataFrame, name: str | os.PathLike[str], label_column: str | None
 ) -> tuple[pd.Series, pd.DataFrame]:
@@ -339,11 +281,6 @@ def _check_has(table: pd.DataFrame, name: str | os.PathLike[str], columns: Itera
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise DatasetError(f"{name} has no column {missing[0]!r} {what}, only {_quoted(table.columns)}")
-
-
-def _numbered(number: int) -> list[str]:
-    """Return generic names of columns."""
-    return ["x", "y"] if number == 2 else [f"x{i}" for i in range(number)]
 
 
 def _is_numbered(names: Iterable[str]) -> bool:
