@@ -73,7 +73,7 @@ class _Column:
     Attributes:
         kind: one of `KINDS`.
         values: for numbers and dates (in `unit`s since 1970) float64, NaN if missing; else objects, `None` if missing.
-        more: `format` and `unit` of a date, `digits` of a number, `text` of a boolean.
+        more: `format` and `unit` of a date, `decimals` and `digits` of a number, `text` of a boolean.
         is_asked: whether the kind was asked for.
     """
 
@@ -117,8 +117,8 @@ def load_table(
 
     In a `.csv` file, kinds are found from the texts. A column whose numbers have leading zeros (`007`) holds texts. In
     other files, the columns' types count. Numbers of which there are only two are categories. Columns of identifiers
-    (texts that all differ; whole numbers that all differ if they are consecutive, or if the column's name is that of an
-    identifier) and columns with only one value are left out.
+    (texts that all differ; whole numbers that all differ if they are consecutive, or if the column's name says that it
+    is one) and columns with only one value are left out.
 
     Args:
         path: a `.csv`, `.parquet` or `.npy` file.
@@ -256,7 +256,7 @@ def _typed(name: str, series: pd.Series) -> tuple[str, np.ndarray]:
     if found <= {bool, np.bool_}:
         return "booleans", values
     if found and all(issubclass(type_, datetime.date) for type_ in found):
-        return "dates", _to_seconds(pd.Series(pd.to_datetime(pd.Series(values), utc=True)))
+        return "dates", np.array([_without_zone(value) for value in values], dtype="datetime64[s]")
     try:
         if found & {str, bytes, list, dict, bool}:
             raise TypeError
@@ -288,6 +288,12 @@ def _to_seconds(series: pd.Series) -> np.ndarray:
     return series.to_numpy().astype("datetime64[s]")
 
 
+def _without_zone(date: Any) -> Any:
+    if getattr(date, "tzinfo", None) is not None:
+        date = date.astimezone(datetime.timezone.utc).replace(tzinfo=None)
+    return date
+
+
 def _numbers_of_texts(name: str, texts: np.ndarray, kind: str | None) -> _Column | None:
     """Return the column of numbers that are written as texts, or `None` if they are no numbers.
 
@@ -315,9 +321,9 @@ def _numbers_of_texts(name: str, texts: np.ndarray, kind: str | None) -> _Column
     column = _of_numbers(name, numbers, kind, is_whole)
     if column.kind == "category" and not is_whole:
         return _of_texts(name, texts, "category")  # which keeps them as they are written
-    digits = {len(text.partition(".")[2]) for text in written} if column.kind == "number" else set()
-    if len(digits) == 1 and 0 < max(digits) <= 15 and all(map(re.compile(r"-?\d+\.\d+").fullmatch, written)):
-        return dataclasses.replace(column, more={"digits": digits.pop()})
+    if column.more.get("decimals") is not None and all(map(re.compile(r"-?\d+\.\d+").fullmatch, written)):
+        digits = min(len(text) - text.index(".") - 1 for text in written)
+        return dataclasses.replace(column, more=column.more | {"digits": min(digits, 15)})
     return column
 
 
@@ -343,18 +349,16 @@ def _of_numbers(name: str, numbers: np.ndarray, kind: str | None, is_whole: bool
         raise DatasetError(f"column {name!r} holds numbers, not dates")
     if kind is None:
         kind = "integer" if is_whole or (all_whole and len(present) < len(numbers)) else "number"
-    return _Column(name, kind, _nine_digits(numbers) if kind == "number" else numbers)
-
-
-def _nine_digits(numbers: np.ndarray) -> np.ndarray:
-    """Round numbers that have more digits than a decimal number with a common number of decimals can keep."""
-    if _decimals(numbers[~np.isnan(numbers)]) is not None:
-        return numbers
-    return np.array([float(f"{number:.9g}") for number in numbers.tolist()])
+    if kind == "integer":
+        return _Column(name, kind, numbers)
+    decimals = _decimals(present)
+    if decimals is None:
+        numbers = np.array([float(f"{number:.9g}") for number in numbers.tolist()])
+    return _Column(name, kind, numbers, {"decimals": decimals})
 
 
 def _decimals(numbers: np.ndarray) -> int | None:
-    """Return how many decimals numbers have, or `None` if they have too many."""
+    """Return how many decimals numbers have, or `None` if these are too many to count, as of measured float64."""
     largest = np.abs(numbers).max(initial=0)
     for decimals in range(16):
         if largest * 10.0**decimals > 1e15:
@@ -376,7 +380,7 @@ def _of_texts(name: str, texts: np.ndarray, kind: str | None) -> _Column:
 
 
 def _booleans_of_texts(name: str, texts: np.ndarray, different: np.ndarray, kind: str | None) -> _Column | None:
-    lower = {text.lower(): text for text in different}
+    lower = {text.lower(): text for text in different[:3]}
     pairs = BOOLEANS[:1] if kind is None else BOOLEANS
     pair = next((pair for pair in pairs if lower and set(lower) <= set(pair)), None)
     if pair is None or len(lower) < len(different) or (kind is None and len(different) < 2):
@@ -542,15 +546,9 @@ def _coded(column: _Column) -> dict[str, Any]:
         return coded | column.more | {"values": values, "coding": "one_hot" if num_states <= MAX_ONE_HOT else "bits"}
     different, counts = np.array(list(column.counts)), np.array(list(column.counts.values()))
     z, values = _knots(different, counts)
-    if column.kind == "number":
-        decimals = _decimals(different)
-        coded["decimals"] = decimals
-        if decimals is not None and column.more.get("digits", 0) >= max(decimals, 1):
-            coded["digits"] = column.more["digits"]
-    else:
-        coded |= column.more
+    if column.kind != "number":
         values = [int(value) for value in values]
-    return {**coded, "z": z, "values": values}
+    return {**coded, **column.more, "z": z, "values": values}
 
 
 def _knots(values: np.ndarray, counts: np.ndarray) -> tuple[list[float], list[float]]:

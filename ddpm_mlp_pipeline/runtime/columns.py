@@ -269,8 +269,8 @@ class _Number:
         is_empty = np.isnan(values)
         if is_empty.any() and empty == "missing" and not self.has_missing:
             raise _never_missing(self.name, int(is_empty.argmax()))
-        # Values that are rounded to this one, just within the ties
-        half = 1e-9 * np.abs(values) if self.decimals is None else 0.4999 / 10**self.decimals
+        # Values that are rounded to this one (without decimals, to 9 digits), just within the ties
+        half = 5.001e-9 * np.abs(values) if self.decimals is None else 0.4999 / 10**self.decimals
         low, high = self._lowest(values - half), self._highest(values + half)
         signs = np.where(is_empty, 1.0, -1.0)[:, None][:, : self.num_signs]
         low[is_empty] = high[is_empty] = 0.0 if empty == "missing" else np.nan
@@ -307,9 +307,7 @@ class _Number:
             return ["" if value != value else str(int(value)) for value in values.tolist()]
         if self.decimals is None:
             return ["" if value != value else f"{value:.9g}" for value in values.tolist()]
-        if self.digits is not None:
-            return ["" if value != value else f"{value:.{self.digits}f}" for value in values.tolist()]
-        return ["" if value != value else _shortest(value) for value in values.tolist()]
+        return ["" if value != value else _fixed(value, self.digits or 0, self.decimals) for value in values.tolist()]
 
     def _read(self, cells: Array) -> Floats:
         """Return the numbers of cells, in the unit of a date, NaN for empty ones."""
@@ -573,6 +571,16 @@ def _iso_date(text: str) -> datetime.datetime | None:
         return datetime.datetime.fromisoformat(text)
     except ValueError:
         return None
+
+
+def _fixed(value: float, least: int, most: int) -> str:
+    """Return a number with as few decimals as needed, but at least `least`."""
+    text = f"{value:.{max(least, most)}f}"
+    if least < most:
+        whole, _, decimals = text.partition(".")
+        decimals = decimals.rstrip("0").ljust(least, "0")
+        text = f"{whole}.{decimals}" if decimals else whole
+    return text
 
 
 def _shortest(value: float) -> str:
