@@ -14,6 +14,7 @@ from .errors import ConfigurationError, DivergenceError
 from .export.compile import check_num_inference_steps, make_scheduler
 from .loading import load_checkpoint
 from .pipeline import DDPMMLPPipeline, default_num_inference_steps
+from .runtime.columns import TableCodec
 from .runtime.request import Asked, numbered
 from .runtime.sampler import Sampler
 from .sample_noise import SampleNoise
@@ -66,6 +67,11 @@ class CheckpointSampler(Sampler):
     @property
     def condition_columns(self) -> list[str]:
         return self.pipeline.condition_columns
+
+    @functools.cached_property
+    def codec(self) -> TableCodec | None:
+        columns = self.pipeline.config.columns
+        return None if columns is None else TableCodec(columns)
 
     @property
     def scheduler(self) -> str:

@@ -79,6 +79,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
         class_shares (`list[float]`, *optional*):
             The share of each class in the training data, in the order of `class_names`. Without labels, conditions
             and known values, the pipeline draws each sample's label from these shares.
+        columns (`list[dict]`, *optional*):
+            For tables: the columns, whose coding turns the points' coordinates into rows. The plugin's `TableCodec`
+            reads them.
     """
 
     model_cpu_offload_seq = "unet"
@@ -97,6 +100,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
         condition_mean: list[float] | None = None,
         condition_std: list[float] | None = None,
         class_shares: list[float] | None = None,
+        columns: list[dict[str, Any]] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -111,6 +115,7 @@ class DDPMMLPPipeline(DiffusionPipeline):
             condition_mean=condition_mean,
             condition_std=condition_std,
             class_shares=class_shares,
+            columns=columns,
         )
 
     @property
@@ -156,8 +161,15 @@ class DDPMMLPPipeline(DiffusionPipeline):
 
     @property
     def condition_columns(self) -> list[str]:
-        """Names of the condition's numbers; empty if the network takes no condition."""
+        """Names of the condition's numbers; empty if the network takes no condition, or known values instead."""
+        if self.takes_known:
+            return []
         return self.config.condition_columns or [f"c{i}" for i in range(self.unet.config.get("condition_dim") or 0)]
+
+    @property
+    def takes_known(self) -> bool:
+        """Whether the network's condition is the known values, which then are more than pasted into its samples."""
+        return bool(self.unet.config.get("takes_known"))
 
     @torch.no_grad()
     def __call__(
@@ -249,6 +261,9 @@ class DDPMMLPPipeline(DiffusionPipeline):
             class_labels = self._draw_labels(batch_size, generator)
         asked = self._to_arguments(class_labels, condition, batch_size)
         y, m = self._to_known(known, mask, shape)
+        if self.takes_known:
+            seen = torch.full(shape, math.nan, device=device, dtype=dtype)
+            asked["condition"] = seen if y is None else torch.where(torch.as_tensor(m).bool(), y, seen)
         if (y is not None or resample > 1) and not hasattr(self.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(self.scheduler).__name__} takes no known values: it has no alphas_cumprod")
         randn = functools.partial(randn_tensor, shape, device=device, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -27,15 +28,20 @@ Writer = Callable[[Path, Iterable[np.ndarray], int, Sampler], None]
 """`write(path, batches, number, sampler)` writes so many samples. Images are of uint8, except for `.npy`."""
 
 
-def find_writer(sample_shape: tuple[int, ...], suffix: str, number: int) -> Writer:
-    """Return the writer for a shape, a suffix (`""` for a folder) and a number of samples.
+def find_writer(sampler: Sampler, suffix: str, number: int) -> Writer:
+    """Return the writer for a sampler's samples, a suffix (`""` for a folder) and a number of samples.
 
     Raises:
         ConfigurationError: if such samples can't be written so.
         MissingExtraError: if the format needs a package that is not installed.
     """
+    sample_shape = sampler.sample_shape
     if suffix == ".npy":
         return _write_npy
+    if sampler.codec is not None:
+        if suffix not in (".csv", ".parquet"):
+            raise ConfigurationError("a table goes to a .csv or .parquet file, or its coordinates to a .npy file")
+        return _write_cells if suffix == ".csv" else _parquet_writer(_cells)
     if len(sample_shape) == 1:
         if suffix == "":
             raise ConfigurationError("a folder is for images, but these are points: use .png, .npy, .csv or .parquet")
@@ -77,6 +83,16 @@ def _write_csv(path: Path, batches: Iterable[np.ndarray], number: int, sampler: 
             np.savetxt(file, batch, fmt="%.9g", delimiter=",")
 
 
+def _write_cells(path: Path, batches: Iterable[np.ndarray], number: int, sampler: Sampler) -> None:
+    codec = sampler.codec
+    assert codec is not None
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(codec.names)
+        for batch in batches:
+            writer.writerows(codec.format(codec.decode(batch)))
+
+
 def csv_header(names: Iterable[str]) -> str:
     """Return the first line of a CSV file, the same as that of `toCsv` in `web/ddpm.js`.
 
@@ -109,6 +125,20 @@ def _columns(points: np.ndarray, sampler: Sampler) -> pyarrow.Table:
     import pyarrow
 
     return pyarrow.table([*np.ascontiguousarray(points.T)], names=sampler.data_columns)
+
+
+def _cells(points: np.ndarray, sampler: Sampler) -> pyarrow.Table:
+    """Return rows of a table, with nulls for missing cells."""
+    import pyarrow
+
+    assert sampler.codec is not None
+    kinds = {"integer": pyarrow.int64(), "boolean": pyarrow.bool_()}
+    table = sampler.codec.decode(points)
+    columns = [
+        pyarrow.array(table[column["name"]], kinds.get(column["kind"]), from_pandas=True)
+        for column in sampler.codec.columns
+    ]
+    return pyarrow.table(columns, names=sampler.codec.names)
 
 
 def _pictures(images: np.ndarray, sampler: Sampler) -> pyarrow.Table:

@@ -34,8 +34,8 @@ def states(folder):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_resumed_run_ends_bit_for_bit_where_it_would_have_ended(tmp_path, accumulation):
-    def mirror(x_0, u):
-        return torch.where(u[:, None] < 0.5, x_0, -x_0)
+    def mirror(batch, draw):
+        return batch._replace(x_0=torch.where(draw(1) < 0.5, batch.x_0, -batch.x_0))
 
     changes = {"gradient_accumulation_steps": accumulation, "augment": mirror, "checkpointing_steps": 1}
     weights, losses = train_small(tmp_path / "whole", **changes)

@@ -146,15 +146,15 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_training_before_its_step(tmp_path):
     batches = iter(range(11))
 
-    def spoil(x_0, u):
-        return x_0 * float("nan") if next(batches) == 7 else x_0
+    def spoil(batch, draw):
+        return batch._replace(x_0=batch.x_0 * float("nan")) if next(batches) == 7 else batch
 
     message = r"loss is nan at step 8, with a learning rate of .*: a lower --learning_rate .* is .*checkpoint-6$"
     with pytest.raises(DivergenceError, match=message):
         train_small(tmp_path, augment=spoil, checkpointing_steps=3)
     assert not (tmp_path / "model_index.json").exists()
     with pytest.raises(DivergenceError, match="there is no checkpoint to go back to"):
-        train_small(tmp_path / "none", augment=lambda x_0, u: x_0 * float("nan"))
+        train_small(tmp_path / "none", augment=lambda batch, draw: batch._replace(x_0=batch.x_0 * float("nan")))
 
 
 def test_a_gradient_that_is_no_number_stops_the_training_before_its_step(tmp_path):

@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 import math
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError
+from ..runtime.columns import TableCodec
 from ..runtime.request import Asked, numbered
 from ..runtime.sampler import Sampler
 from .parser import CommandParser, sample_range
@@ -33,15 +34,17 @@ def add_asking_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--class_labels", nargs="+", metavar="CLASS", help="classes, by name or number: num_samples of each"
     )
-    parser.add_argument("--condition", nargs="+", type=_value, metavar="NAME=VALUE", help="the condition's numbers")
+    parser.add_argument(
+        "--condition", nargs="+", metavar="NAME=VALUE", help="the condition's numbers; of a table, cells of the rows"
+    )
     parser.add_argument("--conditions", type=Path, metavar="CSV", help="a condition in each row: num_samples of each")
     add_guidance_options(parser)
     parser.add_argument(
         "--known",
         nargs="+",
         metavar="NAME=VALUE|FILE",
-        help="what part of the samples is to be: numbers of a point by name; a .csv file of points whose empty cells "
-        "are filled, num_samples of each row; or a picture, with --mask",
+        help="what part of the samples is to be: numbers of a point or cells of a row by name; a .csv file, whose "
+        "empty cells are filled, num_samples of each row; or a picture, with --mask",
     )
     parser.add_argument("--mask", type=Path, metavar="PICTURE", help="white where the picture of --known is known")
     parser.add_count("--resample", "times that each step is taken, so that known and drawn parts fit", default=1)
@@ -119,19 +122,18 @@ def read_asking(args: Namespace, sampler: Sampler) -> Asking:
         several["class_labels"] = [_class(label, sampler.class_names) for label in args.class_labels]
     if args.conditions is not None and args.condition is not None:
         raise ConfigurationError("give --condition or --conditions, not both")
-    if args.condition is not None:
-        asked["condition"] = dict(args.condition)
-    if args.conditions is not None:
+    if sampler.codec is not None:
+        several |= _known_cells(args, sampler.codec)
+    elif args.condition is not None:
+        asked["condition"] = _values(args.condition, "--condition takes NAME=VALUE")
+    elif args.conditions is not None:
         several["condition"] = _read_rows(args.conditions, sampler.condition_columns, may_be_empty=False)
-    if args.known is not None:
+    if args.known is not None and sampler.codec is None:
         path = Path(args.known[0])
         if len(args.known) == 1 and path.suffix == ".csv" and sampler.is_points:
             several["known"] = _read_rows(path, sampler.data_columns, may_be_empty=True)
         elif sampler.is_points:
-            try:
-                asked["known"] = dict(map(_value, args.known))
-            except ArgumentTypeError as error:
-                raise ConfigurationError(f"--known takes NAME=VALUE, or a .csv file: {error}") from None
+            asked["known"] = _values(args.known, "--known takes NAME=VALUE, or a .csv file")
         elif len(args.known) == 1 and args.mask is not None:
             asked["known"], asked["mask"] = _open_picture(path), np.asarray(_open_picture(args.mask).convert("L"))
         else:
@@ -158,13 +160,35 @@ def _class(label: str, class_names: list[str]) -> str | int:
     return int(label) if label not in class_names and label.isascii() and label.isdigit() else label
 
 
-def _value(text: str) -> tuple[str, float]:
-    """Parse NAME=VALUE, as an argparse type."""
-    name, _, value = text.rpartition("=")
-    number = _number(value)
-    if not name or number is None:
-        raise ArgumentTypeError(f"{text!r} is not NAME=VALUE with a finite number")
-    return name, number
+def _known_cells(args: Namespace, codec: TableCodec) -> dict[str, np.ndarray]:
+    """Return the coordinates of a table's known cells, NaN for unknown ones: `[rows, D]` by `"known"`, or nothing."""
+    given = [name for name in ("condition", "conditions", "known") if getattr(args, name) is not None]
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise ConfigurationError("of a table, --condition, --conditions and --known are the same: give one of them")
+    words = [str(args.conditions)] if args.conditions is not None else args.condition or args.known
+    if len(words) == 1 and Path(words[0]).suffix == ".csv":
+        names, rows = _read_cells(Path(words[0]), codec.names)
+        cells: dict[str, list[str]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    else:
+        pairs = [word.split("=", 1) for word in words]
+        if wrong := [pair[0] for pair in pairs if len(pair) == 1]:
+            raise ConfigurationError(f"known cells are NAME=VALUE, or a .csv file, got {wrong[0]!r}")
+        cells = {name: [value] for name, value in pairs}
+    return {"known": codec.encode(cells, empty="unknown")}
+
+
+def _values(words: Sequence[str], what: str) -> dict[str, float]:
+    """Parse words of the form NAME=VALUE with a finite number."""
+    values = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        number = _number(value)
+        if not name or number is None:
+            raise ConfigurationError(f"{what}: {word!r} is not NAME=VALUE with a finite number")
+        values[name] = number
+    return values
 
 
 def _number(text: str) -> float | None:
@@ -178,6 +202,23 @@ def _number(text: str) -> float | None:
 
 def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray:
     """Read a CSV file's rows, `[rows, columns]`; NaN for empty cells and, if these may be, for columns it lacks."""
+    names, lines = _read_cells(path, columns)
+    if not may_be_empty and (missing := [name for name in columns if name not in names]):
+        raise ConfigurationError(f"{path} has no column {missing[0]!r}")
+    table = np.full((len(lines), len(columns)), np.nan)
+    for i, line in enumerate(lines):
+        for name, cell in zip(names, line, strict=True):
+            if not cell and may_be_empty:
+                continue
+            number = _number(cell)
+            if number is None:
+                raise ConfigurationError(f"row {i + 1} of {path}: {cell!r} in column {name!r} is not a number")
+            table[i, columns.index(name)] = number
+    return table
+
+
+def _read_cells(path: Path, columns: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Read the names, some of `columns`, and the rows of a CSV file."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, skipinitialspace=True, strict=True)
@@ -187,22 +228,14 @@ def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray
         raise ConfigurationError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
     if unknown := [name for name in names if name not in columns]:
         raise ConfigurationError(f"{path} has the column {unknown[0]!r}; the columns are {', '.join(columns)}")
-    if not may_be_empty and (missing := [name for name in columns if name not in names]):
-        raise ConfigurationError(f"{path} has no column {missing[0]!r}")
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"{path} has two columns of one name")
     if not rows:
         raise ConfigurationError(f"{path} has no rows")
-    table = np.full((len(rows), len(columns)), np.nan)
-    for i, (line_number, line) in enumerate(rows):
+    for line_number, line in rows:
         if len(line) != len(names):
             raise ConfigurationError(f"line {line_number} of {path} has {len(line)} cells, but {len(names)} names")
-        for name, cell in zip(names, line, strict=True):
-            if not cell and may_be_empty:
-                continue
-            number = _number(cell)
-            if number is None:
-                raise ConfigurationError(f"line {line_number} of {path}: {cell!r} in column {name!r} is not a number")
-            table[i, columns.index(name)] = number
-    return table
+    return names, [line for _, line in rows]
 
 
 def _open_picture(path: Path) -> Any:

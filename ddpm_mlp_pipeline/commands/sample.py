@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output",
         type=Path,
         required=True,
-        help="a .png, .npy, .parquet or (for points) .csv file, or a folder for images",
+        help="a .png, .npy, .parquet or (for points and tables) .csv file, or a folder for images",
     )
     add_asking_options(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="for a checkpoint (default: its own)")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = open_sampler(*opening, device=args.device, provider=args.provider)
     asking = read_asking(args, sampler)
     number, steps = len(asking.samples), len(sampler) * args.resample
-    write = find_writer(sampler.sample_shape, suffix, number)
+    write = find_writer(sampler, suffix, number)
     draw = functools.partial(_draw, sampler, asking, args.seed, args.batch_size)
     is_first = is_first_process(args.source)
     if args.engine == "ray":
@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (KeyboardInterrupt, OSError, DDPMPipelineError) as error:
             raise _explained(error, parts, number) from error
     parts.delete()
-    print(f"{args.output}: {number} {'points' if sampler.is_points else 'images'}")
+    kind = "images" if not sampler.is_points else "points" if sampler.codec is None else "rows"
+    print(f"{args.output}: {number} {kind}")
 
 
 def _draw(

@@ -12,6 +12,7 @@ with command_imports("training", __name__):
     from diffusers.training_utils import EMAModel
 
     from .. import figures
+    from ..data.batches import Batch, Draw
     from ..data.images import ImageBatches, load_labelled_images, mirror_half
     from ..data.shards import ImageShards
     from ..pipeline import DDPMMLPPipeline
@@ -50,8 +51,11 @@ def train_on_images(
     shares = class_shares_of(data.class_labels, len(class_names))
     pipeline = make_image_pipeline(args, data.sample_shape, class_names, shares)
     pipeline.set_progress_bar_config(disable=True)
-    augment = mirror_half if args.random_flip else None
-    return pipeline, train(pipeline, data, args, draw_samples, augment)
+    return pipeline, train(pipeline, data, args, draw_samples, _mirror if args.random_flip else None)
+
+
+def _mirror(batch: Batch, draw: Draw) -> Batch:
+    return batch._replace(x_0=mirror_half(batch.x_0, draw()))
 
 
 @command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -51,6 +52,10 @@ class Batch(NamedTuple):
         if condition is not None:
             condition = condition.masked_fill(is_forgotten[:, None], math.nan)
         return Batch(self.x_0, labels, condition)
+
+
+Draw = Callable[..., torch.Tensor]
+"""`draw(*shape)` returns uniform random numbers in [0, 1), `[batch, *shape]`."""
 
 
 class BatchDataset(Protocol):

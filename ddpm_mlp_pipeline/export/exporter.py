@@ -290,7 +290,7 @@ def export_network(pipeline: DDPMMLPPipeline, path: Path) -> None:
 
     further = {
         "class_labels": torch.zeros(2, dtype=torch.int64),
-        "condition": torch.zeros(2, len(pipeline.condition_columns)),
+        "condition": torch.zeros(2, pipeline.unet.config.get("condition_dim") or 0),
     }
     chosen = [further[name] for name in inputs[len(INPUTS) :]]
     example = (torch.zeros(2, *pipeline.sample_shape), torch.tensor(1.0), *chosen)
@@ -320,7 +320,10 @@ def export_network(pipeline: DDPMMLPPipeline, path: Path) -> None:
 
 def input_names(pipeline: DDPMMLPPipeline) -> list[str]:
     """Return the names of the inputs that a pipeline's network has as ONNX."""
-    takes = {"class_labels": pipeline.num_classes, "condition": pipeline.condition_columns}
+    takes = {
+        "class_labels": pipeline.num_classes,
+        "condition": pipeline.condition_columns or pipeline.takes_known,
+    }
     return [*INPUTS, *(name for name in OPTIONAL_INPUTS if takes[name])]
 
 
@@ -351,13 +354,17 @@ def _describe(pipeline: DDPMMLPPipeline, checkpoint: Path, num_inference_steps: 
         info["data_mean"] = config.data_mean or [0.0] * shape[0]
         info["data_std"] = config.data_std or [1.0] * shape[0]
         info["data_columns"] = pipeline.data_columns
+        if config.columns is not None:
+            info["columns"] = config.columns
     else:
         info["value_range"] = [-1.0, 1.0]
     if "class_labels" in inputs:
         info |= {"class_names": pipeline.class_names, "null_label": pipeline.null_label}
         if config.class_shares is not None:
             info["class_shares"] = config.class_shares
-    if "condition" in inputs:
+    if pipeline.takes_known:
+        info["condition_is_known"] = True
+    elif "condition" in inputs:
         columns = pipeline.condition_columns
         info["condition_mean"] = config.condition_mean or [0.0] * len(columns)
         info["condition_std"] = config.condition_std or [1.0] * len(columns)

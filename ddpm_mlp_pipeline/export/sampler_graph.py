@@ -75,6 +75,9 @@ def build_sampler(
     known = _known_inputs(builder, info) if takes_known else None
     x = op.Mul(op.Reshape(noise(op, 0, 1), batch_shape), table.initial_scale)  # draw 0 is the initial sample
     x.shape = ir.Shape(["num_samples", *shape])
+    if info["condition_is_known"]:
+        unknown = op.Add(op.Mul(x, 0.0), op.Constant(value_float=math.nan))
+        further["condition"] = unknown if known is None else op.Where(known[1], known[0], unknown)
 
     def replace_known(op: OpBuilder, k: ir.Value, x: ir.Value) -> ir.Value:
         if known is None or table.alphas_cumprod is None:
@@ -133,7 +136,7 @@ def _further_inputs(builder: GraphBuilder, info: dict[str, Any]) -> tuple[dict[s
         if info["null_label"] is None:
             return inputs, {}
         null["class_labels"] = op.Add(op.Mul(labels, 0), info["null_label"])
-    if "condition" in info["inputs"]:
+    if "condition" in info["inputs"] and not info["condition_is_known"]:
         mean, std = ([float(number) for number in info[f"condition_{name}"]] for name in ("mean", "std"))
         given = builder.input("condition", ir.DataType.FLOAT, ["num_samples", len(mean)])
         inputs["condition"] = op.Div(op.Sub(given, mean), std)

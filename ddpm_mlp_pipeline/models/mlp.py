@@ -48,6 +48,21 @@ class FourierFeatures(nn.Module):
         return torch.sin(F.linear(v, self.B, self.phases))
 
 
+class PartlyEmbedded(nn.Module):
+    """`FourierFeatures` of the first coordinates, followed by all coordinates as they are."""
+
+    def __init__(self, num_embedded: int, embedding_dim: int):
+        super().__init__()
+        self.num_embedded = num_embedded
+        self.features = FourierFeatures(num_embedded, embedding_dim) if num_embedded else None
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        """Embed `[batch, D]` to `[batch, num_embedded * embedding_dim + D]`."""
+        if self.features is None:
+            return v
+        return torch.cat([self.features(v[:, : self.num_embedded]), v], dim=1)
+
+
 class ResidualBlock(nn.Module):
     """Residual block h + silu(W h + b(t)), whose bias b is computed from the timestep, separately for each block."""
 
@@ -124,6 +139,19 @@ class ConditionEmbedding(nn.Module):
         return torch.where(is_missing, self.null, self.mlp(torch.cat([c, self.features(c)], dim=1)))
 
 
+class KnownEmbedding(nn.Module):
+    """Let a network see known coordinates as they are, in place of their noisy values in x_t, and which these are."""
+
+    def __init__(self, num_coordinates: int, out_dim: int):
+        super().__init__()
+        self.of_mask = nn.Linear(num_coordinates, out_dim, bias=False)
+
+    def forward(self, x_t: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x_t with the known coordinates, `[batch, num_coordinates]`, NaN where unknown, and an embedding."""
+        is_unknown = known.isnan()
+        return torch.where(is_unknown, x_t, known), self.of_mask((~is_unknown).to(x_t.dtype))
+
+
 class MLPModel(ModelMixin, ConfigMixin):
     r"""
     A noise prediction network for vectors of any dimension, mainly 2-D points, and for flattened images.
@@ -152,6 +180,12 @@ class MLPModel(ModelMixin, ConfigMixin):
             learned like the others.
         condition_dim (`int`, *optional*):
             Size of the condition. A row of NaN stands for "no condition", which has a learned embedding.
+        takes_known (`bool`, defaults to `False`):
+            Whether the condition is a sample itself, of which some coordinates are known, and the others NaN. Its size
+            is then `in_channels`.
+        num_embedded (`int`, *optional*):
+            Number of a point's coordinates, the first ones, that `FourierFeatures` embed; by default all. The others
+            are used as they are, which suffices for coordinates of two values.
         pixel_posterior (`bool`, defaults to `False`):
             Whether the output is that of [`PixelPosterior`], for images and a scheduler of `prediction_type="sample"`.
     """
@@ -168,6 +202,8 @@ class MLPModel(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = None,
         condition_dim: int | None = None,
         pixel_posterior: bool = False,
+        takes_known: bool = False,
+        num_embedded: int | None = None,
     ):
         super().__init__()
         sizes = {"in_channels": in_channels, "hidden_dim": hidden_dim, "num_hidden_layers": num_hidden_layers}
@@ -176,6 +212,12 @@ class MLPModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if embedding_dim < 4 or embedding_dim % 2:
             raise ValueError(f"embedding_dim must be even and at least 4, got {embedding_dim}")
+
+        if takes_known and (sample_size is not None or condition_dim != in_channels):
+            raise ValueError("takes_known is for points, and needs a condition_dim of in_channels")
+        num_embedded = in_channels if num_embedded is None else num_embedded
+        if not 0 <= num_embedded <= in_channels:
+            raise ValueError(f"num_embedded must be at least 0 and at most in_channels, got {num_embedded}")
 
         self.out_channels = out_channels or in_channels
         if pixel_posterior and (sample_size is None or self.out_channels != in_channels):
@@ -186,6 +228,9 @@ class MLPModel(ModelMixin, ConfigMixin):
             block, time_dim, per_layer = ResidualBlock, hidden_dim, hidden_dim
             self.embedding: nn.Module = FourierFeatures(in_channels, embedding_dim)
             num_pixels, embedded_dim = 1, in_channels * embedding_dim
+            if num_embedded < in_channels:
+                self.embedding = PartlyEmbedded(num_embedded, embedding_dim)
+                embedded_dim = num_embedded * embedding_dim + in_channels
         else:
             height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
             # A timestep is one number: wider embeddings of it would be most of a wide network's parameters.
@@ -195,7 +240,8 @@ class MLPModel(ModelMixin, ConfigMixin):
         self.time_embedding = TimestepEmbedding(embedding_dim, time_dim, out_dim=per_layer * num_hidden_layers)
         self.proj_in = nn.Linear(embedded_dim, hidden_dim)
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds + 1, hidden_dim)
-        self.condition_embedding = None if condition_dim is None else ConditionEmbedding(condition_dim, hidden_dim)
+        embedding: type[nn.Module] = KnownEmbedding if takes_known else ConditionEmbedding
+        self.condition_embedding = None if condition_dim is None else embedding(condition_dim, hidden_dim)
         self.blocks = nn.ModuleList(block(hidden_dim) for _ in range(num_hidden_layers))
         self.norm_out = nn.Identity() if sample_size is None else nn.LayerNorm(hidden_dim)
         num_outputs = self.out_channels * num_pixels
@@ -217,7 +263,8 @@ class MLPModel(ModelMixin, ConfigMixin):
             sample (`torch.Tensor`): x_t, `[batch, in_channels]` or `[batch, in_channels, height, width]`.
             timestep (`torch.Tensor`, `int` or `float`): t, one for all (a number or a 0-d tensor) or `[batch]`.
             class_labels (`torch.Tensor`, *optional*): int64, `[batch]`; `num_class_embeds` for samples without one.
-            condition (`torch.Tensor`, *optional*): `[batch, condition_dim]`; rows of NaN for samples without one.
+            condition (`torch.Tensor`, *optional*): `[batch, condition_dim]`; rows of NaN for samples without one. With
+                `takes_known`, NaN for each unknown coordinate.
             return_dict (`bool`, defaults to `True`): whether to return a `UNet2DOutput` rather than a tuple.
 
         Returns:
@@ -231,18 +278,22 @@ class MLPModel(ModelMixin, ConfigMixin):
         of_timestep = self.time_embedding(t_emb).chunk(len(self.blocks), dim=-1)
 
         x_t = sample.flatten(start_dim=1)
-        h = self.proj_in(self.embedding(x_t))
         if class_labels is not None and self.class_embedding is None:
             raise ValueError("class_labels: this network was made without num_class_embeds")
         if condition is not None and self.condition_embedding is None:
             raise ValueError("condition: this network was made without condition_dim")
+        if self.condition_embedding is not None and condition is None:
+            condition = sample.new_full((1, self.config.condition_dim), math.nan)
+        if isinstance(self.condition_embedding, KnownEmbedding):
+            seen, of_known = self.condition_embedding(x_t, condition)
+            h = self.proj_in(self.embedding(seen)) + of_known
+        else:
+            h = self.proj_in(self.embedding(x_t))
         if self.class_embedding is not None:
             if class_labels is None:
                 class_labels = torch.full((1,), self.config.num_class_embeds, device=sample.device)
             h = h + self.class_embedding(class_labels)
-        if self.condition_embedding is not None:
-            if condition is None:
-                condition = sample.new_full((1, self.config.condition_dim), math.nan)
+        if isinstance(self.condition_embedding, ConditionEmbedding):
             h = h + self.condition_embedding(condition)
         for block, own in zip(self.blocks, of_timestep, strict=True):
             h = block(h, own)

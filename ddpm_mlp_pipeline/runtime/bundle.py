@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BundleError
+from ..errors import BundleError, ConfigurationError
+from .columns import TableCodec
 
 FORMAT, VERSION = "ddpm-bundle", 2
 READ_VERSIONS = (1, VERSION)  # version 1 has no labels and no conditions
@@ -40,12 +41,19 @@ def read_info(path: Path) -> dict[str, Any]:
             raise BundleError(f"{path}: {shape} is not a shape of points or images")
         if len(shape) == 1:
             _check_columns(info, path, "data", shape[0])
+        if info.setdefault("columns", None) is not None and TableCodec(info["columns"]).width != shape[0]:
+            raise BundleError(f"{path}: columns do not have {shape[0]} coordinates")
         inputs = info.setdefault("inputs", list(INPUTS))
         further = [name for name in OPTIONAL_INPUTS if name in inputs] if info["version"] == VERSION else []
         if inputs != [*INPUTS, *further]:
             known = ", ".join((*INPUTS, *OPTIONAL_INPUTS))
             raise BundleError(f"{path}: the network takes the inputs {inputs}, but this version knows only {known}")
-        if "condition" in inputs:
+        if not isinstance(info.setdefault("condition_is_known", False), bool):
+            raise BundleError(f"{path}: condition_is_known must be true or false")
+        if info["condition_is_known"]:
+            if "condition" not in inputs or len(shape) != 1:
+                raise BundleError(f"{path}: condition_is_known is for points, and needs the input condition")
+        elif "condition" in inputs:
             _check_columns(info, path, "condition", len(info["condition_columns"]))
         if "class_labels" in inputs:
             names, null = info["class_names"], info["null_label"]
@@ -70,6 +78,8 @@ def read_info(path: Path) -> dict[str, Any]:
         raise BundleError(f"can't read {path}: {error.strerror}") from None
     except BundleError:
         raise
+    except ConfigurationError as error:  # of the table's codec
+        raise BundleError(f"{path}: columns: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{path} does not describe a bundle: {type(error).__name__}: {error}") from None
 

@@ -143,6 +143,13 @@ class TableCodec:
         texts = [column.format(cells[column.name]) for column in self._columns]
         return map(list, zip(*texts, strict=True))
 
+    @property
+    def column_numbers(self) -> list[int]:
+        """The number of the column, from 0, that each of the D coordinates belongs to."""
+        columns = [*enumerate(self._columns)]
+        numbers = [i for i, column in columns if column.is_number]
+        return numbers + [i for i, column in columns for _ in range(column.num_signs)]
+
     def _layout(self) -> Iterator[tuple[_Number | _Category, int, slice]]:
         """Yield each column, the index of its continuous coordinate (−1 without one), and its other coordinates."""
         number, start = 0, self.num_numbers

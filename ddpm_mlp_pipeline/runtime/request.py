@@ -128,6 +128,10 @@ def resolve(
     if class_shares is not None:
         class_labels = 0  # a placeholder, until `Request.of` draws the labels
     inputs = _inputs(info, len(samples), class_labels, condition)
+    y, m = _known(info, len(samples), known, mask)
+    if info["condition_is_known"]:
+        unknown = np.full((1, *info["sample_shape"]), np.nan, dtype=np.float32)
+        inputs["condition"] = unknown if y is None or m is None else np.where(m > 0, y, unknown)
     if guidance_scale is not None:
         if guidance_interval is not None:
             bounds = _numbers(guidance_interval, "guidance_interval")
@@ -148,7 +152,6 @@ def resolve(
             raise ConfigurationError("guidance_scale needs a network with a null label (ddpm-export --null_label)")
         nulls = {"class_labels": info.get("null_label"), "condition": math.nan}
         null = {name: np.full_like(values, nulls[name]) for name, values in inputs.items()}
-    y, m = _known(info, len(samples), known, mask)
     if y is not None and table.alphas_cumprod is None:
         raise ConfigurationError("this bundle's step table takes no known values: export the checkpoint again")
     return Request(samples, inputs, null, y, m, class_shares), table.repeated(resample)
@@ -167,7 +170,7 @@ def _inputs(info: dict[str, Any], num_samples: int, class_labels: Any, condition
         inputs["class_labels"] = np.array(numbers, dtype=np.int64)
     elif class_labels is not None:
         raise ConfigurationError("class_labels: this network knows no classes")
-    if "condition" in info["inputs"]:
+    if "condition" in info["inputs"] and not info["condition_is_known"]:
         columns = info["condition_columns"]
         if condition is None:
             inputs["condition"] = np.full((1, len(columns)), np.nan, dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -18,6 +19,7 @@ import onnxruntime as ort
 
 from ..errors import BundleError, ConfigurationError, DivergenceError
 from .bundle import read_file, read_info
+from .columns import TableCodec
 from .external_data import has_external_data
 from .noise import normal
 from .request import Asked, Request, numbered, resolve
@@ -70,6 +72,10 @@ class Sampler(Protocol):
     @property
     def condition_columns(self) -> list[str]:
         """Names of the condition's numbers; empty if the network takes no condition."""
+
+    @property
+    def codec(self) -> TableCodec | None:
+        """What turns points into rows of a table, and back; `None` if they are no table's."""
 
     @property
     def scheduler(self) -> str:
@@ -134,6 +140,11 @@ class OnnxSampler(Sampler):
     @property
     def condition_columns(self) -> list[str]:
         return list(self.info.get("condition_columns") or ())
+
+    @functools.cached_property
+    def codec(self) -> TableCodec | None:
+        columns = self.info["columns"]
+        return None if columns is None else TableCodec(columns)
 
     @property
     def scheduler(self) -> str:

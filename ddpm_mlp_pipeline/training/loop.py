@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..data.batches import BatchDataset
+from ..data.batches import Batch, BatchDataset, Draw
 from ..pipeline import DDPMMLPPipeline
 from .losses import make_loss, min_snr_weights
 from .options import TrainingArguments
@@ -18,7 +18,7 @@ def train(
     dataset: BatchDataset,
     args: TrainingArguments,
     draw_samples: DrawSamples | None = None,
-    augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    augment: Callable[[Batch, Draw], Batch] | None = None,
 ) -> list[float]:
     """Train the pipeline's network with the scheduler's forward process, and save the pipeline.
 
@@ -30,9 +30,9 @@ def train(
         args: the options. `args.output_dir` receives the checkpoint, `checkpoint-<step>/` and the tracker's files.
         draw_samples: called as `draw_samples(pipeline, ema, epoch)` after every `args.save_samples_epochs` epochs,
             and at the end.
-        augment: called as `augment(x_0, u)` with a batch's x_0 and a random number in [0, 1) for each sample; returns
-            the x_0 to train on. A data set should not draw random numbers itself: batches are fetched ahead, so a
-            resumed run could not repeat them.
+        augment: called as `augment(batch, draw)`; returns the batch to train on. `draw(*shape)` returns random numbers
+            in [0, 1), `[batch, *shape]`. A data set should not draw random numbers itself: batches are fetched ahead,
+            so a resumed run could not repeat them.
 
     Returns:
         The loss of each optimizer step.
@@ -55,7 +55,7 @@ def train(
     with run.in_progress():
         for batch in run.batches():
             if augment is not None:
-                batch = batch._replace(x_0=augment(batch.x_0, torch.rand(total, device=device)[rows]))
+                batch = augment(batch, lambda *shape: torch.rand(total, *shape, device=device)[rows])
             if batch.known and args.label_dropout:
                 is_forgotten = torch.rand(total, device=device)[rows] < args.label_dropout
                 batch = batch.forget(is_forgotten, pipeline.null_label)

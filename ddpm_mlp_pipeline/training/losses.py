@@ -25,7 +25,8 @@ def make_loss(pipeline: DDPMMLPPipeline, loss_type: str) -> Loss:
     """Return the loss of a type, `"simple"` or `"bound"`, for a pipeline's forward process."""
     scheduler = pipeline.scheduler
     if loss_type == "simple":
-        return functools.partial(simple_loss, scheduler)
+        takes_known = pipeline.unet.config.get("takes_known", False)
+        return functools.partial(loss_of_unknown if takes_known else simple_loss, scheduler)
     # Clipping x̂_0 would stop its gradient.
     bound = VariationalBound(scheduler, discretized=not pipeline.is_points, clip_sample=False)
     return functools.partial(bound_loss, scheduler, bound)
@@ -35,10 +36,28 @@ def simple_loss(
     scheduler: DDPMScheduler, unet: Network, batch: Batch, t: torch.Tensor, eps: torch.Tensor
 ) -> torch.Tensor:
     """Return the prediction's mean squared error, `[batch]`: for ε, L_simple (Ho et al. 2020, eq. 14)."""
+    return _squared_errors(scheduler, unet, batch, t, eps).mean(dim=1)
+
+
+def loss_of_unknown(
+    scheduler: DDPMScheduler, unet: Network, batch: Batch, t: torch.Tensor, eps: torch.Tensor
+) -> torch.Tensor:
+    """Return `simple_loss` of the coordinates that the condition, `[batch, D]`, leaves unknown (NaN)."""
+    errors = _squared_errors(scheduler, unet, batch, t, eps)
+    if batch.condition is None:
+        return errors.mean(dim=1)
+    is_unknown = batch.condition.isnan()
+    return (errors * is_unknown).sum(dim=1) / is_unknown.sum(dim=1).clamp(min=1)
+
+
+def _squared_errors(
+    scheduler: DDPMScheduler, unet: Network, batch: Batch, t: torch.Tensor, eps: torch.Tensor
+) -> torch.Tensor:
+    """Return the squared errors of the prediction, `[batch, values of a sample]`."""
     x_t = scheduler.add_noise(batch.x_0, eps, t)  # √ᾱ_t x_0 + √(1 − ᾱ_t) ε
     prediction = _predict(unet, x_t, t, batch)[:, : x_t.shape[1]]  # without a learned variance
     target = training_target(scheduler, batch.x_0, eps, t)
-    return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
+    return F.mse_loss(prediction, target, reduction="none").flatten(1)
 
 
 def bound_loss(

@@ -212,6 +212,50 @@ class PointTrainingArguments(TrainingArguments):
 
 
 @dataclasses.dataclass(kw_only=True)
+class TableTrainingArguments(TrainingArguments):
+    """Options of training on a table: data, network, and other defaults for the training loop."""
+
+    dataset: str = option(help="a .csv or .parquet file with columns of any kind")
+    dataset_size: int | None = option(None, "rows to choose from the file (default: all)")
+    exclude: Sequence[str] | None = option(None, "names of columns to exclude")
+    column_kinds: Sequence[str] | None = option(
+        None, "NAME=KIND, where a column's kind is found wrong: number, integer, category, boolean or date"
+    )
+    embedding_dim: int = option(16, "size of the embedding of the timestep and of each number")
+    hidden_dim: int = option(256, "width of the network")
+    num_hidden_layers: int = option(4, "number of residual blocks")
+
+    prediction_type: str = option("v_prediction", "target that the network predicts", choices=PREDICTION_TYPES)
+    label_dropout: float = option(0.5, "share of rows of which the network is told no column; of others, some")
+    train_batch_size: int = option(1024, "batch size of each process")
+    max_train_steps: int | None = option(None, "optimizer steps; overrides num_epochs (default of both: 10,000)")
+    learning_rate: float = option(2e-3, "peak learning rate of Adam")
+    lr_warmup_steps: int = option(200, "optimizer steps of linear learning rate warm-up")
+    ema_max_decay: float = option(0.999, "maximum decay of the EMA, after its warm-up")
+
+    def __post_init__(self) -> None:
+        if self.num_epochs is None and self.max_train_steps is None:
+            self.max_train_steps = 10_000
+        super().__post_init__()
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kinds given by `column_kinds`, by the columns' names.
+
+        Raises:
+            ConfigurationError: if one is not of the form NAME=KIND.
+        """
+        pairs = [pair for word in self.column_kinds or () for pair in word.split(",")]
+        kinds = {}
+        for pair in pairs:
+            name, equals, kind = pair.rpartition("=")
+            if not equals or not name:
+                raise ConfigurationError(f"column_kinds takes NAME=KIND, got {pair!r}")
+            kinds[name] = kind
+        return kinds
+
+
+@dataclasses.dataclass(kw_only=True)
 class ImageTrainingArguments(TrainingArguments):
     """Options of training on images: data, network, and other defaults for the training loop."""
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import UNet2DModel
 
-from ..data.batches import TensorBatches
+from ..data.batches import Batch, Draw, TensorBatches
 from ..data.images import usual_resolution
 from ..data.normalized import normalize
 from ..data.points import POINT_SETS, load_points, split_columns
+from ..data.tables import Table
 from ..errors import ConfigurationError, DatasetError
 from ..models.mlp import MLPModel
 from ..models.unet import SmallUNet2DModel
 from ..pipeline import DDPMMLPPipeline
-from .options import ImageTrainingArguments, PointTrainingArguments, default_widths, widths_of
+from .options import (
+    ImageTrainingArguments,
+    PointTrainingArguments,
+    TableTrainingArguments,
+    default_widths,
+    widths_of,
+)
+
+MIN_ROWS = 100_000  # rows of a table in an epoch
 
 
 def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, TensorBatches]:
@@ -72,6 +82,53 @@ def make_point_pipeline(args: PointTrainingArguments) -> tuple[DDPMMLPPipeline, 
         class_shares=None if condition_columns else class_shares_of(labels, len(class_names)),
     )
     return pipeline, TensorBatches(x_0, None if labels is None else torch.from_numpy(labels), condition)
+
+
+def make_table_pipeline(args: TableTrainingArguments, table: Table) -> tuple[DDPMMLPPipeline, TensorBatches]:
+    """Make the untrained pipeline, and a table's coordinates that it is to learn."""
+    codec = table.codec
+    # A value that many rows share has a range of coordinates. A small table is drawn several times within these.
+    rng, repeats = np.random.default_rng(args.seed), max(1, MIN_ROWS // len(table.frame))
+    x_0 = torch.from_numpy(np.concatenate([table.points(rng) for _ in range(repeats)])).float()
+    try:
+        unet = MLPModel(
+            codec.width,
+            embedding_dim=args.embedding_dim,
+            hidden_dim=args.hidden_dim,
+            num_hidden_layers=args.num_hidden_layers,
+            out_channels=args.num_predictions * codec.width,
+            condition_dim=codec.width,
+            takes_known=True,
+            num_embedded=codec.num_numbers,
+        )
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    pipeline = DDPMMLPPipeline(
+        unet,
+        args.make_scheduler(clip_sample_range=x_0.abs().max().item()),
+        data_columns=codec.coordinate_names,
+        columns=codec.columns,
+    )
+    return pipeline, TensorBatches(x_0)
+
+
+def conceal_columns(column_numbers: Sequence[int]) -> Callable[[Batch, Draw], Batch]:
+    """Return a function that tells the network some columns of each row, as its condition, and conceals the others.
+
+    The share of the known columns is uniform in [0, 1), so that a network learns to fill any gaps.
+
+    Args:
+        column_numbers: for each of the D coordinates, the number of its column.
+    """
+    columns = torch.tensor(column_numbers)
+
+    def conceal(batch: Batch, draw: Draw) -> Batch:
+        number = int(columns.max()) + 1
+        is_known = draw(number) < draw(1)  # [batch, columns]
+        is_known = is_known[:, columns.to(is_known.device)]
+        return batch._replace(condition=torch.where(is_known, batch.x_0, math.nan))
+
+    return conceal
 
 
 def class_shares_of(labels: torch.Tensor | np.ndarray | None, num_classes: int) -> list[float] | None:

@@ -207,7 +207,12 @@ export function parseInfo(bytes) {
   if (!Array.isArray(inputs) || inputs.join() !== [...INPUTS, ...further].join()) {
     fail(`the network has the inputs ${inputs}, but this version supports only ${[...INPUTS, ...OPTIONAL_INPUTS]}`);
   }
-  if (inputs.includes("condition")) {
+  const { condition_is_known: isKnown = false } = info;
+  if (typeof isKnown !== "boolean") fail("condition_is_known must be true or false");
+  if (isKnown && !(inputs.includes("condition") && shape.length === 1)) {
+    fail("condition_is_known is for points, and needs the input condition");
+  }
+  if (inputs.includes("condition") && !isKnown) {
     if (!Array.isArray(info.condition_columns)) fail("condition_columns must be a list of names");
     checkColumns("condition", info.condition_columns.length);
   }
@@ -226,7 +231,7 @@ export function parseInfo(bytes) {
     fail("sha256 must be an object of file names and checksums");
   }
   const [names, columns] = OPTIONAL_INPUTS.map((name, i) => {
-    return inputs.includes(name) ? info[["class_names", "condition_columns"][i]] : [];
+    return inputs.includes(name) && !(i && isKnown) ? info[["class_names", "condition_columns"][i]] : [];
   });
   return { ...info, inputs, class_names: names, condition_columns: columns };
 }
@@ -385,7 +390,7 @@ function inputsOf(info, numSamples, classLabels, condition) {
     }
     inputs.class_labels = BigInt64Array.from(numbers, BigInt);
   } else if (classLabels != null) fail("class_labels: this network knows no classes");
-  if (info.inputs.includes("condition")) {
+  if (info.inputs.includes("condition") && !info.condition_is_known) {
     const { condition_columns: columns, condition_mean: mean, condition_std: std } = info;
     const values = condition == null ? columns.map(() => NaN) : byName(condition, columns, "condition");
     const isOf = [1, numSamples].some((rows) => values.length === rows * columns.length);
@@ -450,6 +455,10 @@ function resolve(info, table, numSamples, asked = {}) {
   const classShares = (takesLabels && isNothingAsked && info.class_shares) || undefined;
   // If labels are drawn, the label 0 is in their place.
   const inputs = inputsOf(info, numSamples, classShares ? 0 : classLabels, condition);
+  const { y, m } = knownOf(info, numSamples, known, mask);
+  if (info.condition_is_known) {
+    inputs.condition = m ? y.map((value, i) => (m[i] ? value : NaN)) : new Float32Array(info.sample_shape[0]).fill(NaN);
+  }
   if (guidanceScale != null) {
     if (!isNumber(guidanceScale)) fail(`guidance_scale must be a finite number, got ${guidanceScale}`);
     if (guidanceInterval != null) {
@@ -466,14 +475,16 @@ function resolve(info, table, numSamples, asked = {}) {
       fail("guidance_scale needs a network with a null label (ddpm-export --null_label)");
     }
     if (inputs.class_labels) nulls.class_labels = BigInt64Array.of(BigInt(info.null_label));
-    if (inputs.condition) nulls.condition = new Float32Array(info.condition_columns.length).fill(NaN);
+    if (inputs.condition) nulls.condition = new Float32Array(conditionSize(info)).fill(NaN);
   }
-  const { y, m } = knownOf(info, numSamples, known, mask);
   if (y && table.steps[0].alphaCumprod === undefined) {
     fail("this bundle's step table takes no known values: export the checkpoint again");
   }
   return { table: repeated(table, resample), inputs, nulls, y, m, classShares };
 }
+
+/** The number of values of a condition. */
+const conditionSize = (info) => (info.condition_is_known ? info.sample_shape[0] : info.condition_columns.length);
 
 /** The rows of some samples, of values with one row for all samples or one for each. */
 function rowsOf(values, size, first, number) {
@@ -619,7 +630,7 @@ export class Sampler {
     const { initialScale, clipRange, steps } = table, { dimension } = this;
     const draw = (k, stream) => normal(seed, first, numSamples, dimension, k, stream);
     const [inputs, none] = [all, nulls].map((rows) => {
-      const sizes = { class_labels: 1, condition: this.conditionColumns.length };
+      const sizes = { class_labels: 1, condition: conditionSize(this.info) };
       return Object.fromEntries(Object.keys(rows).map((n) => [n, rowsOf(rows[n], sizes[n], row, numSamples)]));
     });
     if (classShares) inputs.class_labels = drawLabels(seed, first, numSamples, classShares);
