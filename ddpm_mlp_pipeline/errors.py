@@ -13,6 +13,7 @@ _EXTRA_OF_MODULE = {
     **dict.fromkeys(["ot", "scipy", "tabulate"], "evaluate"),
     **dict.fromkeys(["pyarrow"], "parquet"),
     **dict.fromkeys(["ray"], "ray"),
+    **dict.fromkeys(["sdmetrics", "sklearn"], "tables"),
     **dict.fromkeys(["torch_fidelity", "torchvision"], "inception"),
 }
 

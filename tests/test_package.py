@@ -87,7 +87,7 @@ MODULES = {  # each module's file, by name
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "ddpm_mlp_pipeline").rglob("*.py")
 }
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "torch_fidelity": "torch-fidelity", "sklearn": "scikit-learn"}
 
 
 def requirements(extra=None):
@@ -141,6 +141,7 @@ def distributions(*modules, everywhere):
         ("train", ["commands.train_points", "commands.train_images", "figures"]),
         ("evaluate", ["commands.evaluate", "data.points"]),
         ("ray", ["ray_engine"]),
+        ("tables", ["judge.tables"]),
     ],
 )
 def test_what_is_imported_is_declared(extra, modules):
@@ -149,7 +150,7 @@ def test_what_is_imported_is_declared(extra, modules):
 
 
 def test_what_is_declared_is_imported():
-    extras = ("train", "export", "evaluate", "parquet", "ray", "inception")
+    extras = ("train", "export", "evaluate", "parquet", "ray", "tables", "inception")
     declared = set().union(requirements(), *map(requirements, extras))
     assert declared == distributions(*MODULES, everywhere=True)
     modules = {name: next((m for m, d in DISTRIBUTIONS.items() if d == name), name) for name in declared}
