@@ -19,6 +19,7 @@ from ..export.schedulers import SCHEDULERS
 from ..files import whole_file
 from ..judge import metrics
 from ..judge.sources import DATA_SEED, NUM_IMAGES, NUM_POINTS, Source, open_source
+from ..runtime.columns import TableCodec
 from ..runtime.request import Asked
 from ..sampling import is_first_process
 from .asking import add_guidance_options, read_guidance
@@ -52,10 +53,21 @@ LABELS = {
     "kernel_distance_deviation": "– its deviation over subsets",
     "precision": "precision",
     "recall": "recall",
+    "column_shapes": "column shapes (sdmetrics; 1 is best)",
+    "column_pair_trends": "column pair trends (sdmetrics; 1 is best)",
+    "quality": "quality: mean of these two",
+    "gap_shares": "shares of missing cells (1 is best)",
+    "auc": "AUC of telling samples from data (0.5 is best)",
+    "closer_to_training": "share closer to training than to held-out rows (0.5 is best)",
+    "exact_copies": "share of exact copies of training rows",
+    "target": "predicting the target in held-out rows, trained on samples",
 }
 # The floor of an unbiased measure is 0 apart from chance, so that a ratio to it is meaningless.
 WITHOUT_RATIO = ("kernel_distance", "kernel_distance_deviation", "squared_energy_distance")
-PACKAGES = ("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "torch", "diffusers", "torchmetrics")
+PACKAGES = (
+    *("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "torch", "diffusers", "torchmetrics", "sdmetrics"),
+    "scikit-learn",
+)
 
 
 @command
@@ -86,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="split of the images for the floor (default: train; a data set with one split is cut into random halves)",
     )
     images.add_argument("--features", help=FEATURES_HELP)
+    tables = parser.add_argument_group("tables", "--dataset is the file of training")
+    tables.add_argument("--held_out", metavar="FILE", help="rows that were not trained on, for the floor")
+    tables.add_argument("--target", metavar="COLUMN", help="column to predict by models that are trained on samples")
     args = parser.parse_args(argv)
     check_engine(args)
     is_first = is_first_process(args.samples)
@@ -102,11 +117,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.class_labels and not source.class_names:
             raise ConfigurationError(f"{args.samples} knows no classes: leave --class_labels out")
         evaluate, extra = (_evaluate_points, "evaluate") if source.is_points else (_evaluate_images, "train")
+        if source.codec is not None:
+            evaluate, extra = functools.partial(_evaluate_table, source.codec), "tables"
+        elif args.held_out or args.target:
+            raise ConfigurationError(f"--held_out and --target are for tables, and {args.samples} draws none")
         with explain_missing_extra("ddpm-evaluate", extra):
             report = {"samples": str(args.samples), **source.info, "dataset": args.dataset, **evaluate(source, args)}
         if not is_first:
             return
-        print(_heading(report, source.is_points))
+        print(_heading(report, "rows" if source.codec is not None else "points" if source.is_points else "images"))
         print(_table(report["measures"]))
         if args.class_labels:
             print(_class_table(report["classes"]))
@@ -163,6 +182,36 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
         "data_seeds": data_seeds,
         "measures": _rows(samples, floor),
         **_classes(source, args, measure, sides),
+    }
+
+
+def _evaluate_table(codec: TableCodec, source: Source, args: Namespace) -> dict[str, Any]:
+    from pandas import DataFrame
+
+    from ..judge.tables import judge_table, read_table
+
+    if args.held_out is None:
+        raise ConfigurationError("a table is judged beside rows that were not trained on: name their file, --held_out")
+    train, held_out = read_table(args.dataset), read_table(args.held_out)
+    n, seeds = args.num_samples or len(train), range(args.repeats or 1)
+    judged = [
+        judge_table(
+            train, held_out, DataFrame(codec.decode(source.draw(n, seed))), codec.columns, args.target, seed=seed
+        )
+        for seed in seeds
+    ]
+    samples, floor = (
+        [{name: row[side] for name, row in each["measures"].items() if row is not None} for each in judged]
+        for side in ("samples", "floor")
+    )
+    return {
+        "held_out": args.held_out,
+        "num_samples": n,
+        "num_references": len(train),
+        "seeds": list(seeds),
+        "data_seeds": list(seeds),
+        "target": args.target,
+        "measures": {name: {**row, "ratio": None} for name, row in _rows(samples, floor).items()},
     }
 
 
@@ -357,13 +406,13 @@ def _rows(samples: list[dict[str, float]], floor: list[dict[str, float]]) -> dic
     return rows
 
 
-def _heading(report: dict[str, Any], is_points: bool) -> str:
+def _heading(report: dict[str, Any], kind: str) -> str:
     heading = (
-        f"{report['num_samples']:,} {'points' if is_points else 'images'} of {report['samples']} against "
+        f"{report['num_samples']:,} {kind} of {report['samples']} against "
         f"{report['num_references']:,} of {report['dataset']}\ndraws of samples: {len(report['seeds'])}, "
         f"of data: {len(report['data_seeds'])} (means ± standard error)"
     )
-    if is_points:
+    if kind != "images":
         return heading
     split, train_split = report["split"], report["train_split"]
     channels, height, width = report["shape"]

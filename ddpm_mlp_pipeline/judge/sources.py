@@ -13,6 +13,7 @@ import numpy as np
 from ..data.arrays import holds_pictures, read_array
 from ..errors import ConfigurationError, DatasetError, explain_missing_extra
 from ..progress import sampling_bar
+from ..runtime.columns import TableCodec
 from ..runtime.pictures import to_pixels
 from ..runtime.request import Asked
 
@@ -36,6 +37,7 @@ class Source:
         columns: names of the points' coordinates, if they are known.
         number: number of samples in a file or folder; `None` if any number can be drawn.
         class_names: names of the classes that can be asked for.
+        codec: what turns the samples into rows of a table, if they are one's.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +46,7 @@ class Source:
     columns: list[str] | None = None
     number: int | None = None
     class_names: list[str] = dataclasses.field(default_factory=list)
+    codec: TableCodec | None = None
 
     @property
     def is_points(self) -> bool:
@@ -126,7 +129,7 @@ def _open_sampler(
 
     info = {"scheduler": sampler.scheduler, "sampling_steps": len(sampler)}
     columns = sampler.data_columns if sampler.is_points else None
-    return Source(sampler.sample_shape, draw, info, columns, class_names=sampler.class_names)
+    return Source(sampler.sample_shape, draw, info, columns, class_names=sampler.class_names, codec=sampler.codec)
 
 
 def _images_of(array: np.ndarray, path: Path) -> Source:
