@@ -18,7 +18,7 @@ import torch
 from ddpm_mlp_pipeline.commands import console
 
 MODULES = ["train_points", "train_images", "bound", "compare", "doctor", "evaluate", "export", "fit", "plot", "sample"]
-MODULES += ["benchmark", "train_features", "tune"]
+MODULES += ["benchmark", "train_features", "train_table", "tune"]
 TIMEOUT = 300  # seconds
 GRACE = 10  # seconds, for the other processes after one has failed
 
