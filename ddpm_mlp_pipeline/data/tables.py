@@ -24,7 +24,7 @@ from .files import SUFFIXES, read_table
 KINDS = ("number", "integer", "date", "category", "boolean")
 MAX_CATEGORIES = 1024
 MAX_WIDTH = 300  # coordinates of a table
-MAX_ONE_HOT = 24  # states of a category; more are coded as bits
+MAX_ONE_HOT = 24  # states of a category; more are coded as ranges of one coordinate
 MAX_PLATEAUS = 500  # different numbers of a column; of more, only the frequent ones have a range of coordinates
 MAX_KNOTS = 256
 MIN_SHARE = 0.01  # of the rows, by which a number is frequent
@@ -541,9 +541,14 @@ def _coded(column: _Column) -> dict[str, Any]:
     """Return a column's coding, as `TableCodec` takes it."""
     coded: dict[str, Any] = {"name": column.name, "kind": column.kind, "has_missing": bool(column.is_missing.any())}
     if not column.is_number:
-        values = list(column.counts)
-        num_states = len(values) + coded["has_missing"]
-        return coded | column.more | {"values": values, "coding": "one_hot" if num_states <= MAX_ONE_HOT else "bits"}
+        if len(column.counts) + coded["has_missing"] <= MAX_ONE_HOT:
+            return coded | column.more | {"values": list(column.counts), "coding": "one_hot"}
+        # The frequent ones, which have wide ranges, in the middle, and the rare ones to both sides
+        by_count = sorted(column.counts, key=column.counts.__getitem__)
+        values = by_count[::2] + by_count[1::2][::-1]
+        ranks = np.cumsum([column.counts[value] for value in values]) / len(column.values)
+        z = [round(NormalDist().inv_cdf(p), 7) for p in (ranks if coded["has_missing"] else ranks[:-1]).tolist()]
+        return coded | column.more | {"values": values, "coding": "ranks", "z": z}
     different, counts = np.array(list(column.counts)), np.array(list(column.counts.values()))
     z, values = _knots(different, counts)
     if column.kind != "number":

@@ -102,10 +102,9 @@ class TableCodec:
             if column.name not in cells:
                 continue
             signs = slice(signs.start - self.num_numbers, signs.stop - self.num_numbers)
-            if isinstance(column, _Number):
-                low[:, number], high[:, number], signs_[:, signs] = column.encode(cells[column.name], empty)
-            else:
-                signs_[:, signs] = column.encode(cells[column.name], empty)
+            lowest, highest, signs_[:, signs] = column.encode(cells[column.name], empty)
+            if column.is_number:
+                low[:, number], high[:, number] = lowest, highest
         return CodedRows(low, high, signs_)
 
     def encode(
@@ -356,24 +355,28 @@ class _Number:
 
 
 class _Category:
-    """A column of kind `category` or `boolean`: a state, coded as one-hot or as bits."""
-
-    is_number = 0
+    """A column of kind `category` or `boolean`: a state, coded as one-hot, or as a range of one coordinate."""
 
     def __init__(self, name: str, kind: str, column: Mapping[str, Any]):
         self.name, self.kind = name, kind
         self.values = _categories(name, kind, column.get("values"))
         self.coding = column.get("coding")
-        if not isinstance(self.coding, str) or self.coding not in ("one_hot", "bits"):
-            raise _invalid(name, "coding must be one_hot or bits")
+        if not isinstance(self.coding, str) or self.coding not in ("one_hot", "ranks"):
+            raise _invalid(name, "coding must be one_hot or ranks")
         self.has_missing = _flag(name, column)
         self.num_states = len(self.values) + self.has_missing
         if self.num_states < 2:
             raise _invalid(name, "a category needs at least 2 states")
-        self.num_signs = self.num_states if self.coding == "one_hot" else (self.num_states - 1).bit_length()
+        self.is_number = int(self.coding == "ranks")
+        self.num_signs = 0 if self.is_number else self.num_states
         if self.num_signs > MAX_SIZE:
             raise _invalid(name, f"there may be {MAX_SIZE:,} coordinates at most")
         self.spec: dict[str, Any] = {"name": name, "kind": kind, "values": self.values, "coding": self.coding}
+        if self.is_number:
+            self.z = _non_decreasing(name, "z", column.get("z"))
+            if len(self.z) != self.num_states - 1:
+                raise _invalid(name, "z must have a number for each pair of neighbouring states")
+            self.spec["z"] = self.z.tolist()
         self.texts = [_text(value) for value in self.values]
         if kind == "boolean" and column.get("text") is not None:
             self._read_texts(column["text"])
@@ -387,27 +390,17 @@ class _Category:
         self.spec["text"] = self.texts = list(texts)
 
     def sign_names(self) -> list[str]:
-        if self.coding == "bits":
-            return [f"{self.name}[{i}]" for i in range(self.num_signs)]
+        if self.is_number:
+            return []
         return [f"{self.name}={text}" for text in self.texts] + [f"{self.name} is missing"] * self.has_missing
 
     def _codes(self, states: npt.NDArray[np.intp]) -> Floats:
-        if self.coding == "one_hot":
-            codes = np.full((len(states), self.num_signs), -1.0)
-            codes[np.arange(len(states)), states] = 1
-            return codes
-        return (2 * (states[:, None] >> np.arange(self.num_signs) & 1) - 1).astype(np.float64)
+        codes = np.full((len(states), self.num_signs), -1.0)
+        codes[np.arange(len(states)), states] = 1
+        return codes
 
     def decode(self, z: Floats, signs: Floats) -> Array:
-        if self.coding == "one_hot":
-            return self._values_of(signs.argmax(axis=1))
-        states = (signs > 0) @ (1 << np.arange(self.num_signs))  # the nearest code, if there is such a state
-        invalid = np.flatnonzero(states >= self.num_states)
-        codes = self._codes(np.arange(self.num_states)).T
-        rows = max(1, 2**22 // self.num_states)  # at a time, to limit the memory
-        for i in range(0, len(invalid), rows):
-            states[invalid[i : i + rows]] = (signs[invalid[i : i + rows]] @ codes).argmax(axis=1)
-        return self._values_of(states)
+        return self._values_of(np.searchsorted(self.z, z, side="right") if self.is_number else signs.argmax(axis=1))
 
     def _values_of(self, states: npt.NDArray[np.intp]) -> Array:
         is_long = isinstance(self.values[0], str) and any(len(v) > MAX_STR or v.endswith("\0") for v in self.values)
@@ -419,15 +412,23 @@ class _Category:
         taken: Array = values[states]
         return taken
 
-    def encode(self, cells: Array, empty: Empty) -> Floats:
+    def encode(self, cells: Array, empty: Empty) -> tuple[Floats, Floats, Floats]:
+        """Return the ends of the range of each state's coordinate, if it has one, and its other coordinates."""
         states = self._states(cells)
         is_empty = states < 0
         if is_empty.any() and empty == "missing" and not self.has_missing:
             raise _never_missing(self.name, int(is_empty.argmax()))
-        codes = self._codes(np.where(is_empty, self.num_states - 1, states))
+        states = np.where(is_empty, self.num_states - 1, states)
+        if not self.is_number:
+            none, codes = np.full(len(cells), np.nan), self._codes(states)
+            if empty == "unknown":
+                codes[is_empty] = np.nan
+            return none, none, codes
+        ends = np.concatenate([[-np.inf], self.z, [np.inf]])
+        low, high = ends[states], ends[states + 1]
         if empty == "unknown":
-            codes[is_empty] = np.nan
-        return codes
+            low[is_empty] = high[is_empty] = np.nan
+        return low, high, np.empty((len(cells), 0))
 
     def format(self, cells: Array) -> list[str]:
         texts = [*self.texts, ""]  # the last one for empty cells, whose state is −1

@@ -71,7 +71,7 @@ def test_kinds_are_found(table):
     assert list(table.left_out) == ["name"]
     columns = {column["name"]: column for column in table.codec.columns}
     assert columns["word"]["values"] == sorted(["naïve, “x”", 'a "quoted" word', "NA", "雪"])
-    assert [columns[name]["coding"] for name in ("word", "town", "code")] == ["one_hot", "bits", "bits"]
+    assert [columns[name]["coding"] for name in ("word", "town", "code")] == ["one_hot", "ranks", "ranks"]
     assert [name for name, column in columns.items() if column["has_missing"]] == ["whole", "day", "word"]
     assert columns["two"]["values"] == [0, 1]
     assert (columns["day"]["unit"], columns["time"]["unit"]) == ("D", "s")

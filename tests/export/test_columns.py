@@ -22,7 +22,7 @@ AGE = {"name": "age", "kind": "integer", **JUMPS, "has_missing": True}
 PRICE = {"name": "price", "kind": "number", "z": [-2.0, 0.0, 2.0], "values": [0.5, 1.0, 9.0], "decimals": 2}
 DAY = {"name": "day", "kind": "date", **JUMPS, "format": "%d/%m/%Y", "unit": "D", "has_missing": True}
 COLOR = {"name": "color", "kind": "category", "values": ["D", 'a "b", é'], "coding": "one_hot", "has_missing": True}
-CITY = {"name": "city", "kind": "category", "values": list(range(5)), "coding": "bits"}
+CITY = {"name": "city", "kind": "category", "values": [0, 1, 2, 3, 4], "coding": "ranks", "z": [-1.0, -0.5, 0.0, 0.7]}
 SOLD = {"name": "sold", "kind": "boolean", "values": [False, True], "coding": "one_hot"}
 COLUMNS = [COLOR, AGE, CITY, PRICE, SOLD, DAY]
 ROWS = {
@@ -46,19 +46,17 @@ def as_lists(table):
 
 def test_coordinates_are_in_the_order_of_the_format(codec):
     assert codec.names == ["color", "age", "city", "price", "sold", "day"]
-    assert codec.num_numbers == 3
-    assert codec.width == 13
+    assert codec.num_numbers == 4
+    assert codec.width == 11
     assert codec.coordinate_names == [
-        *("age", "price", "day", "color=D", 'color=a "b", é', "color is missing", "age is missing"),
-        *("city[0]", "city[1]", "city[2]", "sold=false", "sold=true", "day is missing"),
+        *("age", "city", "price", "day", "color=D", 'color=a "b", é', "color is missing", "age is missing"),
+        *("sold=false", "sold=true", "day is missing"),
     ]
     points = codec.encode(ROWS)
     assert points.shape == (4, codec.width)
     np.testing.assert_array_equal(points[2, codec.coordinate_names.index("age")], 0)
     np.testing.assert_array_equal(points[:, codec.coordinate_names.index("age is missing")], [-1, -1, 1, -1])
-    np.testing.assert_array_equal(
-        points[1, [codec.coordinate_names.index(f"city[{i}]") for i in range(3)]], [-1, -1, 1]
-    )
+    assert 0.7 < points[1, codec.coordinate_names.index("city")] < np.inf
     assert set(np.unique(points[:, codec.num_numbers :])) == {-1, 1}
 
 
@@ -114,7 +112,7 @@ def test_values_between_and_beyond(codec):
 
 def test_interpolation_by_hand(codec):
     points = np.zeros((4, codec.width)) - 1
-    points[:, 1] = [-5, -1, 1, 2]
+    points[:, 2] = [-5, -1, 1, 2]
     points[:, 0] = [-1.0000001, -1, 0.4999, 0.5]
     decoded = codec.decode(points)
     assert decoded["price"].tolist() == [0.5, 0.75, 5, 9]
@@ -122,15 +120,20 @@ def test_interpolation_by_hand(codec):
 
 
 @given(st.integers(2, 70), st.integers(0, 2**32 - 1))
-def test_bits_decode_to_the_nearest_code(num_states, seed):
-    column = {"name": "c", "kind": "category", "values": list(range(num_states)), "coding": "bits"}
-    codec = TableCodec([column])
-    codes = codec.encode({"c": np.arange(num_states)})
-    points = np.random.default_rng(seed).normal(size=(50, codec.width))
-    nearest = ((points[:, None] - codes) ** 2).sum(axis=2).argmin(axis=1)
-    np.testing.assert_array_equal(codec.decode(points)["c"], nearest)
-    zeros = np.where(np.abs(points) < 0.5, 0, np.sign(points))  # ties go to the first
-    np.testing.assert_array_equal(codec.decode(zeros)["c"], (zeros @ codes.T).argmax(axis=1))
+def test_ranks_decode_to_the_shares_of_the_states(num_states, seed):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.ones(num_states))
+    z = stats.norm.ppf(np.cumsum(shares)[:-1]).tolist()
+    values = list(range(num_states))
+    codec = TableCodec([{"name": "c", "kind": "category", "values": values, "coding": "ranks", "z": z}])
+    assert codec.width == codec.num_numbers == 1
+    u = (np.arange(2000) + 0.5) / 2000
+    states = codec.decode(stats.norm.ppf(u)[:, None])["c"]
+    np.testing.assert_array_equal(states, np.searchsorted(np.cumsum(shares)[:-1], u, side="right"))
+    for points in (codec.encode({"c": values}), codec.encode({"c": values}, rng=rng)):
+        wide = shares > 1e-4  # ranges that are wider than the interpolation of Φ is exact
+        np.testing.assert_array_equal(codec.decode(points)["c"][wide], np.array(values)[wide])
 
 
 @given(st.floats(-7, 7), st.floats(0, 1))
@@ -223,7 +226,7 @@ HUGE = list(range(2**16 + 1))
             [COLOR | {"values": values}]
             for values in (["", "a"], [float("nan"), 1.0], [2**60, 1], ["\ud800", "a"], HUGE)
         ),
-        *([COLOR | {"coding": coding}] for coding in (None, "one-hot", ["bits"])),
+        *([COLOR | {"coding": coding}] for coding in (None, "one-hot", ["ranks"], "ranks")),
         [COLOR | {"values": ["a"], "has_missing": False}],
         *([SOLD | {"values": values}] for values in ([0, 1], ["no", "yes"])),
         *([SOLD | {"text": text}] for text in (["a"], ["a", "a"], [1, 2], "no", ["", "x"])),
@@ -262,7 +265,7 @@ def test_long_texts_and_floats():
     values = ["x" * 100, "y\0"]
     codec = TableCodec(
         [
-            {"name": "a", "kind": "category", "values": values, "coding": "bits"},
+            {"name": "a", "kind": "category", "values": values, "coding": "ranks", "z": [0.0]},
             {"name": "b", "kind": "category", "values": [0.1, 2.0], "coding": "one_hot", "has_missing": True},
             {"name": "c", "kind": "number", "z": [0.0, 1.0], "values": [0.0, 1 / 3], "decimals": None},
             {"name": "d", "kind": "number", "z": [0.0], "values": [2.5], "decimals": 1, "digits": 2},
