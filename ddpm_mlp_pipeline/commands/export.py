@@ -12,6 +12,7 @@ from ..errors import ConfigurationError, explain_missing_extra
 from ..export.page import PAGE_ENTRIES, write_page
 from ..export.schedulers import SCHEDULERS, scheduler_option
 from ..files import check_folder
+from ..runtime.bundle import read_info
 from ..runtime.step_table import StepTable
 from .asking import add_guidance_options
 from .parser import CommandParser, add_overwrite, command
@@ -72,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.web is not None:  # before the work; export_bundle checks the bundle's folder
         check_folder(args.web, PAGE_ENTRIES.__contains__, args.overwrite)
     with explain_missing_extra("ddpm-export", "export"):
-        from ..export.exporter import FILES, export_bundle
+        from ..export.exporter import export_bundle, is_own
     checkpoint = args.checkpoint
     with contextlib.ExitStack() as stack:
         if args.fit is not None:
-            check_folder(args.bundle, FILES.__contains__, args.overwrite)
+            check_folder(args.bundle, is_own, args.overwrite)
             checkpoint = stack.enter_context(_fitted(args))
         report = export_bundle(
             checkpoint,
@@ -94,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print(report)
     size = sum(file.stat().st_size for file in args.bundle.iterdir())
-    print(f"{args.bundle}: {StepTable.load(args.bundle / 'step_table.json').summary}, {size / 1024:.0f} KiB")
+    nested = read_info(args.bundle / "bundle.json")["nested_tables"]
+    others = f", nested tables of {', '.join(map(str, nested))} calls" if nested else ""
+    print(f"{args.bundle}: {StepTable.load(args.bundle / 'step_table.json').summary}{others}, {size / 1024:.0f} KiB")
     if args.web is not None:
         write_page(args.bundle, args.web, args.onnxruntime_web, args.overwrite)
         print(f"{args.web}: a page for browsers; python -m http.server --directory {args.web}")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..errors import ConfigurationError, DivergenceError, ParityError
 from ..files import check_folder, whole_folder
 from ..loading import load_checkpoint, quiet
 from ..pipeline import DDPMMLPPipeline
-from ..runtime.bundle import FORMAT, INPUTS, OPTIONAL_INPUTS, VERSION, seal
+from ..runtime.bundle import FORMAT, INPUTS, OPTIONAL_INPUTS, VERSION, is_table_name, seal, table_name
 from ..runtime.request import Asked
 from ..runtime.sampler import OnnxSampler
 from ..runtime.step_table import StepTable
@@ -37,6 +38,13 @@ from .sampler_graph import build_sampler
 
 FILES = {"unet.onnx", "step_table.json", "bundle.json", "sampler.onnx"}
 OPSET = 20
+
+
+def is_own(name: str) -> bool:
+    """Tell whether `export_bundle` writes a file of this name."""
+    return name in FILES or is_table_name(name)
+
+
 # Scheduler, steps and options by default, chosen by the measurements of ddpm-compare and ddpm-evaluate
 DEFAULT_STEPS = 50
 DEFAULT_OF_POINTS: tuple[str, int, dict[str, Any]] = "ddim", DEFAULT_STEPS, {}
@@ -97,13 +105,14 @@ def export_bundle(
     Args:
         checkpoint: a folder that `DDPMMLPPipeline.from_pretrained` loads.
         bundle: the folder to write.
-        scheduler: a key of `SCHEDULERS`. By default the checkpoint's own fitted table, if it has one. Else DDIM for
+        scheduler: a key of `SCHEDULERS`. By default the checkpoint's own fitted tables, if it has any: its first, or
+            that of `num_inference_steps` calls, as the default, and the others as nested tables. Else DDIM for
             points, which clips its predictions to the data's range, so that no point strays; for images DPM-Solver++
             for the reverse SDE (Lu et al. 2022, https://arxiv.org/abs/2211.01095), which is closest to the data after
             the fewest steps. Where that default diverges, as it does on a network that is hardly trained, DDPM takes
             its place, and the report says so.
-        num_inference_steps: number of sampling steps; by default those of the fitted table; else 50, or 20 of the
-            images' default scheduler, and never more than the network was trained with.
+        num_inference_steps: number of sampling steps; by default those of the first fitted table; else 50, or 20 of
+            the images' default scheduler, and never more than the network was trained with.
         tolerance: the largest difference of a final sample between bundle and pipeline, in the network's units
             (where the data have a standard deviation, or for images a range, of about 1), unless every single step
             agrees up to rounding: see `ParityReport`.
@@ -138,7 +147,7 @@ def export_bundle(
     if table is not None and (scheduler is not None or scheduler_options):
         raise ConfigurationError("table is for the checkpoint's own scheduler: omit scheduler and scheduler_options")
     bundle, checkpoint = Path(bundle), Path(checkpoint)
-    check_folder(bundle, FILES.__contains__, overwrite)
+    check_folder(bundle, is_own, overwrite)
     pipeline = load_checkpoint(checkpoint)
     set_null_label(pipeline, null_label)
     if guidance_interval is not None and guidance_scale is None:
@@ -148,10 +157,13 @@ def export_bundle(
     data_range = pipeline.scheduler.config.get("clip_sample_range") or 1.0  # in the network's units
     default_steps, named_steps = DEFAULT_STEPS, num_inference_steps
     has_tables = isinstance(pipeline.scheduler, StepTableScheduler)
+    nested: list[StepTable] = []
     if has_tables and table is None and scheduler is None and not scheduler_options:
         table = compile_scheduler(
             pipeline.scheduler, num_inference_steps or pipeline.scheduler.default_num_inference_steps
         )
+        others = sorted(set(pipeline.scheduler.tables) - {len(table)}, reverse=True)
+        nested = [compile_scheduler(pipeline.scheduler, num_calls) for num_calls in others]
     trained_with, is_default = pipeline.scheduler, scheduler is None and not scheduler_options and table is None
     if table is not None:
         steps = num_inference_steps or len(table)
@@ -166,9 +178,10 @@ def export_bundle(
 
     if guidance_scale is not None:
         table = table.guided(guidance_scale, guidance_interval)
-    with whole_folder(bundle, FILES.__contains__, overwrite) as folder:
+        nested = [other.guided(guidance_scale, guidance_interval) for other in nested]
+    with whole_folder(bundle, is_own, overwrite) as folder:
         export_network(pipeline, folder / "unet.onnx")
-        _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision))
+        _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision), nested)
         strays, warning = _strays(folder, data_range), None
         if strays > MAX_STRAYS and is_default:
             warning = f"the default {_divergence(table, strays)}"
@@ -181,10 +194,16 @@ def export_bundle(
             _write_table(folder, table, _describe(pipeline, checkpoint, steps, precision))
             strays = _strays(folder, data_range)
         _check_strays(table, strays)
-        parity = compare(pipeline, folder, steps, tolerance, guidance_scale, guidance_interval)
-        if not parity.ok:
-            message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
-            raise ParityError(f"{message}: {parity.explanation}", parity)
+        parities = [
+            compare(pipeline, folder, num_calls, tolerance, guidance_scale, guidance_interval)
+            for num_calls in (*map(len, nested), steps)
+        ]
+        for num_calls, parity in zip((*map(len, nested), steps), parities, strict=True):
+            if not parity.ok:
+                message = f"the bundle differs from the pipeline by more than {tolerance:g}, so it is not written"
+                message += f" (with its table of {num_calls} calls)" if nested else ""
+                raise ParityError(f"{message}: {parity.explanation}", parity)
+        parity = parities[-1]  # of the default table
         report = ExportReport(parity, strays, warning=warning)
         if precision != "fp32":
             report.precision_error = reduce_precision(folder, precision)
@@ -237,8 +256,12 @@ def _fall_back_to_ddpm(
     return _set_scheduler(pipeline, "ddpm", {}, steps), steps
 
 
-def _write_table(folder: Path, table: StepTable, info: dict[str, Any]) -> None:
+def _write_table(folder: Path, table: StepTable, info: dict[str, Any], nested: Sequence[StepTable] = ()) -> None:
     table.save(folder / "step_table.json")
+    for other in nested:
+        other.save(folder / table_name(len(other)))
+    if nested:
+        info = info | {"nested_tables": [len(other) for other in nested]}
     (folder / "bundle.json").write_text(json.dumps(info), encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 from ..files import check_folder, whole_folder
+from ..runtime.bundle import seal
 from ..runtime.sampler import OnnxSampler
 
 WEB = Path(__file__).parent / "web"
@@ -81,11 +82,21 @@ def write_page(
         (page / "bundle").mkdir()
         for name in BUNDLE_FILES:
             shutil.copyfile(bundle / name, page / "bundle" / name)
+        _leave_out_nested_tables(page / "bundle")
         (page / "onnxruntime").mkdir()
         for name in NEEDED:
             content = (package / name).read_bytes()
             content = gzip.compress(content, compresslevel=6, mtime=0) if name in BINARIES else content
             (page / "onnxruntime" / _page_name(name)).write_bytes(content)
+
+
+def _leave_out_nested_tables(bundle: Path) -> None:
+    """Take the nested tables, which the page doesn't play, out of its bundle's description."""
+    path = bundle / "bundle.json"
+    info = json.loads(path.read_text(encoding="utf-8"))
+    if info.pop("nested_tables", None):
+        path.write_text(json.dumps(info), encoding="utf-8")
+        seal(bundle)
 
 
 def _check_package(package: Path) -> Path:

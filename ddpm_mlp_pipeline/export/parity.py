@@ -138,11 +138,14 @@ def compare(
 ) -> ParityReport:
     """Run pipeline and bundle side by side on the same noise, in batches of 1, 3 and 8. No step is kept in memory.
 
-    The samples are of several classes and conditions, where the network takes any. `guidance_scale` and
-    `guidance_interval` tell the pipeline how the bundle's table is guided.
+    The bundle plays its table of that number of calls, if it has one, or its default. (A stock scheduler may call the
+    network more often than it has steps.) The samples are of several classes and conditions, where the network takes
+    any. `guidance_scale` and `guidance_interval` tell the pipeline how the bundle's table is guided.
     """
     guidance: dict[str, Any] = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
-    run = functools.partial(_compare, pipeline, OnnxSampler(bundle), num_inference_steps, tolerance, guidance)
+    runtime = OnnxSampler(bundle)
+    runtime.table = runtime.tables.get(num_inference_steps, runtime.table)
+    run = functools.partial(_compare, pipeline, runtime, num_inference_steps, tolerance, guidance)
     report = run()
     if not report.ok:
         with _scheduler_in_float64(pipeline):

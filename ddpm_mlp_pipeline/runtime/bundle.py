@@ -20,6 +20,18 @@ FILES = {"unet.onnx": "network", "step_table.json": "step table"}  # the files t
 INPUTS = ("sample", "timestep")  # every network takes these
 OPTIONAL_INPUTS = ("class_labels", "condition")  # some networks take these after them, in this order
 MAX_SIZE = 2**26  # values in a sample
+MAX_CALLS = 2**20  # of a nested table
+
+
+def table_name(num_calls: int) -> str:
+    """Return the name of the file of a nested table."""
+    return f"step_table_{num_calls}.json"
+
+
+def is_table_name(name: str) -> bool:
+    """Tell whether a file of this name can hold a nested table."""
+    number = name.removeprefix("step_table_").removesuffix(".json")
+    return number.isascii() and number.isdigit() and name == table_name(int(number))
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -66,6 +78,11 @@ def read_info(path: Path) -> dict[str, Any]:
                 if shares.shape != (len(names),) or not (shares >= 0).all() or not abs(shares.sum() - 1) < 1e-6:
                     raise BundleError(f"{path}: class_shares must hold {len(names)} numbers that sum to 1, or be null")
                 info["class_shares"] = shares.tolist()
+        calls = info.setdefault("nested_tables", [])
+        if not isinstance(calls, list) or not all(type(number) is int and 0 < number <= MAX_CALLS for number in calls):
+            raise BundleError(f"{path}: nested_tables must be a list of numbers of network calls")
+        if len(calls) != len(set(calls)):
+            raise BundleError(f"{path}: nested_tables holds a number twice")
         if not isinstance(info.get("sha256", {}), dict):
             raise BundleError(f"{path}: sha256 must hold the checksum of each file")
         return info
@@ -96,15 +113,16 @@ def _check_columns(info: dict[str, Any], path: Path, kind: str, number: int) -> 
 
 
 def seal(bundle: Path) -> None:
-    """Write the SHA-256 of a bundle's network and step table into its `bundle.json`."""
+    """Write the SHA-256 of a bundle's network and step tables into its `bundle.json`."""
     path = bundle / "bundle.json"
     info = json.loads(path.read_text(encoding="utf-8"))
-    info["sha256"] = {name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in FILES}
+    names = [*FILES, *map(table_name, info.get("nested_tables", ()))]
+    info["sha256"] = {name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in names}
     path.write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_file(bundle: Path, name: str, info: dict[str, Any]) -> bytes:
-    """Return the content of one of a bundle's `FILES`.
+    """Return the content of one of a bundle's `FILES`, or of a nested table.
 
     Args:
         bundle: the folder.
@@ -115,7 +133,7 @@ def read_file(bundle: Path, name: str, info: dict[str, Any]) -> bytes:
         BundleError: if the file can't be read, or the checksum differs.
     """
     path = bundle / name
-    content = read_bytes(path, FILES[name])
+    content = read_bytes(path, FILES.get(name, "nested step table"))
     digest = hashlib.sha256(content).hexdigest()
     if info.get("sha256", {}).get(name, digest) != digest:
         raise BundleError(f"{path} is damaged or from another bundle: its SHA-256 differs from the one in bundle.json")

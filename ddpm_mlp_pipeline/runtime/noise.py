@@ -11,36 +11,41 @@ stream 1 is the noise of its known values, stream 2 its label where none is aske
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-KEY_INCREMENTS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))  # the golden ratio, and √3 − 1
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio, and √3 − 1
 ROUNDS = 10
-_MASK = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
+FEW_BLOCKS = 12  # up to so many, Python's integers are faster than numpy's arrays
+_MASK = 0xFFFFFFFF
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 """32-bit words in 64-bit arrays, which hold their products."""
 
 
-def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
+Word = TypeVar("Word", int, Words)  # integers, or arrays of them
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[int, int]) -> tuple[Word, Word, Word, Word]:
     """Return Philox-4×32-10's output for a counter and a key.
 
     Args:
-        counter: four uint64 arrays that broadcast together, of values below 2³².
+        counter: four uint64 arrays that broadcast together, or four integers; all values are below 2³².
         key: two integers below 2³².
 
     Returns:
-        Four uint64 arrays of uniform values below 2³².
+        Four uint64 arrays, or four integers, of uniform values below 2³².
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = (np.uint64(k) for k in key)
+    k0, k1 = key
+    p0: Any
+    p1: Any
     for _ in range(ROUNDS):
         p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _MASK, (p0 >> _32) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & _MASK, (k1 + KEY_INCREMENTS[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -69,9 +74,10 @@ def normal(seed: int, samples: range, dimension: int, draws: range, stream: int 
         float32, `[len(draws), len(samples), dimension]`.
     """
     first, last = draws.start * dimension, draws.stop * dimension
-    words = _words(seed, samples, np.arange(first // 4, -(-last // 4), dtype=np.uint64), stream)
-    normals = np.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], axis=-1)
-    numbers = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
+    words = _words(seed, samples, range(first // 4, -(-last // 4)), stream)
+    normals = np.empty((*words.shape[1:], 2, 2), dtype=np.float32)
+    normals[..., 0], normals[..., 1] = (values.transpose(1, 2, 0) for values in _box_muller(words[::2], words[1::2]))
+    numbers: npt.NDArray[np.float32] = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
     return numbers.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)
 
 
@@ -88,12 +94,17 @@ def draw_labels(seed: int, samples: range, class_shares: Sequence[float]) -> npt
     """
     # In float64, JavaScript has the same thresholds. The last class takes what rounding leaves.
     thresholds = np.floor(np.cumsum(class_shares, dtype=np.float64) * 2.0**32)[:-1]
-    word = _words(seed, samples, np.zeros(1, dtype=np.uint64), stream=2)[0].ravel()
+    word = _words(seed, samples, range(1), stream=2)[0].ravel()
     return np.searchsorted(thresholds, word.astype(np.float64), side="right").astype(np.int64)
 
 
-def _words(seed: int, samples: range, blocks: Words, stream: int) -> tuple[Words, Words, Words, Words]:
-    """Return the four words of some blocks of a stream, each `[len(samples), len(blocks)]`."""
+def _words(seed: int, samples: range, blocks: range, stream: int) -> Words:
+    """Return the four words of some blocks of a stream, `[4, len(samples), len(blocks)]`."""
+    key = seed & _MASK, seed >> 32
+    if len(samples) * len(blocks) <= FEW_BLOCKS:
+        each = [philox((block, index, stream, 0), key) for index in samples for block in blocks]
+        return np.array(each, dtype=np.uint64).T.reshape(4, len(samples), len(blocks))
     zero = np.zeros((), dtype=np.uint64)
     index = np.arange(samples.start, samples.stop, dtype=np.uint64)[:, None]
-    return philox((blocks, index, zero + np.uint64(stream), zero), (seed & 0xFFFFFFFF, seed >> 32))
+    block = np.arange(blocks.start, blocks.stop, dtype=np.uint64)
+    return np.stack(philox((block, index, zero + np.uint64(stream), zero), key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ class StepTable:
         numbers = int(np.count_nonzero(self.to_x_0)) + int(np.count_nonzero(self.to_next))
         return len(self) + numbers + int(self.is_guided.sum())
 
-    @property
+    @functools.cached_property
     def is_stochastic(self) -> npt.NDArray[np.bool_]:
         """bool `[calls]`: whether this step or a later one uses the call's noise."""
         used = np.zeros(len(self), dtype=bool)
@@ -129,12 +130,12 @@ class StepTable:
             used[: len(self) - i] |= self.to_next[i:, i, Z] != 0
         return used
 
-    @property
+    @functools.cached_property
     def guidance_scales(self) -> npt.NDArray[np.float64]:
         """float64 `[calls]`: w of each call, 1 without guidance."""
         return np.ones(len(self)) if self.guidance_scale is None else self.guidance_scale
 
-    @property
+    @functools.cached_property
     def is_guided(self) -> npt.NDArray[np.bool_]:
         """bool `[calls]`: whether the call is guided, which costs two network evaluations."""
         return np.not_equal(self.guidance_scales, 1)

@@ -1,0 +1,50 @@
+"""Estimate how long a draw takes, to choose the largest step table that meets a deadline."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from .step_table import StepTable
+
+REMEMBERED = 64  # draws
+OUTLIERS = 6  # slowest of these draws, which the estimate leaves out
+
+
+class DrawTimes:
+    """Times of a sampler's last draws of one batch size: a share for each network evaluation, and the rest.
+
+    The estimate is the slowest of the last `REMEMBERED` draws but `OUTLIERS`. A few interrupted draws therefore don't
+    change it, and a machine that has become slower does.
+    """
+
+    def __init__(self) -> None:
+        self._draws: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+
+    def record(self, table: StepTable, network: float, rest: float) -> None:
+        """Remember the seconds that a draw spent in a table's network evaluations, and those before and after."""
+        self._draws.append((network / evaluations(table), rest))
+
+    def estimate(self, table: StepTable) -> float | None:
+        """Return the seconds that a draw with a table takes, or `None` before the first draw."""
+        draws = list(self._draws)
+        if not draws:
+            return None
+        place = -1 - OUTLIERS * len(draws) // REMEMBERED
+        each = sorted(seconds for seconds, _ in draws)[place]
+        rest = sorted(seconds for _, seconds in draws)[place]
+        return evaluations(table) * each + rest
+
+    def choose(self, tables: Iterable[StepTable], seconds: float) -> StepTable:
+        """Return the table with the most calls that fits into a time, or the smallest if none does."""
+        by_calls = sorted(tables, key=len)
+        for table in reversed(by_calls[1:]):
+            estimate = self.estimate(table)
+            if estimate is not None and estimate <= seconds:
+                return table
+        return by_calls[0]
+
+
+def evaluations(table: StepTable) -> int:
+    """Return the number of network evaluations of a table: two for a guided call."""
+    return len(table) + int(table.is_guided.sum())
