@@ -77,7 +77,7 @@ def normal(seed: int, samples: range, dimension: int, draws: range, stream: int 
     words = _words(seed, samples, range(first // 4, -(-last // 4)), stream)
     normals = np.empty((*words.shape[1:], 2, 2), dtype=np.float32)
     normals[..., 0], normals[..., 1] = (values.transpose(1, 2, 0) for values in _box_muller(words[::2], words[1::2]))
-    numbers: npt.NDArray[np.float32] = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
+    numbers = normals.reshape(len(samples), -1)[:, first % 4 :][:, : last - first]
     return numbers.reshape(len(samples), len(draws), dimension).swapaxes(0, 1)
 
 
@@ -95,7 +95,8 @@ def draw_labels(seed: int, samples: range, class_shares: Sequence[float]) -> npt
     # In float64, JavaScript has the same thresholds. The last class takes what rounding leaves.
     thresholds = np.floor(np.cumsum(class_shares, dtype=np.float64) * 2.0**32)[:-1]
     word = _words(seed, samples, range(1), stream=2)[0].ravel()
-    return np.searchsorted(thresholds, word.astype(np.float64), side="right").astype(np.int64)
+    labels: npt.NDArray[np.int64] = np.searchsorted(thresholds, word.astype(np.float64), side="right").astype(np.int64)
+    return labels
 
 
 def _words(seed: int, samples: range, blocks: range, stream: int) -> Words:
