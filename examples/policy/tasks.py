@@ -43,30 +43,24 @@ class ReachAround(gymnasium.Env[Vector, Vector]):
         return self.position.copy(), float(passed), hit or passed, self.steps >= self.MAX_STEPS, info
 
 
-DETOUR = 0.6  # distance from the disc's centre at which the expert walks around it
+TURN, DETOUR = -0.55, 0.55  # where the expert leaves the straight line, and how far it goes to the side
 
 
 def walk_around(position: Vector, side: int) -> Vector:
-    """Return the expert's step: straight on until the disc is near, around it on one side, then to the goal.
+    """Return the expert's step: straight on until the disc is near, then to one side, past the disc, and to the goal.
 
     Args:
         position: x and y.
         side: −1 for left, 1 for right.
     """
-    goal = np.array(ReachAround.GOAL)
-    to_goal = (goal - position) / np.hypot(*(goal - position))
-    closest = position + to_goal * max(0.0, float(-position @ to_goal))  # of the line to the goal, to the disc
-    distance = float(np.hypot(*position))
-    if np.hypot(*closest) >= DETOUR:
-        direction = to_goal
-    elif distance > DETOUR:
-        direction = -position / distance
-    else:
-        outwards = position / distance
-        along = side * np.array([-outwards[1], outwards[0]])  # below the disc, side 1 is to the right
-        direction = along + outwards * (DETOUR - distance) / ReachAround.SPEED
-        direction /= np.hypot(*direction)
-    return ReachAround.SPEED * direction
+    x, y = position
+    aside = side * DETOUR - x
+    if y < TURN:
+        return np.array([0.0, ReachAround.SPEED])
+    if y < 0.1:
+        return np.array([np.clip(aside, -0.045, 0.045), 0.02 if abs(aside) > 0.045 else 0.04])
+    to_goal = np.array(ReachAround.GOAL) - position
+    return ReachAround.SPEED * to_goal / np.hypot(*to_goal)
 
 
 def swing_up(observation: Vector) -> Vector:
@@ -119,5 +113,5 @@ TASKS = {
         disturbance=0.3,
         starts={"x_init": np.pi, "y_init": 8.0},
     ),
-    "reach": Task(make=lambda render_mode: ReachAround(), expert=walk_around, chunk=8, executed=4, disturbance=0.01),
+    "reach": Task(make=lambda render_mode: ReachAround(), expert=walk_around, chunk=8, executed=6, disturbance=0.01),
 }
