@@ -25,23 +25,27 @@ class DrawTimes:
         """Remember the seconds that a draw spent in a table's network evaluations, and those before and after."""
         self._draws.append((network / evaluations(table), rest))
 
-    def estimate(self, table: StepTable) -> float | None:
-        """Return the seconds that a draw with a table takes, or `None` before the first draw."""
+    def _slowest(self) -> tuple[float, float] | None:
+        """Return the slowest share of an evaluation and the slowest rest, but for outliers; `None` before any draw."""
         draws = list(self._draws)
         if not draws:
             return None
         place = -1 - OUTLIERS * len(draws) // REMEMBERED
-        each = sorted(seconds for seconds, _ in draws)[place]
-        rest = sorted(seconds for _, seconds in draws)[place]
-        return evaluations(table) * each + rest
+        return sorted(seconds for seconds, _ in draws)[place], sorted(seconds for _, seconds in draws)[place]
+
+    def estimate(self, table: StepTable) -> float | None:
+        """Return the seconds that a draw with a table takes, or `None` before the first draw."""
+        slowest = self._slowest()
+        return None if slowest is None else evaluations(table) * slowest[0] + slowest[1]
 
     def choose(self, tables: Iterable[StepTable], seconds: float) -> StepTable:
         """Return the table with the most calls that fits into a time, or the smallest if none does."""
-        by_calls = sorted(tables, key=len)
-        for table in reversed(by_calls[1:]):
-            estimate = self.estimate(table)
-            if estimate is not None and estimate <= seconds:
-                return table
+        by_calls, slowest = sorted(tables, key=len), self._slowest()
+        if slowest is not None:
+            each, rest = slowest
+            for table in reversed(by_calls):
+                if evaluations(table) * each + rest <= seconds:
+                    return table
         return by_calls[0]
 
 

@@ -197,7 +197,7 @@ class OnnxSampler(Sampler):
                 Calls come from several threads, one at a time.
             num_calls: draw with the table of that number of network calls, a key of `tables`.
             deadline_ms: draw with the largest of `tables` that takes at most that many milliseconds, estimated from
-                the draws with a deadline so far; with the smallest, if none does. All samples are drawn as one
+                the draws of one batch so far; with the smallest, if none does. All samples are drawn as one
                 batch. Which table is taken depends on the machine and its load, and so do the samples. A deadline is
                 not a guarantee: a draw that has begun is finished.
             class_labels: one class for all samples, or one for each, as names from `class_names` or as numbers.
@@ -227,8 +227,10 @@ class OnnxSampler(Sampler):
             if num_calls is not None:
                 raise ConfigurationError("deadline_ms chooses the number of calls: leave out num_calls")
             return self._draw_in_time(numbered(samples), seed, batch_size, on_step, deadline_ms, asked)
-        batches = [*self.batches(samples, seed, batch_size, on_step, num_calls, **asked)]
-        return batches[0] if len(batches) == 1 else np.concatenate(batches)
+        if batch_size >= 1 and len(numbered(samples)) == 1:
+            begun, table = self._clock(), self._table_of(num_calls)
+            return self._draw_measured(begun, table, numbered(samples), seed, on_step, asked)
+        return np.concatenate([*self.batches(samples, seed, batch_size, on_step, num_calls, **asked)])
 
     def _draw_in_time(
         self,
@@ -259,6 +261,7 @@ class OnnxSampler(Sampler):
         on_step: Callable[[int], Any] | None,
         asked: Asked,
     ) -> npt.NDArray[np.float32]:
+        """Draw one batch in this thread, and measure how long it takes since `begun`."""
         request, table = resolve(self.info, table, samples, **asked)
         session = self._session(self.num_threads)
         first_call = self._clock()
