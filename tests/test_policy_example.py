@@ -46,8 +46,8 @@ def test_demonstrations_take_both_sides_from_the_same_place():
     observations, actions = demonstrate(TASKS["reach"], episodes=20)
     assert actions.shape == (len(observations), TASKS["reach"].chunk * 2)
     x, y = observations.T
-    at_the_turn = (y > -0.6) & (y < -0.55)
+    at_the_turn = (y > -0.6) & (y < -0.54)
     sideways = actions.reshape(len(actions), -1, 2)[at_the_turn, :, 0].sum(axis=1)
-    assert (np.abs(x[at_the_turn]) < 0.15).all()
+    assert (np.abs(x[at_the_turn]) < 0.1).all()
     assert 0.2 < (sideways > 0).mean() < 0.8
     assert (np.abs(sideways) > 0.1).all()

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Iterable
 
 from .step_table import StepTable
 
-REMEMBERED = 64  # draws
-OUTLIERS = 6  # slowest of these draws, which the estimate leaves out
+REMEMBERED = 256  # draws
+OUTLIERS = 25  # slowest of these draws, which the estimate leaves out: fewer calls don't help an interrupted draw
+MARGIN = 1.25  # of the estimate, for what varies otherwise
 
 
 class DrawTimes:
     """Times of a sampler's last draws of one batch size: a share for each network evaluation, and the rest.
 
-    The estimate is the slowest of the last `REMEMBERED` draws but `OUTLIERS`. A few interrupted draws therefore don't
-    change it, and a machine that has become slower does.
+    The estimate is the slowest of the last `REMEMBERED` draws but `OUTLIERS`, with a margin. Interrupted draws
+    therefore don't change it, and a machine that has become slower does.
     """
 
     def __init__(self) -> None:
-        self._draws: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        self._draws: deque[tuple[float, float]] = deque()
+        self._sorted: tuple[list[float], list[float]] = [], []
 
     def record(self, table: StepTable, network: float, rest: float) -> None:
         """Remember the seconds that a draw spent in a table's network evaluations, and those before and after."""
-        self._draws.append((network / evaluations(table), rest))
+        draw = network / evaluations(table), rest
+        for values, value in zip(self._sorted, draw, strict=True):
+            bisect.insort(values, value)
+        self._draws.append(draw)
+        if len(self._draws) > REMEMBERED:
+            for values, value in zip(self._sorted, self._draws.popleft(), strict=True):
+                values.remove(value)
 
     def _slowest(self) -> tuple[float, float] | None:
         """Return the slowest share of an evaluation and the slowest rest, but for outliers; `None` before any draw."""
-        draws = list(self._draws)
-        if not draws:
+        number = len(self._draws)
+        if not number:
             return None
-        place = -1 - OUTLIERS * len(draws) // REMEMBERED
-        return sorted(seconds for seconds, _ in draws)[place], sorted(seconds for _, seconds in draws)[place]
+        place = number - 1 - OUTLIERS * number // REMEMBERED
+        return MARGIN * self._sorted[0][place], MARGIN * self._sorted[1][place]
 
     def estimate(self, table: StepTable) -> float | None:
         """Return the seconds that a draw with a table takes, or `None` before the first draw."""

@@ -20,7 +20,7 @@ class ReachAround(gymnasium.Env[Vector, Vector]):
     says `passed`, or in the disc.
     """
 
-    RADIUS, GOAL, GOAL_RADIUS, SPEED, MAX_STEPS = 0.4, (0.0, 1.0), 0.1, 0.05, 100
+    RADIUS, GOAL, GOAL_RADIUS, SPEED, MAX_STEPS = 0.4, (0.0, 1.0), 0.1, 0.1, 100
 
     observation_space = gymnasium.spaces.Box(-2, 2, (2,), np.float64)
     action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float64)
@@ -29,7 +29,7 @@ class ReachAround(gymnasium.Env[Vector, Vector]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Vector, dict[str, Any]]:
         super().reset(seed=seed)
-        self.position = np.array([self.np_random.normal(0, 0.03), -1.0])
+        self.position = np.array([self.np_random.normal(0, 0.02), -1.0])
         self.steps = 0
         return self.position.copy(), {}
 
@@ -43,7 +43,7 @@ class ReachAround(gymnasium.Env[Vector, Vector]):
         return self.position.copy(), float(passed), hit or passed, self.steps >= self.MAX_STEPS, info
 
 
-TURN, DETOUR = -0.55, 0.55  # where the expert leaves the straight line, and how far it goes to the side
+TURN, DETOUR = -0.53, 0.55  # where the expert leaves the straight line, and how far it goes to the side
 
 
 def walk_around(position: Vector, side: int) -> Vector:
@@ -56,11 +56,11 @@ def walk_around(position: Vector, side: int) -> Vector:
     x, y = position
     aside = side * DETOUR - x
     if y < TURN:
-        return np.array([0.0, ReachAround.SPEED])
+        return np.array([0.0, 0.05])
     if y < 0.1:
-        return np.array([np.clip(aside, -0.045, 0.045), 0.02 if abs(aside) > 0.045 else 0.04])
+        return np.array([np.clip(aside, -0.08, 0.08), 0.03 if abs(aside) > 0.08 else 0.05])
     to_goal = np.array(ReachAround.GOAL) - position
-    return ReachAround.SPEED * to_goal / np.hypot(*to_goal)
+    return 0.05 * to_goal / np.hypot(*to_goal)
 
 
 def swing_up(observation: Vector) -> Vector:
@@ -113,5 +113,5 @@ TASKS = {
         disturbance=0.3,
         starts={"x_init": np.pi, "y_init": 8.0},
     ),
-    "reach": Task(make=lambda render_mode: ReachAround(), expert=walk_around, chunk=8, executed=6, disturbance=0.01),
+    "reach": Task(make=lambda render_mode: ReachAround(), expert=walk_around, chunk=8, executed=6, disturbance=0.005),
 }
