@@ -317,7 +317,8 @@ def _finite_numbers(table: pd.DataFrame, name: str | os.PathLike[str]) -> np.nda
     if faults:
         are_not = "is not a finite number" if len(faults) == 1 else "are not finite numbers"
         names = shlex.join(table.columns[is_bad.any(axis=0)])
-        raise DatasetError(f"{name}: {'; '.join(faults)} {are_not}: correct the file, or train with --exclude {names}")
+        remedy = f"correct the file, train a table (train_table.py), or train with --exclude {names}"
+        raise DatasetError(f"{name}: {'; '.join(faults)} {are_not}: {remedy}")
     return numbers
 
 
