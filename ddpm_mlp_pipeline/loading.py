@@ -22,8 +22,9 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .errors import CheckpointError, DDPMPipelineError
+from .errors import CheckpointError, ConfigurationError, DDPMPipelineError
 from .pipeline import DDPMMLPPipeline
+from .runtime.columns import TableCodec
 from .table_scheduler import StepTableScheduler
 
 MAX_TIMESTEPS, MAX_SIZE = 10**6, 2**26  # limits of a scheduler's integers, and of the numbers in one sample
@@ -149,6 +150,13 @@ def _check_sampling(pipeline: DDPMMLPPipeline, network: ModelMixin) -> None:
         number, shares = len(pipeline.class_names), torch.tensor(shares, dtype=torch.float64)
         if shares.shape != (number,) or not (shares >= 0).all() or not abs(shares.sum() - 1) < 1e-6:
             raise ValueError(f"its class_shares must hold {number} numbers that sum to 1")
+    if (columns := pipeline.config.columns) is not None:
+        try:
+            names = TableCodec(columns).coordinate_names
+        except ConfigurationError as error:
+            raise ValueError(f"its columns: {error}") from None
+        if not pipeline.is_points or names != pipeline.data_columns:
+            raise ValueError("the coordinates of its columns are not its data_columns")
     mean, std = pipeline.config.data_mean, pipeline.config.data_std
     if pipeline.is_points and (mean, std) != (None, None):
         std = torch.tensor(std, dtype=torch.float32)

@@ -132,12 +132,16 @@ def _cells(points: np.ndarray, sampler: Sampler) -> pyarrow.Table:
     import pyarrow
 
     assert sampler.codec is not None
-    kinds = {"integer": pyarrow.int64(), "boolean": pyarrow.bool_()}
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string(), bool: pyarrow.bool_()}
+    kinds = {"integer": pyarrow.int64(), "number": pyarrow.float64()}
     table = sampler.codec.decode(points)
-    columns = [
-        pyarrow.array(table[column["name"]], kinds.get(column["kind"]), from_pandas=True)
-        for column in sampler.codec.columns
-    ]
+    columns = []
+    for column in sampler.codec.columns:  # with types that don't depend on which cells of a row group are missing
+        if column["kind"] == "date":
+            type_ = pyarrow.date32() if column["unit"] == "D" else pyarrow.timestamp("s")
+        else:
+            type_ = kinds.get(column["kind"]) or types[type(column["values"][0])]
+        columns.append(pyarrow.array(table[column["name"]], type_, from_pandas=True))
     return pyarrow.table(columns, names=sampler.codec.names)
 
 

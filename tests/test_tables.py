@@ -5,15 +5,20 @@ import json
 import forked
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import assert_one_line_error
 
 from ddpm_mlp_pipeline import OnnxSampler
 from ddpm_mlp_pipeline.data.batches import Batch
+from ddpm_mlp_pipeline.errors import BundleError
 from ddpm_mlp_pipeline.models.mlp import MLPModel
+from ddpm_mlp_pipeline.runtime.bundle import read_info
+from ddpm_mlp_pipeline.runtime.columns import TableCodec
 from ddpm_mlp_pipeline.training.losses import loss_of_unknown
 from ddpm_mlp_pipeline.training.pipelines import conceal_columns
+from ddpm_mlp_pipeline.writers import find_writer
 
 
 def people(number: int, seed: int = 0) -> pd.DataFrame:
@@ -127,6 +132,20 @@ def test_a_table_is_judged_beside_held_out_rows(trained, run_forked, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_table_can_be_fitted_and_guided(trained, run_forked, tmp_path):
+    rows = people(3000, seed=2).astype({"income": object})
+    rows.loc[rows["income"].isna(), "income"] = "NA"  # another way to write a gap
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    fit = ["fit", trained / "people", tmp_path / "fit", "--dataset", tmp_path / "rows.csv", "--num_calls", "3", "2"]
+    run = run_forked(*fit, "--steps", "3", "--batch_size", "64")
+    assert run.returncode == 0, run.stderr
+    asked = ["--sampler", "--sampler_takes_known", "--guidance_scale", "2"]
+    run = run_forked("export", tmp_path / "fit", tmp_path / "fit-onnx", *asked)
+    assert run.returncode == 0, run.stderr  # sampler.onnx agrees with the runtime
+    assert list(OnnxSampler(tmp_path / "fit-onnx").tables) == [3, 2]
+
+
+@pytest.mark.slow
 def test_other_programs_find_the_columns_in_the_bundle(trained):
     sampler = OnnxSampler(trained / "people-onnx")
     points = sampler.sample(5)
@@ -152,6 +171,32 @@ def test_a_file_that_is_no_table_is_refused_in_one_line(run_forked, tmp_path, te
     run = run_forked("train_table", "--dataset", tmp_path / "bad.csv", "--output_dir", tmp_path / "run")
     assert_one_line_error(run, message)
     assert not (tmp_path / "run").exists()
+
+
+def test_parquet_columns_have_their_type_where_all_cells_are_missing(tmp_path):
+    number = {"z": [-1.0, 1.0], "values": [0.0, 1.0], "decimals": 1, "has_missing": True}
+    word = {"values": ["a", "b"], "coding": "one_hot", "has_missing": True}
+    columns = [{"name": "n", "kind": "number", **number}, {"name": "w", "kind": "category", **word}]
+
+    class Missing:
+        sample_shape, codec = (5,), TableCodec(columns)
+
+    points = Missing.codec.encode({"n": [None, None], "w": [None, None]})
+    find_writer(Missing, ".parquet", 2)(tmp_path / "gaps.parquet", iter([points]), 2, Missing)
+    schema = pyarrow.parquet.read_schema(tmp_path / "gaps.parquet")
+    assert [str(field.type) for field in schema] == ["double", "string"]
+
+
+def test_a_bundle_whose_columns_are_not_its_coordinates_is_refused(tmp_path):
+    column = {"name": "n", "kind": "number", "z": [-1.0, 1.0], "values": [0.0, 1.0], "decimals": 1}
+    data = {"data_mean": [0.0], "data_std": [1.0], "data_columns": ["m"]}
+    info = {"format": "ddpm-bundle", "version": 2, "sample_shape": [1], **data, "columns": [column]}
+    (tmp_path / "bundle.json").write_text(json.dumps(info))
+    with pytest.raises(BundleError, match="the coordinates of columns are not the data_columns"):
+        read_info(tmp_path / "bundle.json")
+    (tmp_path / "bundle.json").write_text(json.dumps(info | {"columns": [{"name": "n"}]}))
+    with pytest.raises(BundleError, match="column 'n' is of the kind None"):
+        read_info(tmp_path / "bundle.json")
 
 
 def test_the_network_sees_known_coordinates_and_not_their_noise():

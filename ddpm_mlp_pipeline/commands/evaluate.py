@@ -200,10 +200,13 @@ def _evaluate_table(codec: TableCodec, source: Source, args: Namespace) -> dict[
         )
         for seed in seeds
     ]
-    samples, floor = (
-        [{name: row[side] for name, row in each["measures"].items() if row is not None} for each in judged]
-        for side in ("samples", "floor")
-    )
+    sides = ("samples", "floor")
+    defined = [
+        name
+        for name in judged[0]["measures"]
+        if all(each["measures"][name][side] is not None for each in judged for side in sides)
+    ]
+    samples, floor = ([{name: each["measures"][name][side] for name in defined} for each in judged] for side in sides)
     return {
         "held_out": args.held_out,
         "num_samples": n,

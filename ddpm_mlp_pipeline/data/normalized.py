@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..errors import ConfigurationError, DatasetError
+from ..errors import DatasetError
 from ..pipeline import DDPMMLPPipeline
 from ..runtime.columns import TableCodec
 from .batches import TensorBatches
-from .files import read_table
 from .images import ImageBatches, load_labelled_images
 from .points import POINT_SETS, load_points, split_columns
+from .tables import load_rows
 
 
 def load_normalized(
@@ -52,7 +51,8 @@ def load_normalized(
         images, labels, names = load_labelled_images(name, config.label_column, *form, on_corrupt=on_corrupt)
         return ImageBatches(images, _numbers_of(pipeline, name, labels, names))
     if config.columns is not None:
-        return _load_rows(TableCodec(config.columns), name, number, seed)
+        coordinates = load_rows(name, TableCodec(config.columns), number, seed).draw(np.random.default_rng(seed))
+        return TensorBatches(torch.from_numpy(coordinates).float())
     drawn = number if name in POINT_SETS else None
     dataset = load_points(
         name,
@@ -73,20 +73,6 @@ def load_normalized(
         chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:number]
         return TensorBatches(*batches.__getitems__(chosen.tolist()))
     return batches
-
-
-def _load_rows(codec: TableCodec, name: str, number: int | None, seed: int) -> TensorBatches:
-    """Load the rows of a file by the coding of a pipeline's table."""
-    frame = read_table(Path(name), as_text=True)
-    rng = np.random.default_rng(seed)
-    if number is not None and len(frame) > number:
-        frame = frame.iloc[rng.choice(len(frame), number, replace=False)]
-    try:
-        table = {column: frame[column].to_numpy() for column in codec.names if column in frame}
-        coordinates = codec.encode(table, rng=rng)
-    except ConfigurationError as error:
-        raise DatasetError(f"{name}: {error}") from None
-    return TensorBatches(torch.from_numpy(coordinates).float())
 
 
 def normalize(values: np.ndarray, mean: Sequence[float] | None, std: Sequence[float] | None) -> torch.Tensor:

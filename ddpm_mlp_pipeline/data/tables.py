@@ -152,6 +152,37 @@ def load_table(
     return Table(_codec(columns, str(path)), _frame(columns), left_out)
 
 
+def load_rows(
+    path: str | os.PathLike[str], codec: TableCodec, num_samples: int | None = None, seed: int = 0
+) -> CodedRows:
+    """Read a file's rows by the coding of another file's, as `load_table` reads them.
+
+    Args:
+        path: as for `load_table`.
+        codec: the coding. Other columns of the file are left out.
+        num_samples: how many rows to choose at random at most. By default, take all.
+        seed: seed of this choice.
+
+    Raises:
+        DatasetError: if the file is missing or unreadable, lacks a column, or a value does not fit its column.
+    """
+    frame = read_table(Path(path), as_text=True)
+    _check_names(frame, codec.names, path, "of the table")
+    # (Categories that are numbers have their own kind found again, which knows what stands for an empty cell.)
+    kinds = {
+        column["name"]: column["kind"]
+        for column in codec.columns
+        if column["kind"] != "category" or isinstance(column["values"][0], str)
+    }
+    if num_samples is not None and len(frame) > num_samples:
+        frame = frame.iloc[np.random.default_rng(seed).choice(len(frame), num_samples, replace=False)]
+    try:
+        rows = _frame(_columns(frame[codec.names].reset_index(drop=True), kinds, is_text=Path(path).suffix == ".csv"))
+        return codec.prepare({name: rows[name].to_numpy() for name in codec.names})
+    except (DatasetError, ConfigurationError) as error:
+        raise DatasetError(f"{path}: {error}") from None
+
+
 def make_codec(frame: pd.DataFrame, column_kinds: Mapping[str, str] | None = None) -> TableCodec:
     """Return the codec of a data frame whose columns have types (texts are no numbers), without leaving out any.
 

@@ -53,8 +53,9 @@ def read_info(path: Path) -> dict[str, Any]:
             raise BundleError(f"{path}: {shape} is not a shape of points or images")
         if len(shape) == 1:
             _check_columns(info, path, "data", shape[0])
-        if info.setdefault("columns", None) is not None and TableCodec(info["columns"]).width != shape[0]:
-            raise BundleError(f"{path}: columns do not have {shape[0]} coordinates")
+        columns = info.setdefault("columns", None)
+        if columns is not None and (len(shape) != 1 or TableCodec(columns).coordinate_names != info["data_columns"]):
+            raise BundleError(f"{path}: the coordinates of columns are not the data_columns")
         inputs = info.setdefault("inputs", list(INPUTS))
         further = [name for name in OPTIONAL_INPUTS if name in inputs] if info["version"] == VERSION else []
         if inputs != [*INPUTS, *further]:

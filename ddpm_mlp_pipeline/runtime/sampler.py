@@ -142,7 +142,9 @@ class OnnxSampler(Sampler):
         self.info = read_info(self.folder / "bundle.json")
         path = self.folder / "step_table.json"
         self.table = StepTable.parse(read_file(self.folder, path.name, self.info), path)
-        self.tables = self._read_nested_tables() | {len(self.table): self.table}
+        self.tables = {len(self.table): self.table}
+        for num_calls, table in self._read_nested_tables().items():
+            self.tables.setdefault(num_calls, table)
         self._network = self._read_network()
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
         self._sessions: dict[int, ort.InferenceSession] = {}
@@ -249,7 +251,12 @@ class OnnxSampler(Sampler):
             raise ConfigurationError(
                 f"deadline_ms is for one batch: draw at most batch_size samples, {batch_size}, got {len(samples)}"
             )
-        table = self._times_of(len(samples)).choose(self.tables.values(), deadline_ms / 1000)
+        tables = [*self.tables.values()]
+        played = tables
+        if asked.keys() & {"guidance_scale", "guidance_interval", "resample"}:  # they change what a table costs
+            played = [resolve(self.info, table, samples, **asked)[1] for table in tables]
+        chosen = self._times_of(len(samples)).choose(played, deadline_ms / 1000)
+        table = next(table for table, as_played in zip(tables, played, strict=True) if as_played is chosen)
         return self._draw_measured(begun, table, samples, seed, on_step, asked)
 
     def _draw_measured(

@@ -237,6 +237,8 @@ class TableTrainingArguments(TrainingArguments):
         if self.num_epochs is None and self.max_train_steps is None:
             self.max_train_steps = 10_000
         super().__post_init__()
+        if self.loss_type == "bound":
+            raise ConfigurationError("a table is trained by the simple loss: known cells have no noise to bound")
 
     @property
     def kinds(self) -> dict[str, str]:

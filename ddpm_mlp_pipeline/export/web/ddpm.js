@@ -581,7 +581,9 @@ export class Sampler {
     /** @type {string[]} names of the condition's numbers */
     this.conditionColumns = info.condition_columns;
     /** Whether samples can be guided: the network has learned what no label and no condition is. */
-    this.isGuidable = info.inputs.length > INPUTS.length && !(this.classNames.length && info.null_label === null);
+    this.isGuidable =
+      info.inputs.length > INPUTS.length && !(this.classNames.length && info.null_label === null) &&
+      (this.classNames.length > 0 || !info.condition_is_known);
     /** Whether the table takes known values. */
     this.takesKnown = table.steps[0].alphaCumprod !== undefined;
   }
