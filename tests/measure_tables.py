@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ddpm_mlp_pipeline.judge.tables import hide_cells, judge_gaps, judge_table, read_table
+from ddpm_mlp_pipeline.errors import DatasetError
+from ddpm_mlp_pipeline.judge.tables import hide_cells, judge_gaps, judge_table
 
 GAP = "(missing)"
 MAX_DISCRETE = 20  # distinct values of a number that the rivals are told is discrete
@@ -48,6 +49,21 @@ TABLES: dict[str, dict[str, Any]] = {
     "fair": {"categories": ["occupation", "occupation_husb"], "target": "yrs_married"},
     "movies": {"dates": {"Release Date": "%b %d %Y"}, "drop": ["Title"], "target": "IMDB Rating"},
 }
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read a `.csv` or `.parquet` file. In a `.csv` file only empty cells are missing values, not words like "None".
+
+    Raises:
+        DatasetError: if the file can't be read.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from None
 
 
 def read_real(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, Any]]]:

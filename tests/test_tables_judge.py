@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from measure_tables import read_table
 from sklearn.metrics import r2_score
 
 from ddpm_mlp_pipeline.errors import DatasetError
@@ -18,7 +19,6 @@ from ddpm_mlp_pipeline.judge.tables import (
     judge_gaps,
     judge_table,
     predict_target,
-    read_table,
     score_gaps,
     share_closer,
 )

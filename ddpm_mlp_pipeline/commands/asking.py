@@ -170,7 +170,7 @@ def _known_cells(args: Namespace, codec: TableCodec) -> dict[str, np.ndarray]:
     words = [str(args.conditions)] if args.conditions is not None else args.condition or args.known
     if len(words) == 1 and Path(words[0]).suffix == ".csv":
         names, rows = _read_cells(Path(words[0]), codec.names)
-        cells: dict[str, list[str]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+        cells: dict[str, list[str]] = {name: [line[i] for _, line in rows] for i, name in enumerate(names)}
     else:
         pairs = [word.split("=", 1) for word in words]
         if wrong := [pair[0] for pair in pairs if len(pair) == 1]:
@@ -202,23 +202,23 @@ def _number(text: str) -> float | None:
 
 def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray:
     """Read a CSV file's rows, `[rows, columns]`; NaN for empty cells and, if these may be, for columns it lacks."""
-    names, lines = _read_cells(path, columns)
+    names, rows = _read_cells(path, columns)
     if not may_be_empty and (missing := [name for name in columns if name not in names]):
         raise ConfigurationError(f"{path} has no column {missing[0]!r}")
-    table = np.full((len(lines), len(columns)), np.nan)
-    for i, line in enumerate(lines):
+    table = np.full((len(rows), len(columns)), np.nan)
+    for i, (line_number, line) in enumerate(rows):
         for name, cell in zip(names, line, strict=True):
             if not cell and may_be_empty:
                 continue
             number = _number(cell)
             if number is None:
-                raise ConfigurationError(f"row {i + 1} of {path}: {cell!r} in column {name!r} is not a number")
+                raise ConfigurationError(f"line {line_number} of {path}: {cell!r} in column {name!r} is not a number")
             table[i, columns.index(name)] = number
     return table
 
 
-def _read_cells(path: Path, columns: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Read the names, some of `columns`, and the rows of a CSV file."""
+def _read_cells(path: Path, columns: list[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Read the names, some of `columns`, and the rows of a CSV file, with the numbers of their lines."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, skipinitialspace=True, strict=True)
@@ -235,7 +235,7 @@ def _read_cells(path: Path, columns: list[str]) -> tuple[list[str], list[list[st
     for line_number, line in rows:
         if len(line) != len(names):
             raise ConfigurationError(f"line {line_number} of {path} has {len(line)} cells, but {len(names)} names")
-    return names, [line for _, line in rows]
+    return names, rows
 
 
 def _open_picture(path: Path) -> Any:

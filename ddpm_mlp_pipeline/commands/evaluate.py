@@ -64,10 +64,16 @@ LABELS = {
 }
 # The floor of an unbiased measure is 0 apart from chance, so that a ratio to it is meaningless.
 WITHOUT_RATIO = ("kernel_distance", "kernel_distance_deviation", "squared_energy_distance")
-PACKAGES = (
-    *("ddpm-mlp-pipeline", "numpy", "onnxruntime", "scipy", "torch", "diffusers", "torchmetrics", "sdmetrics"),
-    "scikit-learn",
+PACKAGES: tuple[str, ...] = (
+    "ddpm-mlp-pipeline",
+    "numpy",
+    "onnxruntime",
+    "scipy",
+    "torch",
+    "diffusers",
+    "torchmetrics",
 )
+PACKAGES += ("sdmetrics", "scikit-learn")
 
 
 @command
@@ -188,11 +194,12 @@ def _evaluate_points(source: Source, args: Namespace) -> dict[str, Any]:
 def _evaluate_table(codec: TableCodec, source: Source, args: Namespace) -> dict[str, Any]:
     from pandas import DataFrame
 
-    from ..judge.tables import judge_table, read_table
+    from ..data.tables import load_frame
+    from ..judge.tables import judge_table
 
     if args.held_out is None:
         raise ConfigurationError("a table is judged beside rows that were not trained on: name their file, --held_out")
-    train, held_out = read_table(args.dataset), read_table(args.held_out)
+    train, held_out = (load_frame(path, codec) for path in (args.dataset, args.held_out))
     n, seeds = args.num_samples or len(train), range(args.repeats or 1)
     judged = [
         judge_table(

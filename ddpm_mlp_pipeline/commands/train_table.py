@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_samples=args.dataset_size,
         seed=args.seed,
     )
-    this_process().print(describe(table.codec, table.left_out, table.frame))
+    this_process().print(describe(table))
     pipeline, data = make_table_pipeline(args, table)
     pipeline.set_progress_bar_config(disable=True)
     losses = train(pipeline, data, args, augment=conceal_columns(table.codec.column_numbers))

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ..errors import DatasetError
+from ..errors import ConfigurationError, DatasetError
 from ..pipeline import DDPMMLPPipeline
 from ..runtime.columns import TableCodec
 from .batches import TensorBatches
 from .images import ImageBatches, load_labelled_images
 from .points import POINT_SETS, load_points, split_columns
-from .tables import load_rows
+from .tables import load_frame, to_arrays
 
 
 def load_normalized(
@@ -51,8 +51,7 @@ def load_normalized(
         images, labels, names = load_labelled_images(name, config.label_column, *form, on_corrupt=on_corrupt)
         return ImageBatches(images, _numbers_of(pipeline, name, labels, names))
     if config.columns is not None:
-        coordinates = load_rows(name, TableCodec(config.columns), number, seed).draw(np.random.default_rng(seed))
-        return TensorBatches(torch.from_numpy(coordinates).float())
+        return _load_rows(name, TableCodec(config.columns), number, seed)
     drawn = number if name in POINT_SETS else None
     dataset = load_points(
         name,
@@ -73,6 +72,16 @@ def load_normalized(
         chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:number]
         return TensorBatches(*batches.__getitems__(chosen.tolist()))
     return batches
+
+
+def _load_rows(name: str, codec: TableCodec, number: int | None, seed: int) -> TensorBatches:
+    """Load the coordinates of a table's rows."""
+    frame = load_frame(name, codec, number, seed)
+    try:
+        coordinates = codec.encode(to_arrays(frame), rng=np.random.default_rng(seed))
+    except ConfigurationError as error:  # such as a category that the network doesn't know
+        raise DatasetError(f"{name}: {error}") from None
+    return TensorBatches(torch.from_numpy(coordinates).float())
 
 
 def normalize(values: np.ndarray, mean: Sequence[float] | None, std: Sequence[float] | None) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Table:
 
     @functools.cached_property
     def _coded(self) -> CodedRows:
-        return self.codec.prepare({name: self.frame[name].to_numpy() for name in self.codec.names})
+        return self.codec.prepare(to_arrays(self.frame))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,9 +152,9 @@ def load_table(
     return Table(_codec(columns, str(path)), _frame(columns), left_out)
 
 
-def load_rows(
+def load_frame(
     path: str | os.PathLike[str], codec: TableCodec, num_samples: int | None = None, seed: int = 0
-) -> CodedRows:
+) -> pd.DataFrame:
     """Read a file's rows by the coding of another file's, as `load_table` reads them.
 
     Args:
@@ -164,7 +164,7 @@ def load_rows(
         seed: seed of this choice.
 
     Raises:
-        DatasetError: if the file is missing or unreadable, lacks a column, or a value does not fit its column.
+        DatasetError: if the file is missing or unreadable, lacks a column, or a value is not of its column's kind.
     """
     frame = read_table(Path(path), as_text=True)
     _check_names(frame, codec.names, path, "of the table")
@@ -177,9 +177,9 @@ def load_rows(
     if num_samples is not None and len(frame) > num_samples:
         frame = frame.iloc[np.random.default_rng(seed).choice(len(frame), num_samples, replace=False)]
     try:
-        rows = _frame(_columns(frame[codec.names].reset_index(drop=True), kinds, is_text=Path(path).suffix == ".csv"))
-        return codec.prepare({name: rows[name].to_numpy() for name in codec.names})
-    except (DatasetError, ConfigurationError) as error:
+        frame = frame[codec.names].reset_index(drop=True)
+        return _frame(_columns(frame, kinds, is_text=Path(path).suffix == ".csv"))
+    except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from None
 
 
@@ -202,8 +202,14 @@ def make_codec(frame: pd.DataFrame, column_kinds: Mapping[str, str] | None = Non
     return _codec(columns, "the table")
 
 
-def describe(codec: TableCodec, left_out: Mapping[str, str], frame: pd.DataFrame) -> str:
+def to_arrays(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return a frame's columns as `TableCodec` takes them."""
+    return {name: frame[name].to_numpy() for name in frame}
+
+
+def describe(table: Table) -> str:
     """Return what is known of a table's columns as text of at most 100 characters a line."""
+    codec, frame = table.codec, table.frame
     heads = ["column", "kind", "values", "missing", "coordinates"]
     rows = [heads]
     for column in codec.columns:
@@ -214,7 +220,7 @@ def describe(codec: TableCodec, left_out: Mapping[str, str], frame: pd.DataFrame
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(f"{len(frame):,} rows, {len(codec.names)} columns, {codec.width} coordinates")
-    lines += [_cut(f"left out: {name} ({reason})", 100) for name, reason in left_out.items()]
+    lines += [_cut(f"left out: {name} ({reason})", 100) for name, reason in table.left_out.items()]
     return "\n".join(lines)
 
 

@@ -69,9 +69,8 @@ def build_sampler(
     op = builder.op
     seed, num_samples = (builder.input(name, ir.DataType.INT64, []) for name in ("seed", "num_samples"))
     further, null = _further_inputs(builder, info)
-    if takes_known and info["condition_is_known"]:
-        null["condition"] = op.Constant(value_float=math.nan)  # below, of the sample's shape
-    guidance = _guidance(builder, table) if null else None
+    is_guidable = bool(null) or (takes_known and info["condition_is_known"])
+    guidance = _guidance(builder, table) if is_guidable else None
     noise = _Noise(op, seed, num_samples, math.prod(shape))
     batch_shape = op.Concat(op.Reshape(num_samples, [-1]), [*shape], axis=0)
     known = _known_inputs(builder, info) if takes_known else None
@@ -80,7 +79,7 @@ def build_sampler(
     if info["condition_is_known"]:
         unknown = op.Add(op.Mul(x, 0.0), op.Constant(value_float=math.nan))
         further["condition"] = unknown if known is None else op.Where(known[1], known[0], unknown)
-        if null:
+        if is_guidable:
             null["condition"] = unknown
 
     def replace_known(op: OpBuilder, k: ir.Value, x: ir.Value) -> ir.Value:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,25 +29,6 @@ DIGITS = 9  # significant digits in which an exact copy agrees
 INTERVAL = (0.05, 0.95)  # quantiles of the draws; the interval between them should cover 90 % of the hidden numbers
 MIN_DRAWS = 20  # fewer have no quantiles at 5 % and 95 %
 SHARE_HIDDEN = 0.2
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a `.csv` or `.parquet` file. In a `.csv` file only empty cells are missing values, not words like "None".
-
-    Raises:
-        DatasetError: if the file can't be read.
-        MissingExtraError: if pandas is not installed.
-    """
-    with explain_missing_extra("reading tables"):
-        import pandas as pd
-
-    path = Path(path)
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from None
 
 
 def align(columns: Columns, *tables: pd.DataFrame) -> list[pd.DataFrame]:

@@ -44,7 +44,7 @@ class TableCodec:
         names: names of the columns.
         width: D, the number of coordinates.
         num_numbers: how many of the coordinates are continuous: the first ones. The others are ±1.
-        coordinate_names: D names, such as `age`, `age is missing`, `color=red` and `city[0]`.
+        coordinate_names: D names, such as `age`, `age is missing` and `color=red`.
 
     Raises:
         ConfigurationError: if the mappings don't describe columns.

@@ -25,8 +25,7 @@ def make_loss(pipeline: DDPMMLPPipeline, loss_type: str) -> Loss:
     """Return the loss of a type, `"simple"` or `"bound"`, for a pipeline's forward process."""
     scheduler = pipeline.scheduler
     if loss_type == "simple":
-        takes_known = pipeline.unet.config.get("takes_known", False)
-        return functools.partial(loss_of_unknown if takes_known else simple_loss, scheduler)
+        return functools.partial(loss_of_unknown if pipeline.takes_known else simple_loss, scheduler)
     # Clipping x̂_0 would stop its gradient.
     bound = VariationalBound(scheduler, discretized=not pipeline.is_points, clip_sample=False)
     return functools.partial(bound_loss, scheduler, bound)

@@ -107,7 +107,7 @@ def make_table_pipeline(args: TableTrainingArguments, table: Table) -> tuple[DDP
         unet,
         args.make_scheduler(clip_sample_range=x_0.abs().max().item()),
         data_columns=codec.coordinate_names,
-        columns=codec.columns,
+        columns=codec.to_json(),
     )
     return pipeline, TensorBatches(x_0)
 

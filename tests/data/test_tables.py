@@ -296,7 +296,7 @@ def test_rows_are_chosen_by_seed(tmp_path):
 
 
 def test_describe(table):
-    lines = describe(table.codec, table.left_out, table.frame).splitlines()
+    lines = describe(table).splitlines()
     assert all(len(line) <= 100 for line in lines)
     assert lines[0].split() == ["column", "kind", "values", "missing", "coordinates"]
     whole = next(line for line in lines if line.startswith("whole"))
