@@ -8,7 +8,7 @@ import datetime
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -26,6 +26,7 @@ Empty = Literal["missing", "unknown"]
 MAX_SIZE = 2**16  # coordinates of a table, knots and categories of a column
 MAX_WHOLE = 2**53  # whole numbers up to it are exact in every language
 MAX_NUMBER = 1e100
+MAX_REMEMBERED = 2**16  # texts of a column's numbers
 MAX_STR = 64  # characters; columns of longer texts are arrays of objects, to save memory
 NUMBER_KINDS, CATEGORY_KINDS = ("number", "integer", "date"), ("category", "boolean")
 _EPOCH = datetime.datetime(1970, 1, 1)
@@ -303,17 +304,21 @@ class _Number:
         return z
 
     def format(self, cells: Array) -> list[str]:
-        values = self._read(cells)
-        if self.kind == "date":
-            dates = np.where(np.isnan(values), 0, values).astype(np.int64).astype(_NUMPY[self.unit])
-            write = functools.cache(lambda date: write_date(date, self.format_))
-            is_empty = np.isnan(values).tolist()
-            return ["" if empty else write(date) for date, empty in zip(dates.tolist(), is_empty, strict=True)]
-        if self.kind == "integer":
-            return ["" if value != value else str(int(value)) for value in values.tolist()]
+        return [*map(self._write, self._read(cells).tolist())]
+
+    @functools.cached_property
+    def _write(self) -> Callable[[float], str]:
+        """Return the text of a number. Columns repeat their numbers, so those of few decimals are remembered."""
         if self.decimals is None:
-            return ["" if value != value else f"{value:.9g}" for value in values.tolist()]
-        return ["" if value != value else _fixed(value, self.digits or 0, self.decimals) for value in values.tolist()]
+            return lambda value: "" if value != value else f"{value:.9g}"
+        return functools.lru_cache(MAX_REMEMBERED)(self._write_rounded)
+
+    def _write_rounded(self, value: float) -> str:
+        if value != value:
+            return ""
+        if self.kind == "date":
+            return write_date(np.int64(value).astype(_NUMPY[self.unit]).tolist(), self.format_)
+        return str(int(value)) if self.kind == "integer" else _fixed(value, self.digits or 0, self.decimals or 0)
 
     def _read(self, cells: Array) -> Floats:
         """Return the numbers of cells, in the unit of a date, NaN for empty ones."""
@@ -431,8 +436,15 @@ class _Category:
         return low, high, np.empty((len(cells), 0))
 
     def format(self, cells: Array) -> list[str]:
-        texts = [*self.texts, ""]  # the last one for empty cells, whose state is −1
-        return [texts[state] for state in self._states(cells).tolist()]
+        try:
+            return [self._text_of[cell] for cell in _listed(cells)]
+        except (KeyError, TypeError):  # empty, or written in another way
+            texts = [*self.texts, ""]  # the last one for empty cells, whose state is −1
+            return [texts[state] for state in self._states(cells).tolist()]
+
+    @functools.cached_property
+    def _text_of(self) -> dict[Any, str]:
+        return {None: ""} | dict(zip(self.values, self.texts, strict=True))
 
     @functools.cached_property
     def _state_of(self) -> dict[Any, int]:
