@@ -26,13 +26,13 @@ class DrawTimes:
 
     def record(self, table: StepTable, network: float, rest: float) -> None:
         """Remember the seconds that a draw spent in a table's network evaluations, and those before and after."""
-        draw = network / evaluations(table), rest
+        draw = network / table.num_evaluations, rest
         for values, value in zip(self._sorted, draw, strict=True):
             bisect.insort(values, value)
         self._draws.append(draw)
         if len(self._draws) > REMEMBERED:
             for values, value in zip(self._sorted, self._draws.popleft(), strict=True):
-                values.remove(value)
+                del values[bisect.bisect_left(values, value)]
 
     def _slowest(self) -> tuple[float, float] | None:
         """Return the slowest share of an evaluation and the slowest rest, but for outliers; `None` before any draw."""
@@ -45,7 +45,7 @@ class DrawTimes:
     def estimate(self, table: StepTable) -> float | None:
         """Return the seconds that a draw with a table takes, or `None` before the first draw."""
         slowest = self._slowest()
-        return None if slowest is None else evaluations(table) * slowest[0] + slowest[1]
+        return None if slowest is None else table.num_evaluations * slowest[0] + slowest[1]
 
     def choose(self, tables: Iterable[StepTable], seconds: float) -> StepTable:
         """Return the table with the most calls that fits into a time, or the smallest if none does."""
@@ -53,11 +53,6 @@ class DrawTimes:
         if slowest is not None:
             each, rest = slowest
             for table in reversed(by_calls):
-                if evaluations(table) * each + rest <= seconds:
+                if table.num_evaluations * each + rest <= seconds:
                     return table
         return by_calls[0]
-
-
-def evaluations(table: StepTable) -> int:
-    """Return the number of network evaluations of a table: two for a guided call."""
-    return len(table) + int(table.is_guided.sum())

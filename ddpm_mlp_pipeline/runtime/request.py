@@ -145,7 +145,7 @@ def resolve(
     elif guidance_interval is not None:
         raise ConfigurationError("guidance_interval needs a guidance_scale")
     null = {}
-    if table.is_guided.any():
+    if table.num_evaluations > len(table):
         if not inputs:
             raise ConfigurationError("guidance_scale needs a network that takes labels or conditions")
         if "class_labels" in inputs and info["null_label"] is None:

@@ -147,6 +147,10 @@ class OnnxSampler(Sampler):
             self.tables.setdefault(num_calls, table)
         self._network = self._read_network()
         self.sample_shape: tuple[int, ...] = tuple(self.info["sample_shape"])
+        if self.is_points:
+            self._data_mean, self._data_std = (
+                np.asarray(self.info[name], dtype=np.float32) for name in ("data_mean", "data_std")
+            )
         self._sessions: dict[int, ort.InferenceSession] = {}
         self._workspaces: dict[tuple[Any, ...], list[_Workspace]] = {}
         self._clock, self._times = clock, dict[int, DrawTimes]()
@@ -542,8 +546,7 @@ class OnnxSampler(Sampler):
     def to_data_units(self, sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Turn samples in the network's units, `[batch, *sample_shape]`, into points or images as in `sample`."""
         if self.is_points:
-            mean, std = (np.asarray(self.info[name], dtype=np.float32) for name in ("data_mean", "data_std"))
-            return sample * std + mean
+            return sample * self._data_std + self._data_mean
         return (sample / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
 
     def _read_nested_tables(self) -> dict[int, StepTable]:

@@ -140,6 +140,11 @@ class StepTable:
         """bool `[calls]`: whether the call is guided, which costs two network evaluations."""
         return np.not_equal(self.guidance_scales, 1)
 
+    @functools.cached_property
+    def num_evaluations(self) -> int:
+        """The number of network evaluations of a sample: two for a guided call."""
+        return len(self) + int(self.is_guided.sum())
+
     def guided(self, scale: float, interval: tuple[float, float] | None = None) -> StepTable:
         """Return a copy with this guidance.
 
