@@ -227,7 +227,10 @@ def gaps(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     train, test, columns = read_real(args)
     tables = {name: [read_table(Path(path)) for path in paths] for name, *paths in args.filled}
     methods = {name: (lambda _, draws=draws: draws) for name, draws in tables.items()}
-    for name, report in judge_gaps(train, test, columns, methods, seed=args.seed, max_rows=args.max_rows).items():
+    report_of = judge_gaps(
+        train, test, columns, methods, seed=args.seed, max_rows=args.max_rows, comparisons=not args.no_comparisons
+    )
+    for name, report in report_of.items():
         yield {"table": args.table, "method": name, **report}
 
 
@@ -250,6 +253,7 @@ def parse() -> argparse.Namespace:
     hide.add_argument("--output", type=Path, required=True, help="a .csv file")
     gaps = commands.add_parser("gaps")
     gaps.add_argument("--filled", nargs="+", action="append", default=[], help="a name, and .csv files: one a draw")
+    gaps.add_argument("--no_comparisons", action="store_true", help="measure the filled tables only")
     for command in (judge, gaps):
         command.add_argument("--max_rows", type=int, default=10_000, help="of a table in a measure (default: 10000)")
     for command in (rivals, judge, hide, gaps):

@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 
 from .. import figures
-from ..data.batches import Batch, TensorBatches
+from ..data.batches import Batch, KnownBatches, TensorBatches
 from ..data.images import HELD_OUT_SPLITS, choose_split
 from ..data.normalized import load_normalized
 from ..data.points import POINT_SETS
@@ -115,10 +115,10 @@ def load_data(args: Any, pipeline: DDPMMLPPipeline) -> TensorBatches:
     return _load(args, pipeline, number, split=args.split or "train")
 
 
-def make_features(features: str | None, pipeline: DDPMMLPPipeline) -> FitFeatures:
+def make_features(features: str | None, pipeline: DDPMMLPPipeline, data: KnownBatches) -> FitFeatures:
     """Return the features to compare samples on: by default coordinates, or the network's activations for images."""
     if features is None:
-        return default_features(pipeline)
+        return default_features(pipeline, data)
     if pipeline.is_points:
         raise ConfigurationError("--features are for images: points are fitted by their coordinates")
     network = load_features(features)

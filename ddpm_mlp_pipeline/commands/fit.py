@@ -74,7 +74,7 @@ def fit(args: Namespace) -> None:
     fitting = defaults(**options)
     state_path = args.output.with_name(f"{args.output.name}.partial.json")
     begun = time.monotonic()
-    fitter = TableFitter(pipeline, data, make_features(args.features, pipeline), fitting, state_path)
+    fitter = TableFitter(pipeline, data, make_features(args.features, pipeline, data), fitting, state_path)
     with progress_bar(total=fitting.steps * len(set(args.num_calls)), desc="fitting") as progress:
         tables = fitter.fit(args.num_calls, progress.update)
     seconds = time.monotonic() - begun

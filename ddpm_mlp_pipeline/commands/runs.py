@@ -69,7 +69,7 @@ def _fit(args: TrainingArguments, pipeline: DDPMMLPPipeline, data: KnownBatches,
     defaults = FittingArguments.of_points if pipeline.is_points else FittingArguments.of_images
     fitting = defaults(seed=args.seed)
     fitting = dataclasses.replace(fitting, batch_size=min(fitting.batch_size, len(data) // 2))
-    fitter = TableFitter(pipeline, data, default_features(pipeline), fitting)
+    fitter = TableFitter(pipeline, data, default_features(pipeline, data), fitting)
     with progress_bar(total=fitting.steps * len(set(num_calls)), desc="fitting") as progress:
         tables = fitter.fit(num_calls, progress.update)
     play(pipeline, [tables[calls] for calls in num_calls])

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with process.local_main_process_first():
         data = load_data(args, pipeline)
     frozen.to(process.device).unet.requires_grad_(False).eval()
-    losses, held_out = tune(pipeline, data, make_features(args.features, frozen), args)
+    losses, held_out = tune(pipeline, data, make_features(args.features, frozen, data), args)
     if not process.is_main_process:
         return
     seconds, output = time.monotonic() - begun, Path(args.output_dir)

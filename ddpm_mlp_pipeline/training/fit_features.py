@@ -10,13 +10,15 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ..data.batches import Batch
+from ..data.batches import Batch, KnownBatches
 from ..errors import ConfigurationError
 from ..models.mlp import MLPModel
 from ..pipeline import DDPMMLPPipeline
 
 LOG_SNRS = (5.3, 2.2)  # log(ᾱ / (1 − ᾱ)) of the noised images: fine detail, and shape
 FEW_COORDINATES = 16  # up to which cdist is faster than products of matrices
+MAX_WHITENED = 2**16  # data that their covariance is estimated from
+MIN_VARIANCE = 1e-3  # of a whitened direction, as a share of the largest
 CLASS_DISTANCE = 2.0  # between the points of two classes, in standard deviations
 
 
@@ -33,12 +35,16 @@ class PointFeatures:
     The distance then compares the joint distributions, so that a table is fitted to what the data are under each
     condition.
 
+    Columns of a table can hang together so closely that noise which is small beside each column's spread destroys what
+    ties them. Such numbers are compared a second time, whitened, so that each direction counts as much.
+
     Args:
         num_classes: number of classes; 0 for data without labels.
+        whitening: `[numbers, numbers]`, which whitens the first coordinates; `None` to compare once.
     """
 
-    def __init__(self, num_classes: int = 0):
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int = 0, whitening: torch.Tensor | None = None):
+        self.num_classes, self.whitening = num_classes, whitening
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> list[torch.Tensor]:
         columns = [batch.x_0.flatten(1)]
@@ -47,7 +53,19 @@ class PointFeatures:
             columns.append(one_hot * (CLASS_DISTANCE / 2**0.5))
         if batch.condition is not None:
             columns.append(batch.condition)
-        return [torch.cat(columns, dim=1)]
+        groups = [torch.cat(columns, dim=1)]
+        if self.whitening is not None:
+            groups.append(columns[0][:, : len(self.whitening)] @ self.whitening)
+        return groups
+
+
+def whiten(x: torch.Tensor) -> torch.Tensor:
+    """Return the matrix by which data, `[number, D]`, are whitened: `[D, D]`.
+
+    Directions of less than a thousandth of the variance are scaled as those of a thousandth.
+    """
+    variances, directions = torch.linalg.eigh(torch.cov(x.T.double()).reshape(x.shape[1], x.shape[1]))
+    return (directions * variances.clamp(min=MIN_VARIANCE * float(variances.max())).rsqrt()).to(x)
 
 
 class NetworkFeatures:
@@ -109,9 +127,15 @@ class Preprocessed:
         return [self.network(batch.x_0).float()]  # of autocast's bfloat16
 
 
-def default_features(pipeline: DDPMMLPPipeline) -> FitFeatures:
-    """Return coordinates for points, and the network's own activations for images."""
-    return PointFeatures(pipeline.num_classes) if pipeline.is_points else NetworkFeatures(pipeline)
+def default_features(pipeline: DDPMMLPPipeline, data: KnownBatches) -> FitFeatures:
+    """Return coordinates for points, also whitened for tables, and the network's own activations for images."""
+    if not pipeline.is_points:
+        return NetworkFeatures(pipeline)
+    whitening = None
+    if pipeline.takes_known and (num_numbers := pipeline.unet.config.num_embedded):
+        number = min(len(data), MAX_WHITENED)
+        whitening = whiten(data.__getitems__([*range(number)]).x_0[:, :num_numbers]).to(pipeline.device)
+    return PointFeatures(pipeline.num_classes, whitening)
 
 
 def energy_distance(
