@@ -76,12 +76,13 @@ def test_samples_have_the_columns_types_and_relations_of_the_file(trained, run_f
 
 @pytest.mark.slow
 def test_known_cells_stay_and_decide_the_others(trained, run_forked, tmp_path):
-    (tmp_path / "gaps.csv").write_text("height,age,country\n182.3,,\n164.7,10,\n,,PE\n", encoding="utf-8")
+    (tmp_path / "gaps.csv").write_text("id,height,age,country\n7,182.3,NA,\n8,164.7,10,\n9,,,PE\n", encoding="utf-8")
     asked = ["--known", tmp_path / "gaps.csv", "--num_samples", "100", "--seed", "3"]
     for source, name in ((trained / "people-onnx", "bundle.csv"), (trained / "people", "torch.csv")):
         of_checkpoint = ["--scheduler", "ddim", "--num_inference_steps", "20"] if name == "torch.csv" else []
         run = run_forked("sample", source, *asked, *of_checkpoint, "--output", tmp_path / name)
         assert run.returncode == 0, run.stderr
+        assert "gaps.csv: the table has no column 'id': ignored" in run.stderr
     first, second, third = (pd.read_csv(tmp_path / "bundle.csv").iloc[i : i + 100] for i in (0, 100, 200))
     assert (first["height"] == 182.3).all()
     assert (first["country"] == "NL").mean() > 0.85

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,14 +170,26 @@ def _known_cells(args: Namespace, codec: TableCodec) -> dict[str, np.ndarray]:
         raise ConfigurationError("of a table, --condition, --conditions and --known are the same: give one of them")
     words = [str(args.conditions)] if args.conditions is not None else args.condition or args.known
     if len(words) == 1 and Path(words[0]).suffix == ".csv":
-        names, rows = _read_cells(Path(words[0]), codec.names)
-        cells: dict[str, list[str]] = {name: [line[i] for _, line in rows] for i, name in enumerate(names)}
+        names, rows = _read_cells(Path(words[0]))
+        if not set(names) & set(codec.names):
+            raise ConfigurationError(f"{words[0]} has none of the columns {', '.join(codec.names)}")
+        if unknown := [name for name in names if name not in codec.names]:  # training may have left them out
+            print(f"{words[0]}: the table has no column {', '.join(map(repr, unknown))}: ignored", file=sys.stderr)
+        cells: dict[str, list[str]] = {
+            name: [line[i] for _, line in rows] for i, name in enumerate(names) if name in codec.names
+        }
     else:
-        pairs = [word.split("=", 1) for word in words]
-        if wrong := [pair[0] for pair in pairs if len(pair) == 1]:
-            raise ConfigurationError(f"known cells are NAME=VALUE, or a .csv file, got {wrong[0]!r}")
-        cells = {name: [value] for name, value in pairs}
+        cells = {name: [value] for name, value in (_known_cell(word, codec.names) for word in words)}
     return {"known": codec.encode(cells, empty="unknown")}
+
+
+def _known_cell(word: str, columns: list[str]) -> tuple[str, str]:
+    """Split NAME=VALUE, where a column's name may contain an equals sign."""
+    names = [name for name in columns if word.startswith(f"{name}=")]
+    name = max(names, key=len) if names else word.partition("=")[0]
+    if name == word:
+        raise ConfigurationError(f"known cells are NAME=VALUE, or a .csv file, got {word!r}")
+    return name, word[len(name) + 1 :]
 
 
 def _values(words: Sequence[str], what: str) -> dict[str, float]:
@@ -202,7 +215,9 @@ def _number(text: str) -> float | None:
 
 def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray:
     """Read a CSV file's rows, `[rows, columns]`; NaN for empty cells and, if these may be, for columns it lacks."""
-    names, rows = _read_cells(path, columns)
+    names, rows = _read_cells(path)
+    if unknown := [name for name in names if name not in columns]:
+        raise ConfigurationError(f"{path} has the column {unknown[0]!r}; the columns are {', '.join(columns)}")
     if not may_be_empty and (missing := [name for name in columns if name not in names]):
         raise ConfigurationError(f"{path} has no column {missing[0]!r}")
     table = np.full((len(rows), len(columns)), np.nan)
@@ -217,8 +232,8 @@ def _read_rows(path: Path, columns: list[str], may_be_empty: bool) -> np.ndarray
     return table
 
 
-def _read_cells(path: Path, columns: list[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Read the names, some of `columns`, and the rows of a CSV file, with the numbers of their lines."""
+def _read_cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Read the columns' names and the rows of a CSV file, with the numbers of their lines."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, skipinitialspace=True, strict=True)
@@ -226,8 +241,6 @@ def _read_cells(path: Path, columns: list[str]) -> tuple[list[str], list[tuple[i
             rows = [(lines.line_num, line) for line in lines if line]
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigurationError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if unknown := [name for name in names if name not in columns]:
-        raise ConfigurationError(f"{path} has the column {unknown[0]!r}; the columns are {', '.join(columns)}")
     if len(set(names)) < len(names):
         raise ConfigurationError(f"{path} has two columns of one name")
     if not rows:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import ConfigurationError, DatasetError
-from ..runtime.columns import MAX_NUMBER, MAX_WHOLE, NUMBER_KINDS, CodedRows, TableCodec
+from ..runtime.columns import MAX_NUMBER, MAX_WHOLE, NO_NUMBER, NUMBER_KINDS, CodedRows, TableCodec
 from ..runtime.dates import read_date
 from .files import SUFFIXES, read_table
 
@@ -32,10 +32,6 @@ DATE_FORMATS = (
     *("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d %H:%M", "%Y/%m/%d"),
     *("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M"),
     *("%b %d %Y", "%b %d, %Y", "%d %b %Y", "%d-%b-%Y", "%d-%b-%y", "%d/%m/%y", "%m/%d/%y"),
-)
-# What stands for an empty cell in a column of numbers. In a column of texts, it is a text.
-NO_NUMBER = frozenset(
-    ["NA", "N/A", "n/a", "#N/A", "na", "NaN", "nan", "NAN", "null", "NULL", "None", "none", "?", "-"]
 )
 BOOLEANS = (("false", "true"), ("no", "yes"), ("f", "t"), ("n", "y"), ("off", "on"), ("0", "1"))
 IDENTIFIER = re.compile(r"(?:.*[\W_])?(?:id|idx|index|uuid|guid|key|rownum)|unnamed: \d+|row", re.IGNORECASE)

@@ -23,6 +23,10 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Empty = Literal["missing", "unknown"]
 
+# What stands for an empty cell in a column of numbers. In a column of texts, it is a text.
+NO_NUMBER = frozenset(
+    ["NA", "N/A", "n/a", "#N/A", "na", "NaN", "nan", "NAN", "null", "NULL", "None", "none", "?", "-"]
+)
 MAX_SIZE = 2**16  # coordinates of a table, knots and categories of a column
 MAX_WHOLE = 2**53  # whole numbers up to it are exact in every language
 MAX_NUMBER = 1e100
@@ -334,7 +338,8 @@ class _Number:
         read = self._date if self.kind == "date" else _number
         numbers = np.full(len(cells), np.nan)
         for i, cell in enumerate(_listed(cells)):
-            if not _is_empty(cell):
+            stands_for_empty = self.kind != "date" and isinstance(cell, str) and cell in NO_NUMBER
+            if not stands_for_empty and not _is_empty(cell):
                 number = read(cell)
                 numbers[i] = self._refuse(i, cell) if number is None else number
         return numbers
