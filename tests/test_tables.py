@@ -117,6 +117,13 @@ def test_what_cannot_be_known_is_refused_in_one_line(trained, run_forked, tmp_pa
 
 
 @pytest.mark.slow
+def test_the_doctor_knows_that_a_table_keeps_its_whole_numbers(trained, run_forked):
+    run = run_forked("doctor", trained / "people", "--dataset", trained / "people.csv")
+    assert "whole numbers" not in run.stdout
+    assert "conventions: prediction_type v_prediction" in run.stdout, run.stderr
+
+
+@pytest.mark.slow
 def test_a_table_is_judged_beside_held_out_rows(trained, run_forked, tmp_path):
     people(1000, seed=1).to_csv(tmp_path / "held_out.csv", index=False)
     asked = ["--dataset", trained / "people.csv", "--num_samples", "1000"]

@@ -222,7 +222,7 @@ class TableTrainingArguments(TrainingArguments):
         None, "NAME=KIND, where a column's kind is found wrong: number, integer, category, boolean or date"
     )
     embedding_dim: int = option(16, "size of the embedding of the timestep and of each number")
-    hidden_dim: int = option(256, "width of the network")
+    hidden_dim: int = option(128, "width of the network")
     num_hidden_layers: int = option(4, "number of residual blocks")
 
     prediction_type: str = option("v_prediction", "target that the network predicts", choices=PREDICTION_TYPES)
