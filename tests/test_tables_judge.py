@@ -228,12 +228,14 @@ def test_gaps_have_the_errors_of_the_best_guesses(train, held_out):
     assert iterative["overall"] == pytest.approx(np.mean([*iterative["columns"].values()]))
 
 
-def test_draws_are_averaged_and_their_intervals_measured(train):
+@pytest.mark.parametrize("decimals", [6, 0], ids=["numbers that differ", "numbers of few values"])
+def test_draws_are_averaged_and_their_intervals_measured(train, decimals):
     rng = np.random.default_rng(0)
-    columns, held_out = [COLUMNS[0], COLUMNS[3]], people(1000, 1)
+    columns = [COLUMNS[0], COLUMNS[3]]
+    train, held_out = (table.round({"height": decimals}) for table in (train, people(1000, 1)))
 
     def draw(gaps):  # from the columns' own distributions, independent of the rest
-        other = people(1000, rng.integers(10, 10**6))
+        other = people(1000, rng.integers(10, 10**6)).round({"height": decimals})
         return gaps.assign(**{name: gaps[name].where(gaps[name].notna(), other[name]) for name in ("height", "size")})
 
     gaps, hidden = hide_cells(held_out, columns)
