@@ -7,8 +7,10 @@
  *         [--class_labels CLASS …] [--condition NAME=VALUE …] [--guidance_scale W] [--known NAME=VALUE …] [--resample N]
  *
  * A flag with … is given once for each value: `--class_labels 3 --class_labels 7` draws NUM_SAMPLES of each.
- * Points become CSV; `--output` with the ending .json, or images, become JSON: one array for each sample, of images
- * [height][width][channels], in the units of Python's `OnnxSampler.sample`.
+ * Points and tables become CSV; `--output` with the ending .json, or images, become JSON: one array for each sample, of
+ * images [height][width][channels], in the units of Python's `OnnxSampler.sample`. A table's CSV is that of
+ * `ddpm-sample`; its arrays have one entry for each column: a number, true or false, text (also of dates), or null.
+ * Its known cells are VALUEs as in the CSV, of `--condition` or `--known`.
  */
 
 import { existsSync } from "node:fs";
@@ -36,6 +38,19 @@ function nest(values, [size, ...rest]) {
   return Array.from({ length: size }, (_, i) => nest(values.subarray(i * stride, (i + 1) * stride), rest));
 }
 
+function toCsvText(samples, { codec, info }) {
+  return codec ? codec.toCsv(samples) : toCsv(samples, info.data_columns);
+}
+
+/** JSON with a line for each sample. */
+function toJsonText(samples, { codec, isPoints, sampleShape, dimension }) {
+  const [channels, height, width] = sampleShape, number = samples.length / dimension;
+  const lists = codec
+    ? Array.from({ length: number }, (_, row) => codec.cells(samples, row))
+    : nest(samples, [number, ...(isPoints ? sampleShape : [height, width, channels])]);
+  return `[\n${lists.map((sample) => JSON.stringify(sample)).join(",\n")}\n]\n`;
+}
+
 /** NAME=VALUE, several times, as one object. */
 function parseValues(texts, flag) {
   return texts && Object.fromEntries(texts.map((text) => {
@@ -45,15 +60,27 @@ function parseValues(texts, flag) {
   }));
 }
 
+/** A table's known cells, COLUMN=VALUE several times, as coordinates. */
+function parseCells(texts, codec) {
+  return texts && codec.encode(Object.fromEntries(texts.map((text) => {
+    const at = text.indexOf("=");
+    if (at < 1) throw new RangeError(`known cells are NAME=VALUE, not ${JSON.stringify(text)}`);
+    return [text.slice(0, at), text.slice(at + 1)];
+  })));
+}
+
 /** What one asks for, and the number of samples: `numSamples` of each class. */
-function parseAsked(values, numSamples, classNames) {
-  const { class_labels: classes = [], guidance_scale: scale } = values;
+function parseAsked(values, numSamples, { classNames, codec }) {
+  const { class_labels: classes = [], guidance_scale: scale, condition, known } = values;
+  if (codec && condition && known) {
+    throw new RangeError("of a table, --condition and --known are the same: give one of them");
+  }
   const labels = classes.map((text) => (!classNames.includes(text) && /^\d+$/.test(text) ? Number(text) : text));
   const asked = {
     classLabels: labels.length > 1 ? labels.flatMap((label) => Array(numSamples).fill(label)) : labels[0],
-    condition: parseValues(values.condition, "--condition"),
+    condition: codec ? undefined : parseValues(condition, "--condition"),
     guidanceScale: scale === undefined ? undefined : parseNumber(scale, "--guidance_scale"),
-    known: parseValues(values.known, "--known"),
+    known: codec ? parseCells(condition ?? known, codec) : parseValues(known, "--known"),
     resample: parseNumber(values.resample, "--resample"),
   };
   return [asked, numSamples * Math.max(1, labels.length)];
@@ -94,7 +121,7 @@ async function main() {
       throw new BundleError(`${positionals[0]} is not a bundle: ${name} can't be read: ${error.code}`);
     }
   });
-  const [asked, numSamples] = parseAsked(values, number, sampler.classNames);
+  const [asked, numSamples] = parseAsked(values, number, sampler);
 
   const samples = new Float32Array(numSamples * sampler.dimension);
   let place = 0;
@@ -103,11 +130,7 @@ async function main() {
     place += batch.length;
   }
   const isCsv = sampler.isPoints && !values.output?.endsWith(".json");
-  const [channels, height, width] = sampler.sampleShape;
-  const shape = sampler.isPoints ? sampler.sampleShape : [height, width, channels];
-  const text = isCsv
-    ? toCsv(samples, sampler.info.data_columns)
-    : `[\n${nest(samples, [numSamples, ...shape]).map((sample) => JSON.stringify(sample)).join(",\n")}\n]\n`;
+  const text = isCsv ? toCsvText(samples, sampler) : toJsonText(samples, sampler);
   if (values.output) await writeFile(values.output, text, { flag: values.overwrite ? "w" : "wx" });
   else process.stdout.write(text);
 }

@@ -40,6 +40,15 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.fixture(scope="session")
+def table_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with a column of each kind, from an untrained network that takes known cells."""
+    folder = tmp_path_factory.mktemp("table")
+    golden.table_pipeline().save_pretrained(folder / "people")
+    export_bundle(folder / "people", folder / "bundle", "ddpm", 4)
+    return folder / "bundle"
+
+
 NETWORKS = {"heart": "ddim_bundle", "swiss_roll_2015": "learned_bundle", "moons": "moons_bundle", None: "tiny_bundle"}
 
 
@@ -48,7 +57,8 @@ def golden_bundle(golden_run: dict[str, Any], request: pytest.FixtureRequest, tm
     """The bundle of a golden run: its table and info, and the checkpoint's network."""
     folder = tmp_path / "golden-bundle"
     folder.mkdir()
-    network = request.getfixturevalue(NETWORKS[golden_run["checkpoint"]]) / "unet.onnx"
+    network = "table_bundle" if "columns" in golden_run["bundle"] else NETWORKS[golden_run["checkpoint"]]
+    network = request.getfixturevalue(network) / "unet.onnx"
     shutil.copyfile(network, folder / "unet.onnx")
     (folder / "bundle.json").write_text(json.dumps(golden_run["bundle"]))
     (folder / "step_table.json").write_text(json.dumps(golden_run["step_table"]))

@@ -12,8 +12,9 @@ from helpers import ROOT
 
 from ddpm_mlp_pipeline import OnnxSampler, StepTable, compile_scheduler, pretrained
 from ddpm_mlp_pipeline.export.compile import make_scheduler
+from ddpm_mlp_pipeline.runtime.columns import TableCodec
 from ddpm_mlp_pipeline.runtime.noise import normal, philox
-from export.golden import RUNS, read, record
+from export.golden import CELLS, RUNS, read, record
 
 FORMAT = (ROOT / "export" / "FORMAT.md").read_text(encoding="utf-8")
 SCHEDULERS = {
@@ -149,6 +150,23 @@ def test_the_known_values_are_in_the_run():
     assert run["inputs"]["condition"] == [[None]] * 3
 
 
+def test_the_cells_are_in_the_run():
+    run = dict(read())["table"]
+    codec = TableCodec(run["bundle"]["columns"])
+    assert run["cells"] == list(codec.format(codec.decode(run["data"])))
+    kinds = [column["kind"] for column in codec.columns]
+    assert set(kinds) == {"number", "integer", "date", "category", "boolean"}
+    assert [name for name, cells in zip(codec.names, zip(*run["cells"], strict=True), strict=True) if "" in cells] == [
+        column["name"] for column in codec.columns if column["has_missing"]
+    ]
+    for name, cells in CELLS.items():
+        for row, cell in zip(run["cells"], cells, strict=True):
+            assert row[codec.names.index(name)] == cell or not cell
+    # Samples of a correct port differ by up to 1e-4, and have these cells, too.
+    for noise in np.random.default_rng(0).uniform(-5e-4, 5e-4, (50, 3, codec.width)):
+        assert list(codec.format(codec.decode(run["data"] + noise))) == run["cells"]
+
+
 def program() -> str:
     (code,) = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
     return code
@@ -192,7 +210,7 @@ def test_the_formats_worked_example():
 def test_the_command_writes_the_shipped_files(run, tmp_path):
     result = run(sys.executable, "-m", "export.golden", tmp_path / "golden", cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{tmp_path / 'golden'}: 8 runs of 3 samples\n"
+    assert result.stdout == f"{tmp_path / 'golden'}: 9 runs of 3 samples\n"
     for name, expected in read():
         found = json.loads((tmp_path / "golden" / f"{name}.json").read_text())
         if expected["version"] == 1:  # its table is of the version before; another test compares its steps

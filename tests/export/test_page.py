@@ -1,11 +1,14 @@
 """The page in a headless Chromium, against the Python runtime; the files and errors of `write_page`.
 
-`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k picture` makes the README's picture, and
+`PAGE_PICTURE=docs/images/page.png pytest tests/export/test_page.py -k readmes_picture` makes the README's picture,
+`TABLE_BUNDLE=diamonds-onnx TABLE_PICTURE=docs/images/page_table.png … -k tables_picture` that of a table, and
 `BACKENDS_TABLE=docs/backends.txt … -k backend` the table of all backends' differences.
 """
 
 import base64
 import contextlib
+import csv
+import datetime
 import functools
 import hashlib
 import http.server
@@ -605,8 +608,8 @@ DAMAGES = [
     (delete("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be fetched"),
     (cut("onnxruntime/ort-wasm-simd-threaded.wasm.gz"), "ort-wasm-simd-threaded.wasm.gz can't be unpacked"),
     (delete("worker.js"), "worker.js can't be run"),
-    (delete("draw.js"), "page.js, draw.js and ddpm.js, can't be loaded"),
-    (delete("page.js"), "page.js, draw.js and ddpm.js, can't be loaded"),
+    (delete("draw.js"), "page.js, draw.js, table.js, columns.js and ddpm.js, can't be loaded"),
+    (delete("page.js"), "page.js, draw.js, table.js, columns.js and ddpm.js, can't be loaded"),
 ]
 
 
@@ -672,6 +675,108 @@ def test_the_readmes_picture(visit, onnxruntime_web, tmp_path):
     assert not ink[
         int(0.42 * height) : int(0.5 * height), int(0.48 * width) : int(0.58 * width)
     ].any()  # the heart's inside is empty
+
+
+def cells_of(tab):
+    """Return the rows of the page's table, as text."""
+    rows = "(rows) => rows.map((row) => Array.from(row.cells, (cell) => cell.textContent))"
+    return tab.locator("#rows tbody tr").evaluate_all(rows)
+
+
+def sort_by(tab, name):
+    """Sort the page's table with the keyboard. Return how it says to be sorted, and the column's cells."""
+    tab.get_by_role("button", name=name, exact=True).focus()
+    tab.keyboard.press("Enter")
+    header = tab.get_by_role("columnheader", name=name, exact=True)
+    assert tab.locator("[aria-sort]").count() == (header.get_attribute("aria-sort") is not None)
+    names = tab.locator("#rows th").all_inner_texts()
+    return header.get_attribute("aria-sort"), [row[names.index(name)] for row in cells_of(tab)]
+
+
+def test_a_table_is_shown_sorted_and_saved(visit, pages, table_bundle):
+    sampler = OnnxSampler(table_bundle)
+    codec = sampler.codec
+
+    def rows_of(points):
+        return list(codec.format(codec.decode(points)))
+
+    tab = visit(pages(table_bundle))
+    assert tab.inner_text("#model").startswith("Table of 10 columns · MLPModel with ")
+    assert tab.locator("canvas").is_hidden()
+    assert tab.locator("#rows th").all_inner_texts() == codec.names
+    assert (cells_of(tab), tab.inner_text("#summary")) == ([], "No rows yet")
+    assert draw(tab, 3, 250) == ""
+    assert tab.inner_text("#status").startswith("250 rows in ")
+    rows = rows_of(sampler.sample(250, seed=3))
+    assert (cells_of(tab), tab.inner_text("#summary")) == (rows[:200], "The first 200 of 250 rows")
+
+    # Numbers and dates are sorted as such, not as text. Missing cells come last in both directions.
+    columns = dict(zip(codec.names, zip(*rows, strict=True), strict=True))
+    keys = {
+        "age": int,
+        "weight, kg": float,
+        "born": lambda text: datetime.datetime.strptime(text, "%b %d, %Y"),
+        "seen": lambda text: datetime.datetime.strptime(text, "%d/%m/%y %H:%M:%S"),
+        "city": str,
+        "member": ["no", "yes"].index,
+    }
+    for name, key in keys.items():
+        known = [cell for cell in columns[name] if cell]
+        missing = [""] * (250 - len(known))
+        assert len(set(known)) > 1
+        assert sort_by(tab, name) == ("ascending", [*sorted(known, key=key), *missing][:200])
+        assert tab.inner_text("#summary") == f"The first 200 of 250 rows, by {name}"
+        assert sort_by(tab, name) == ("descending", [*sorted(known, key=key, reverse=True), *missing][:200])
+        assert tab.inner_text("#summary").endswith(f"by {name}, descending")
+    assert sort_by(tab, "member") == (None, list(columns["member"][:200]))
+
+    content, name = saved(tab)
+    assert name == "people-seed-3.csv"
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([codec.names, *rows])
+    assert content.decode() == file.getvalue()
+
+    for k, step in enumerate(sampler.steps(250, seed=3)):
+        tab.locator("#step").fill(str(k + 1))
+        assert cells_of(tab) == rows_of(sampler.to_data_units(step.sample))[:200]
+
+    # Known cells, in the page's fields
+    tab.get_by_text("Known cells").click()
+    assert tab.get_by_label("age").get_attribute("placeholder") == "18 to 65"
+    for name, text in {"country": "NL", "age": "30", "born": "1970-01-03"}.items():
+        tab.get_by_role("combobox", name=name, exact=True).fill(text)
+    assert draw(tab, 4, 20) == ""
+    known = codec.encode({"country": ["NL"], "age": [30], "born": ["Jan 03, 1970"]}, empty="unknown")
+    assert cells_of(tab) == rows_of(sampler.sample(20, seed=4, known=known))
+    assert tab.inner_text("#summary") == "20 rows"
+
+    # The page fits a phone: the table scrolls, not the page.
+    tab.set_viewport_size(PHONE)
+    assert tab.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert tab.evaluate("document.querySelector('#rows').scrollWidth") > PHONE["width"]
+    for control in tab.locator("button, input, summary").all():
+        if control.is_visible() and control.get_attribute("type") != "range":
+            assert control.bounding_box()["height"] >= 44
+
+    tab.get_by_role("combobox", name="country", exact=True).fill("FR")
+    tab.get_by_text("Known cells").click()
+    assert_one_line(draw(tab, 4, 20), 'column "country": "FR" is not one of its values, "DE", "NL"')
+    assert tab.get_by_role("combobox", name="country", exact=True).get_attribute("aria-invalid") == "true"
+    assert tab.evaluate("document.activeElement.labels[0].textContent") == "country"
+    assert not [name for name in ("labels", "conditions", "guidance-field", "paint") if tab.is_visible(f"#{name}")]
+
+
+def test_the_tables_picture(visit, onnxruntime_web, table_bundle, tmp_path):
+    """Rows with two known cells, by price, as the page shows them."""
+    write_page(os.environ.get("TABLE_BUNDLE") or table_bundle, tmp_path / "page", onnxruntime_web)
+    tab = visit(tmp_path / "page", {"width": 1240, "height": 800})
+    assert draw(tab, 0, 500) == ""
+    tab.get_by_role("button", name="price", exact=True).click()
+    tab.get_by_role("button", name="price", exact=True).blur()
+    path = os.environ.get("TABLE_PICTURE") or tmp_path / "page_table.png"
+    tab.screenshot(path=path, full_page=True)
+    Image.open(path).quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)  # text needs few colours
+    assert os.path.getsize(path) < 120_000
 
 
 # `write_page`, without a browser

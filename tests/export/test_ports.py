@@ -11,7 +11,7 @@ from ddpm_mlp_pipeline import DDPMMLPPipeline, MLPModel, OnnxSampler, export_bun
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.noise import draw_labels, normal
 from ddpm_mlp_pipeline.writers import csv_header
-from export.golden import RUNS
+from export.golden import COLUMNS, RUNS
 
 DDPM_JS = ROOT / "ddpm_mlp_pipeline" / "export" / "web" / "ddpm.js"
 SAMPLE, SAMPLER = (ROOT / "export" / "ports" / name for name in ("sample.mjs", "sampler.mjs"))
@@ -90,10 +90,11 @@ REPLAY = """
     // The second half of a guided call is told nothing.
     const nulls = { class_labels: input.bundle.null_label, condition: NaN };
     const check = (name, isGuided, { data, dims }) => {
-      const given = further[name], values = nan(given.flat());
+      const given = further[name], values = nan(given.flat()).map(Math.fround); // it has nine digits
       const expected = isGuided ? [...values, ...values.map(() => nulls[name])] : values;
       if (Array.from(data, Number).join() !== expected.join()) throw new Error(`wrong ${name}`);
-      if (dims.join() !== [expected.length, ...(Array.isArray(given[0]) ? [given[0].length] : [])].join()) {
+      const rowShape = Array.isArray(given[0]) ? [given[0].length] : [];
+      if (dims.join() !== [expected.length / (rowShape[0] ?? 1), ...rowShape].join()) {
         throw new Error(`wrong shape of ${name}`);
       }
     };
@@ -120,7 +121,9 @@ REPLAY = """
       const { x, eps, x0, z, zKnown } = last;
       calls.push({ x, eps, x_0: x0, z, z_known: zKnown });
     }
-    print({ calls, sample: last.sample, data: sampler.toDataUnits(last.sample) });
+    const data = sampler.toDataUnits(last.sample), { codec } = sampler;
+    const cells = codec ? Array.from({ length: codec.numRows(data) }, (_, row) => codec.texts(data, row)) : null;
+    print({ calls, sample: last.sample, data, cells });
 """
 
 
@@ -136,6 +139,7 @@ def test_the_steps_are_those_of_the_golden_run(javascript, golden_run):
             np.testing.assert_allclose(array(values), np.ravel(golden[name]), atol=1e-5, err_msg=name)
     for name in ("sample", "data"):
         np.testing.assert_allclose(array(found[name]), np.ravel(golden_run[name]), atol=1e-5)
+    assert found["cells"] == golden_run.get("cells")
 
 
 def test_the_initial_sample_is_scaled(javascript, golden_run):
@@ -220,6 +224,8 @@ DAMAGES = [
         for shares in ([1], [1.5, -0.5], [0.5, 0.4], [0.5, None], "halves")
     ),
     ("bundle.json", edit(inputs=CONDITIONED), "condition_columns must be a list of names"),
+    ("bundle.json", edit(columns=[]), "columns: columns must be a list of 1 to 65536 columns"),
+    ("bundle.json", edit(columns=COLUMNS), "the coordinates of columns are not the data_columns"),
     ("bundle.json", edit(sha256=None), "sha256 must be an object"),
     ("bundle.json", edit(sha256=["unet.onnx"]), "sha256 must be an object"),
 ]

@@ -3,6 +3,8 @@
  * onnxruntime-node.
  */
 
+import { TableCodec } from "./columns.js";
+
 export const MAX_SEED = 2n ** 63n - 1n;
 // The format and the supported versions
 const FORMATS = { "bundle.json": ["ddpm-bundle", 1, 2], "step_table.json": ["ddpm-step-table", 2, 3] };
@@ -181,6 +183,15 @@ const areNumbers = (value, length) => Array.isArray(value) && value.length === l
 
 const isName = (value) => typeof value === "string";
 
+/** Return the coding of a table's columns, or null for samples that are no table's rows. */
+function codecOf({ columns = null }) {
+  try {
+    return columns === null ? null : new TableCodec(columns);
+  } catch (error) {
+    throw new BundleError(`bundle.json: columns: ${error.message}`);
+  }
+}
+
 /** @throws {BundleError} */
 export function parseInfo(bytes) {
   const fail = (message) => { throw new BundleError(`bundle.json: ${message}`); };
@@ -202,6 +213,11 @@ export function parseInfo(bytes) {
     }
   };
   if (shape.length === 1) checkColumns("data", shape[0]);
+  const coordinates = codecOf(info)?.coordinateNames;
+  const isTheirs = shape.length === 1 && coordinates?.every((name, i) => name === info.data_columns[i]);
+  if (coordinates && !(isTheirs && coordinates.length === shape[0])) {
+    fail("the coordinates of columns are not the data_columns");
+  }
   const { inputs = INPUTS, sha256 = {} } = info;
   const further = OPTIONAL_INPUTS.filter((name) => info.version > 1 && Array.isArray(inputs) && inputs.includes(name));
   if (!Array.isArray(inputs) || inputs.join() !== [...INPUTS, ...further].join()) {
@@ -578,6 +594,8 @@ export class Sampler {
     this.dimension = sizeOf(this.sampleShape);
     /** @type {string[]} names of the classes that the network knows */
     this.classNames = info.class_names;
+    /** The coding of a table's columns, or null if the samples are no table's rows. */
+    this.codec = codecOf(info);
     /** @type {string[]} names of the condition's numbers */
     this.conditionColumns = info.condition_columns;
     /** Whether samples can be guided: the network has learned what no label and no condition is. */

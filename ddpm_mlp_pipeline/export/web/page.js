@@ -1,12 +1,15 @@
 /** The page's inputs and outputs. Sampling runs in worker.js. */
 
+import { TableCodec } from "./columns.js";
 import { MAX_SEED, parseCount, parseNumber, parseSeed, toCsv } from "./ddpm.js";
 import { axesOf, countOutside, drawImages, drawPoints, paintAt } from "./draw.js";
+import { create, MAX_ROWS, RowsTable } from "./table.js";
 
 const MAX_POINTS = 10_000;
 const MAX_NUMBERS = 2 ** 18; // in all samples together: 334 MNIST digits or 85 CIFAR images
 const MAX_KEPT = 2 ** 24; // numbers kept for the slider over the steps, 64 MB
 const MAX_BUTTONS = 12; // more classes are a select
+const MAX_OPTIONS = 1000; // of a category that is offered to choose from
 const WORTH = 1000; // milliseconds: for a faster draw, no other backend is tried
 const RESAMPLE = 5; // times that each step is taken where a part is drawn anew, so that it fits the rest
 const element = (id) => document.getElementById(id);
@@ -66,14 +69,19 @@ let finished = null; // the last run that was not stopped, { seed, asked, anew }
 let paint = null;
 const paintButtons = ["upper", "lower", "clear"].map(element), redrawButton = element("redraw");
 
+/** Return in words what the samples are. */
+function kindOf({ sample_shape: [channels, height, width], data_columns: coordinates, columns }) {
+  if (columns) return `Table of ${plural(columns.length, "column")}`;
+  if (height === undefined) return `Points (${coordinates.join(", ")})`;
+  return `${channels === 1 ? "Grey" : "Colour"} images of ${width} × ${height} pixels`;
+}
+
 function describe({ info, scheduler, numCalls }) {
-  const { sample_shape: shape, data_columns: columns, provenance = {} } = info;
+  const { provenance = {} } = info;
   const { checkpoint, unet, num_parameters: parameters, precision, exported_at: exported, versions = {} } = provenance;
   element("title").textContent = document.title = checkpoint ?? "Samples of a small DDPM";
   const parts = [
-    shape.length === 1
-      ? `Points (${columns.join(", ")})`
-      : `${shape[0] === 1 ? "Grey" : "Colour"} images of ${shape[2]} × ${shape[1]} pixels`,
+    kindOf(info),
     unet && `${unet}${Number.isInteger(parameters) ? ` with ${format(parameters)} parameters` : ""}`,
     precision && precision !== "fp32" && precision,
     `${scheduler.replace(/Scheduler$/, "")} with ${plural(numCalls, "network evaluation")}`,
@@ -139,23 +147,31 @@ async function open() {
   backend = await openOn(wanted ?? "wasm");
   const { opened } = backend;
   const { info, clipRange } = opened;
-  const shape = info.sample_shape, dimension = shape.reduce((a, b) => a * b), isPoints = shape.length === 1;
-  if (!isPoints && shape[0] !== 1 && shape[0] !== 3) {
+  const shape = info.sample_shape, dimension = shape.reduce((a, b) => a * b);
+  const codec = info.columns ? new TableCodec(info.columns) : null;
+  const isPoints = shape.length === 1 && !codec, isImages = shape.length > 1;
+  if (isImages && shape[0] !== 1 && shape[0] !== 3) {
     throw new Error(`The page can show images with 1 or 3 channels, but these have ${shape[0]}.`);
   }
   describe(opened);
   model = {
     ...opened,
     dimension,
+    codec,
     isPoints,
-    noun: isPoints ? "point" : "image",
+    isImages,
+    noun: codec ? "row" : isPoints ? "point" : "image",
+    rows: codec && new RowsTable(document.querySelector("#rows table"), element("summary"), codec),
     maxCount: Math.max(1, Math.min(MAX_POINTS, Math.floor(MAX_NUMBERS / dimension))),
     axes: isPoints ? axesOf(info, clipRange) : null,
   };
-  countInput.value ||= String(Math.min(model.maxCount, isPoints ? 2000 : 16));
+  countInput.value ||= String(Math.min(model.maxCount, codec ? MAX_ROWS : isPoints ? 2000 : 16));
   element("hint").textContent = `At most ${plural(model.maxCount, model.noun)}. The same seed gives the same samples everywhere.`;
-  saveButton.textContent = isPoints ? "Save as CSV" : "Save as PNG";
+  saveButton.textContent = codec ? "Download CSV" : isPoints ? "Save as CSV" : "Save as PNG";
   canvas.className = isPoints ? "points" : "images";
+  canvas.hidden = Boolean(codec);
+  element("rows").hidden = element("summary").hidden = !codec;
+  document.querySelector("main").classList.toggle("table", Boolean(codec));
   canvas.dataset.axes = JSON.stringify(model.axes);
   show(0);
   offerChoices(opened);
@@ -163,12 +179,6 @@ async function open() {
   status.dataset.backend = backend.name;
   drawButton.disabled = false;
 }
-
-const create = (name, properties, ...children) => {
-  const node = Object.assign(document.createElement(name), properties);
-  node.append(...children);
-  return node;
-};
 
 /** Show the controls that this bundle supports: class, condition, guidance, painting. */
 function offerChoices({ info, guidanceScale, isGuidable, takesKnown }) {
@@ -203,7 +213,30 @@ function offerChoices({ info, guidanceScale, isGuidable, takesKnown }) {
   slider.addEventListener("input", showScale);
   showScale();
   element("guidance-field").hidden = !isGuidable;
-  element("paint").hidden = model.isPoints || !takesKnown;
+  element("paint").hidden = !model.isImages || !takesKnown;
+  if (model.codec && info.condition_is_known && takesKnown) offerCells(model.codec);
+}
+
+/** Show a field for each column of a table, whose cells can be known. */
+function offerCells({ columns }) {
+  element("cells").append(...columns.map(({ name, texts, range }, i) => {
+    const id = `cell-${i}`, options = texts?.length <= MAX_OPTIONS ? texts : [];
+    const listed = create("datalist", { id: `${id}-values` }, ...options.map((value) => create("option", { value })));
+    const input = create("input", { type: "text", id, autocomplete: "off", placeholder: range ?? "any" });
+    input.setAttribute("list", listed.id);
+    return create("div", {}, create("label", { htmlFor: id, textContent: name }), input, listed);
+  }));
+  element("known").hidden = false;
+}
+
+/** Read the known cells, as coordinates, NaN for the others; undefined if there are none. */
+function readCells(codec) {
+  const known = Array(codec.width).fill(NaN);
+  codec.names.forEach((name, i) => {
+    const encode = (text) => codec.encode({ [name]: text });
+    read(element(`cell-${i}`), encode).forEach((value, j) => { if (!Number.isNaN(value)) known[j] = value; });
+  });
+  return known.every(Number.isNaN) ? undefined : known;
 }
 
 /** Read the class, the condition and the guidance. */
@@ -217,6 +250,7 @@ function readAsked() {
   if (inputs.some((input) => input.value.trim())) { // none at all: any
     asked.condition = inputs.map((input, i) => read(input, parseNumber, columns[i]));
   }
+  if (!element("known").hidden) asked.known = readCells(model.codec);
   // Until it is moved, the bundle's own steps decide, which may be guided at some timesteps only.
   if (model.isGuidable && slider.value !== model.initialScale) asked.guidanceScale = Number(slider.value);
   return asked;
@@ -225,7 +259,8 @@ function readAsked() {
 /** Draw one of the frames, or, if there are none, what there is without. */
 function show(index) {
   const samples = frames[index]?.samples ?? null;
-  if (model.isPoints) drawPoints(canvas, samples, model.dimension, model.axes);
+  if (model.codec) model.rows.show(samples);
+  else if (model.isPoints) drawPoints(canvas, samples, model.dimension, model.axes);
   else if (samples) drawImages(canvas, samples, model.info.sample_shape, index === frames.length - 1 ? paint : null);
   if (samples) {
     const what = plural(samples.length / model.dimension, model.noun);
@@ -241,6 +276,8 @@ function read(input, parse, ...more) {
     return value;
   } catch (error) {
     input.setAttribute("aria-invalid", "true");
+    const details = input.closest("details");
+    if (details) details.open = true; // what is hidden can't have the focus
     input.focus();
     throw error;
   }
@@ -435,7 +472,9 @@ stepInput.addEventListener("input", () => {
 saveButton.addEventListener("click", async () => {
   const { samples } = frames.at(-1);
   let blob;
-  if (model.isPoints) {
+  if (model.codec) {
+    blob = new Blob([model.codec.toCsv(samples)], { type: "text/csv" });
+  } else if (model.isPoints) {
     blob = new Blob([toCsv(samples, model.info.data_columns)], { type: "text/csv" });
   } else {
     const grid = document.createElement("canvas"); // the page's canvas may show another step
@@ -444,7 +483,7 @@ saveButton.addEventListener("click", async () => {
   }
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
-  link.download = `${saveButton.dataset.name}.${model.isPoints ? "csv" : "png"}`;
+  link.download = `${saveButton.dataset.name}.${model.isImages ? "png" : "csv"}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 });
