@@ -125,6 +125,7 @@ def test_a_row_of_one_missing_cell_is_not_an_empty_line(in_javascript):
 # Known cells that are written in other ways than the data's, or wrong. (Python also names the row.)
 ROWS = [
     *({"age": text} for text in ("25", "-5", " 1e2 ", "30.0", "1_0", "0x10", "inf", "nan", "old", " ", "")),
+    *({name: text} for name in ("age", "price", "born", "country") for text in ("NA", "n/a", "?", "-", "Na")),
     *({"born": text} for text in ("Jan 11, 1970", "jan 1, 1970", "1970-01-21", "1970-01-21 10:00:00")),
     *({"born": text} for text in ("Feb 31, 1970", "1970-02-31", "Jan 32, 1970", "11/01/1970", "5")),
     *({"seen": text} for text in ("29/02/00 11:59:59", "2025-01-01T12:30", "29/02/01 11:59:59", "29/02/00 25:59:59")),

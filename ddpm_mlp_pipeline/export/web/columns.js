@@ -9,6 +9,10 @@ const DATE_PARTS = {
   Y: "(?<Y>\\d{4})", y: "(?<y>\\d{2})", m: "(?<m>\\d{1,2})", b: `(?<b>${MONTHS.join("|")})`, d: "(?<d>\\d{1,2})",
   H: "(?<H>\\d{1,2})", M: "(?<M>\\d{2})", S: "(?<S>\\d{2})",
 };
+// What stands for an empty cell in a column of numbers
+const NO_NUMBER = new Set(
+  ["NA", "N/A", "n/a", "#N/A", "na", "NaN", "nan", "NAN", "null", "NULL", "None", "none", "?", "-"],
+);
 const DECIMAL = /^\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*$/i; // `Number` takes "" and "0x10", too
 const ISO_DATE = /^(?<Y>\d{4})-(?<m>\d\d)-(?<d>\d\d)(?:[T ](?<H>\d\d):(?<M>\d\d)(?::(?<S>\d\d))?)?$/;
 
@@ -250,6 +254,11 @@ class NumberColumn {
     return `${this.format(this.values[0])} to ${this.format(this.values.at(-1))}`;
   }
 
+  /** Return whether a text stands for an empty cell. */
+  isEmpty(text) {
+    return text === "" || (this.kind !== "date" && NO_NUMBER.has(text));
+  }
+
   /** @returns {Range} */
   encode(text) {
     const value = this.kind === "date" ? this.#readDate(text) : parseDecimal(text);
@@ -349,6 +358,10 @@ class CategoryColumn {
   }
 
   /** @returns {Range} */
+  isEmpty(text) {
+    return text === "";
+  }
+
   encode(text) {
     let state = this.texts.indexOf(text);
     if (state < 0) state = this.values.indexOf(this.#valueOf(text));
@@ -458,7 +471,7 @@ export class TableCodec {
     for (const [name, text] of Object.entries(cells)) {
       const i = this.names.indexOf(name);
       if (i < 0) fail(`there is no column ${shown(name)}, only ${some(this.names)}`);
-      if (text === "") continue;
+      if (this.columns[i].isEmpty(text)) continue;
       const { low, high, signs } = this.columns[i].encode(text), { number, sign } = this.places[i];
       if (this.columns[i].isNumber) point[number] = middle(low, high);
       point.set(signs, sign);
