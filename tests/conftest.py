@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -61,9 +62,9 @@ def run_forked(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     Importing them takes seconds, and most of what a small or a refused command does.
     """
 
-    def run_forked(command: str, *argv: object, num_processes: int = 1) -> subprocess.CompletedProcess:
+    def run_forked(command: str, *argv: object, **kwargs: Any) -> subprocess.CompletedProcess:
         folder = tmp_path / "cwd"
         folder.mkdir(exist_ok=True)
-        return forked.Command(command, [str(word) for word in argv], folder, num_processes).wait()
+        return forked.Command(command, [str(word) for word in argv], folder, **kwargs).wait()
 
     return run_forked

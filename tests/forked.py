@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,9 +24,19 @@ GRACE = 10  # seconds, for the other processes after one has failed
 
 
 class Command:
-    """A started entry point of `commands/console.py`: one process, or several on the CPU, as by torchrun."""
+    """A started entry point of `commands/console.py`: one process, or several on the CPU, as by torchrun.
 
-    def __init__(self, command: str, argv: list[str], folder: Path, num_processes: int = 1):
+    Each process calls `first` before the command.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        argv: list[str],
+        folder: Path,
+        num_processes: int = 1,
+        first: Callable[[], object] | None = None,
+    ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([f"ddpm_mlp_pipeline.commands.{module}" for module in MODULES])
         environments: list[dict[str, str]] = [{}]
@@ -39,7 +49,9 @@ class Command:
         self.processes = []
         for environment in environments:
             files = [multiprocessing.reduction.DupFd(file.fileno()) for file in (self.out, self.err)]
-            self.processes.append(context.Process(target=_call, args=(command, argv, folder, environment, *files)))
+            self.processes.append(
+                context.Process(target=_call, args=(command, argv, folder, environment, first, *files))
+            )
             self.processes[-1].start()
 
     def wait_for(self, text: str) -> None:
@@ -88,7 +100,15 @@ def _free_port() -> int:
         return listening.getsockname()[1]
 
 
-def _call(command: str, argv: list[str], folder: Path, environment: dict[str, str], out, err) -> None:
+def _call(
+    command: str,
+    argv: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    first: Callable[[], object] | None,
+    out: multiprocessing.reduction.DupFd,
+    err: multiprocessing.reduction.DupFd,
+) -> None:
     for number, file in ((1, out), (2, err)):
         os.dup2(file.detach(), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
@@ -96,4 +116,6 @@ def _call(command: str, argv: list[str], folder: Path, environment: dict[str, st
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # which torch has read already
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if first is not None:
+        first()
     getattr(console, command)(argv)

@@ -382,7 +382,7 @@ def run_cases(root: Path, cases: Iterable[Case]) -> Iterator[tuple[Case, str, st
     """Run cases, and yield each with its outcome and message."""
 
     def new_pool() -> concurrent.futures.ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         return concurrent.futures.ProcessPoolExecutor(1, context, start_worker, (root,))
 
     pool = new_pool()

@@ -1,6 +1,7 @@
 """The commands for export and sampling, as a user runs them."""
 
 import configparser
+import functools
 import json
 import resource
 import shutil
@@ -233,7 +234,7 @@ def test_a_checkpoint_is_sampled_with_torch(run_forked, tmp_path):
 
 def limit_file_size(size):
     """Make a write fail halfway, as on a full disk. (This does not need root.)"""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".csv"])
@@ -247,9 +248,9 @@ def test_a_full_disk_leaves_no_half_written_samples(run, ddim_bundle, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {"cwd", output.name}
 
 
-def test_a_full_disk_leaves_no_half_written_bundle(run, tmp_path):
-    argv = ("ddpm-export", pretrained("heart"), tmp_path / "bundle")
-    assert_one_line_error(run(*argv, preexec_fn=limit_file_size(100_000)))
+def test_a_full_disk_leaves_no_half_written_bundle(run_forked, tmp_path):
+    argv = ("export", pretrained("heart"), tmp_path / "bundle")
+    assert_one_line_error(run_forked(*argv, first=limit_file_size(100_000)))
     assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
 
 
