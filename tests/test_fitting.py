@@ -27,7 +27,13 @@ from ddpm_mlp_pipeline import (
 from ddpm_mlp_pipeline.data.batches import Batch, TensorBatches
 from ddpm_mlp_pipeline.errors import ConfigurationError, DatasetError, DivergenceError
 from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
-from ddpm_mlp_pipeline.training.fit_features import NetworkFeatures, PointFeatures, energy_distance, mean_distance
+from ddpm_mlp_pipeline.training.fit_features import (
+    NetworkFeatures,
+    PointFeatures,
+    energy_distance,
+    mean_distance,
+    whiten,
+)
 from ddpm_mlp_pipeline.training.fitting import TableFitter, play
 from ddpm_mlp_pipeline.training.options import FittingArguments
 from ddpm_mlp_pipeline.training.table_parameters import TableParameters, draw
@@ -341,3 +347,34 @@ def test_the_command_refuses_wrong_input(run_forked, tmp_path):
     output.mkdir()
     (output / "notes.txt").touch()
     assert_one_line_error(run_forked(*argv, "heart", "--overwrite"), "notes.txt, which this command does not write")
+
+
+def test_whitened_numbers_show_noise_that_their_spread_hides():
+    """Two columns differ by a tenth of their spread; those of the samples by a third."""
+
+    def rows(seed, noise):
+        common, differences = torch.randn(2, 4000, 1, generator=torch.Generator().manual_seed(seed))
+        return Batch(torch.cat([common, common + noise * differences], dim=1))
+
+    data, like_data, noisy = rows(0, 0.1), rows(1, 0.1), rows(2, 0.33)
+    whitening = whiten(data.x_0)
+    torch.testing.assert_close(torch.cov((data.x_0 @ whitening).T), torch.eye(2), atol=1e-3, rtol=0)
+    distances = {}
+    for name, features in (("plain", PointFeatures()), ("whitened", PointFeatures(whitening=whitening))):
+        of_data = features(data, torch.Generator())
+        for samples in (like_data, noisy):
+            groups = features(samples, torch.Generator())
+            distances[name, samples is noisy] = float(
+                energy_distance(groups, of_data, [mean_distance(x) for x in of_data])
+            )
+    assert abs(distances["plain", False]) < 0.003
+    assert abs(distances["whitened", False]) < 0.006
+    assert distances["plain", True] < 0.03
+    assert distances["whitened", True] > 0.3
+
+
+def test_directions_without_variance_are_not_blown_up():
+    x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 2)
+    assert (x @ whiten(x)).std(dim=0).max() < 1.01
+    assert whiten(x).abs().max() < 30
+    torch.testing.assert_close(whiten(x[:, :1]).abs(), 1 / x[:, :1].std(dim=0, keepdim=True))

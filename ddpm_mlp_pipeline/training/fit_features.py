@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -133,8 +134,8 @@ def default_features(pipeline: DDPMMLPPipeline, data: KnownBatches) -> FitFeatur
         return NetworkFeatures(pipeline)
     whitening = None
     if pipeline.takes_known and (num_numbers := pipeline.unet.config.num_embedded):
-        number = min(len(data), MAX_WHITENED)
-        whitening = whiten(data.__getitems__([*range(number)]).x_0[:, :num_numbers]).to(pipeline.device)
+        some = range(0, len(data), math.ceil(len(data) / MAX_WHITENED))  # of a file that may be sorted
+        whitening = whiten(data.__getitems__([*some]).x_0[:, :num_numbers]).to(pipeline.device)
     return PointFeatures(pipeline.num_classes, whitening)
 
 
