@@ -396,6 +396,12 @@ def _panel(axes: Axes, x: np.ndarray, limits: Limits, color: str | np.ndarray, t
     if limits is None:
         axes.imshow(image_grid([x], len(x), gap=1, background="white"), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
+    elif x.shape[1] == 1:
+        (low,), (high,) = limits
+        axes.hist(
+            x[:, 0], bins=60, range=(low, max(high, low + 1e-9)), color=color if isinstance(color, str) else None
+        )
+        axes.set(yticks=[])
     else:
         axes.scatter(*x.T, s=2, c=color, linewidths=0)
         (x_low, y_low), (x_high, y_high) = limits

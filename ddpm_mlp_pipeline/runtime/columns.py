@@ -8,7 +8,7 @@ import datetime
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -30,7 +30,6 @@ NO_NUMBER = frozenset(
 MAX_SIZE = 2**16  # coordinates of a table, knots and categories of a column
 MAX_WHOLE = 2**53  # whole numbers up to it are exact in every language
 MAX_NUMBER = 1e100
-MAX_REMEMBERED = 2**16  # texts of a column's numbers
 MAX_STR = 64  # characters; columns of longer texts are arrays of objects, to save memory
 NUMBER_KINDS, CATEGORY_KINDS = ("number", "integer", "date"), ("category", "boolean")
 _EPOCH = datetime.datetime(1970, 1, 1)
@@ -122,7 +121,7 @@ class TableCodec:
 
         Args:
             table: for each column, by name, one value a row: numbers, strings, booleans or dates, or the text of each.
-                `None`, NaN, NaT, `pandas.NA` and `""` are empty.
+                `None`, NaN, NaT, `pandas.NA` and `""` are empty, and in columns of numbers the texts `NO_NUMBER`.
             empty: whether empty values are missing as in the data, or unknown. Unknown values, and with `"unknown"`
                 columns that are not in the table, have the coordinates NaN.
             rng: if given, draw a number's coordinate uniformly by rank within its range, as training needs. By
@@ -308,21 +307,18 @@ class _Number:
         return z
 
     def format(self, cells: Array) -> list[str]:
-        return [*map(self._write, self._read(cells).tolist())]
+        values, places = np.unique(self._read(cells) + 0.0, return_inverse=True)  # columns repeat their numbers
+        texts = [*map(self._write, values.tolist())]
+        return [texts[place] for place in places.tolist()]
 
-    @functools.cached_property
-    def _write(self) -> Callable[[float], str]:
-        """Return the text of a number. Columns repeat their numbers, so those of few decimals are remembered."""
-        if self.decimals is None:
-            return lambda value: "" if value != value else f"{value:.9g}"
-        return functools.lru_cache(MAX_REMEMBERED)(self._write_rounded)
-
-    def _write_rounded(self, value: float) -> str:
+    def _write(self, value: float) -> str:
         if value != value:
             return ""
+        if self.decimals is None:
+            return f"{value:.9g}"
         if self.kind == "date":
             return write_date(np.int64(value).astype(_NUMPY[self.unit]).tolist(), self.format_)
-        return str(int(value)) if self.kind == "integer" else _fixed(value, self.digits or 0, self.decimals or 0)
+        return str(int(value)) if self.kind == "integer" else _fixed(value, self.digits or 0, self.decimals)
 
     def _read(self, cells: Array) -> Floats:
         """Return the numbers of cells, in the unit of a date, NaN for empty ones."""

@@ -15,10 +15,12 @@ from ..data.batches import Batch, KnownBatches
 from ..errors import ConfigurationError
 from ..models.mlp import MLPModel
 from ..pipeline import DDPMMLPPipeline
+from ..runtime.columns import TableCodec
 
 LOG_SNRS = (5.3, 2.2)  # log(ᾱ / (1 − ᾱ)) of the noised images: fine detail, and shape
 FEW_COORDINATES = 16  # up to which cdist is faster than products of matrices
 MAX_WHITENED = 2**16  # data that their covariance is estimated from
+TINY = 1e-12
 MIN_VARIANCE = 1e-3  # of a whitened direction, as a share of the largest
 CLASS_DISTANCE = 2.0  # between the points of two classes, in standard deviations
 
@@ -66,7 +68,7 @@ def whiten(x: torch.Tensor) -> torch.Tensor:
     Directions of less than a thousandth of the variance are scaled as those of a thousandth.
     """
     variances, directions = torch.linalg.eigh(torch.cov(x.T.double()).reshape(x.shape[1], x.shape[1]))
-    return (directions * variances.clamp(min=MIN_VARIANCE * float(variances.max())).rsqrt()).to(x)
+    return (directions * variances.clamp(min=max(MIN_VARIANCE * float(variances.max()), TINY)).rsqrt()).to(x)
 
 
 class NetworkFeatures:
@@ -133,7 +135,8 @@ def default_features(pipeline: DDPMMLPPipeline, data: KnownBatches) -> FitFeatur
     if not pipeline.is_points:
         return NetworkFeatures(pipeline)
     whitening = None
-    if pipeline.takes_known and (num_numbers := pipeline.unet.config.num_embedded):
+    num_numbers = 0 if pipeline.config.columns is None else TableCodec(pipeline.config.columns).num_numbers
+    if num_numbers and len(data) > 1:
         some = range(0, len(data), math.ceil(len(data) / MAX_WHITENED))  # of a file that may be sorted
         whitening = whiten(data.__getitems__([*some]).x_0[:, :num_numbers]).to(pipeline.device)
     return PointFeatures(pipeline.num_classes, whitening)

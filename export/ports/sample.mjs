@@ -60,10 +60,11 @@ function parseValues(texts, flag) {
   }));
 }
 
-/** A table's known cells, COLUMN=VALUE several times, as coordinates. */
+/** A table's known cells, COLUMN=VALUE several times, as coordinates. A column's name may contain an equals sign. */
 function parseCells(texts, codec) {
   return texts && codec.encode(Object.fromEntries(texts.map((text) => {
-    const at = text.indexOf("=");
+    const lengths = codec.names.filter((name) => text.startsWith(`${name}=`)).map((name) => name.length);
+    const at = lengths.length ? Math.max(...lengths) : text.indexOf("=");
     if (at < 1) throw new RangeError(`known cells are NAME=VALUE, not ${JSON.stringify(text)}`);
     return [text.slice(0, at), text.slice(at + 1)];
   })));

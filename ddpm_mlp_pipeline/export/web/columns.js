@@ -357,11 +357,11 @@ class CategoryColumn {
     return value === null ? "" : this.#textOf.get(value);
   }
 
-  /** @returns {Range} */
   isEmpty(text) {
     return text === "";
   }
 
+  /** @returns {Range} */
   encode(text) {
     let state = this.texts.indexOf(text);
     if (state < 0) state = this.values.indexOf(this.#valueOf(text));
