@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,7 +88,9 @@ def _write_cells(path: Path, batches: Iterable[np.ndarray], number: int, sampler
     codec = sampler.codec
     assert codec is not None
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # Before Python 3.13, cells with a carriage return are quoted only if lines end with one.
+        lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
+        writer = csv.writer(lines, lineterminator="\r\n")
         writer.writerow(codec.names)
         for batch in batches:
             writer.writerows(codec.format(codec.decode(batch)))

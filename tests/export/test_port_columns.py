@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,20 @@ def written_by_python(sampler, number, seed, folder, **asked):
     path = folder / "python.csv"
     find_writer(sampler, ".csv", number)(path, [sampler.sample(number, seed, **asked)], number, sampler)
     return path.read_bytes().decode()
+
+
+def test_cells_are_quoted_as_in_python(in_javascript, tmp_path):
+    texts = ["a\rb", "a\nb", "a,b", 'a"b', " ab", "a'b", "#"]
+    columns = [COUNTRY | {"name": "a\rname", "values": texts, "has_missing": False}]
+    codec = TableCodec(columns)
+    points = codec.encode({"a\rname": texts})
+    (found,) = in_javascript((columns, points, []))
+    sampler = SimpleNamespace(sample_shape=(codec.width,), codec=codec)
+    path = tmp_path / "texts.csv"
+    find_writer(sampler, ".csv", len(texts))(path, [points], len(texts), sampler)
+    assert found["csv"] == path.read_bytes().decode()
+    with path.open(newline="", encoding="utf-8") as file:
+        assert [*csv.reader(file)] == [["a\rname"], *([text] for text in texts)]
 
 
 def test_sample_mjs_writes_the_rows_that_python_writes(run, node, node_folder, table_bundle, tmp_path):
