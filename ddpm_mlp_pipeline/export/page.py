@@ -23,7 +23,7 @@ from ..runtime.bundle import seal
 from ..runtime.sampler import OnnxSampler
 
 WEB = Path(__file__).parent / "web"
-PAGE_FILES = ("index.html", "page.js", "draw.js", "table.js", "worker.js", "ddpm.js", "columns.js")
+PAGE_FILES = ("index.html", "page.js", "draw.js", "table.js", "worker.js", "load.js", "ddpm.js", "columns.js")
 BUNDLE_FILES = ("bundle.json", "step_table.json", "unet.onnx")
 REGISTRY = "https://registry.npmjs.org"
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"

@@ -26,7 +26,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import assert_one_line_error, serving
+from diffusers import DDPMScheduler
+from helpers import ROOT, assert_one_line_error, random_weights, serving
 from PIL import Image
 from tabulate import tabulate
 from test_asking import draw_with_torch
@@ -37,6 +38,7 @@ from ddpm_mlp_pipeline.export import page as page_module
 from ddpm_mlp_pipeline.export.compile import compile_scheduler, make_scheduler
 from ddpm_mlp_pipeline.export.page import BINARIES, NEEDED, PAGE_FILES, SCRIPTS, VERSION, write_page
 from ddpm_mlp_pipeline.export.sampler_graph import build_sampler
+from ddpm_mlp_pipeline.runtime import noise
 from ddpm_mlp_pipeline.runtime.bundle import seal
 from ddpm_mlp_pipeline.runtime.pictures import image_grid
 from ddpm_mlp_pipeline.table_scheduler import StepTableScheduler
@@ -766,10 +768,9 @@ def test_a_table_is_shown_sorted_and_saved(visit, pages, table_bundle):
     assert not [name for name in ("labels", "conditions", "guidance-field", "paint") if tab.is_visible(f"#{name}")]
 
 
-def test_the_tables_picture(visit, onnxruntime_web, table_bundle, tmp_path):
-    """Rows with two known cells, by price, as the page shows them."""
-    write_page(os.environ.get("TABLE_BUNDLE") or table_bundle, tmp_path / "page", onnxruntime_web)
-    tab = visit(tmp_path / "page", {"width": 1240, "height": 800})
+def test_the_tables_picture(visit, pages, table_bundle, tmp_path):
+    """Rows by price, as the page shows them."""
+    tab = visit(pages(Path(os.environ.get("TABLE_BUNDLE") or table_bundle)), {"width": 1240, "height": 800})
     assert draw(tab, 0, 500) == ""
     tab.get_by_role("button", name="price", exact=True).click()
     tab.get_by_role("button", name="price", exact=True).blur()
@@ -777,6 +778,55 @@ def test_the_tables_picture(visit, onnxruntime_web, table_bundle, tmp_path):
     tab.screenshot(path=path, full_page=True)
     Image.open(path).quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)  # text needs few colours
     assert os.path.getsize(path) < 120_000
+
+
+def test_a_policy_walks_in_the_browser(visit, onnxruntime_web, tmp_path, monkeypatch):
+    """The walks of the policy example's film are those of its run.py, from the same starts."""
+    pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'ddpm-mlp-pipeline[policy]'")
+    policy = ROOT / "examples" / "policy"
+    monkeypatch.syspath_prepend(policy)
+    from run import bundle_policy, run_episode
+    from tasks import TASKS, ReachAround
+
+    task = TASKS["reach"]
+    torch.manual_seed(3)
+    pipe = DDPMMLPPipeline(
+        random_weights(MLPModel(2 * task.chunk, hidden_dim=32, condition_dim=2)),
+        DDPMScheduler(prediction_type="sample"),
+        data_columns=[f"a{i}" for i in range(2 * task.chunk)],
+        data_mean=[0.0, 0.05] * task.chunk,  # up, and some of the steps longer than one may be
+        data_std=[0.1] * 2 * task.chunk,
+        condition_columns=["o0", "o1"],
+        condition_mean=[0.0, -0.5],
+        condition_std=[0.1, 0.4],
+    )
+    pipe.save_pretrained(tmp_path / "policy")
+    bundle = tmp_path / "bundle"
+    export_bundle(tmp_path / "policy", bundle, num_inference_steps=4)
+    page = tmp_path / "page"
+    write_page(bundle, page, onnxruntime_web)
+    shutil.copyfile(policy / "film.html", page / "film.html")
+    tab = visit(page)
+    tab.goto(f"{tab.address}/film.html?walks=4")
+    tab.wait_for_function("/ of 4 passed|Error/.test(document.querySelector('#status').textContent)")
+    walks = tab.evaluate("window.walks")
+    passed = sum(shown["passed"] for shown in walks)
+    assert tab.inner_text("#status").startswith(f"{passed} of 4 passed, ")
+
+    def start_as_there(env, *, seed, **options):
+        x = 0.02 * noise.normal(0, range(seed, seed + 1), 1, range(1)).item()
+        env.steps, env.position = 0, np.array([x, -1.0])
+        return env.position.copy(), {}
+
+    monkeypatch.setattr(ReachAround, "reset", start_as_there)
+    sampler = OnnxSampler(bundle, num_threads=1)
+    for seed, shown in enumerate(walks):
+        expected = run_episode(task, bundle_policy(sampler, task, seed), seed)
+        np.testing.assert_allclose(shown["path"], expected["path"], atol=1e-4)
+        assert shown["passed"] == expected["passed"]
+    lengths = [np.hypot(*np.diff(shown["path"], axis=0).T) for shown in walks]
+    assert np.concatenate(lengths).max() == pytest.approx(ReachAround.SPEED)
+    assert len({len(shown["path"]) for shown in walks}) > 1
 
 
 # `write_page`, without a browser
