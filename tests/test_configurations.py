@@ -49,6 +49,7 @@ NETWORKS = {
         attention=st.booleans(),
         attention_head_dim=st.sampled_from([4, 8]),
         time_conditioning=st.sampled_from(["every_block", "once"]),
+        skip_connections=st.sampled_from(["add", "concat"]),
         norm_num_groups=st.sampled_from([2, 8]),
     ),
     "images by a stock U-Net": st.builds(

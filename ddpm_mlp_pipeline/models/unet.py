@@ -35,8 +35,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
 
     On small images, a stock `UNet2DModel` spends most of its time in 3×3 convolutions at full resolution. Here, the
     first convolution has a stride of `patch_size` and the last, transposed one restores the resolution, so that all
-    others run at a lower one. Skip connections are added rather than concatenated, which halves the convolutions of
-    the up blocks.
+    others run at a lower one.
 
     Parameters:
         sample_size (`int` or `tuple[int, int]`, defaults to 28):
@@ -57,6 +56,9 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
             Width of an attention head.
         time_conditioning (`"every_block"` or `"once"`, defaults to `"every_block"`):
             Where the timestep enters: in every residual block, or once, after the stem.
+        skip_connections (`"add"` or `"concat"`, defaults to `"add"`):
+            How an up block takes what the down block of its resolution has found: added to its input, or concatenated
+            with it, as in the U-Net of Ho et al. 2020, which makes the block's first convolution twice as large.
         norm_num_groups (`int`, defaults to 8):
             Number of groups of the group norms; divides every width.
         num_class_embeds (`int`, *optional*):
@@ -79,6 +81,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         attention: bool = True,
         attention_head_dim: int = 32,
         time_conditioning: str = "every_block",
+        skip_connections: str = "add",
         norm_num_groups: int = 8,
         num_class_embeds: int | None = None,
         condition_dim: int | None = None,
@@ -86,6 +89,8 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if time_conditioning not in ("every_block", "once"):
             raise ValueError(f"time_conditioning must be 'every_block' or 'once', got {time_conditioning!r}")
+        if skip_connections not in ("add", "concat"):
+            raise ValueError(f"skip_connections must be 'add' or 'concat', got {skip_connections!r}")
         for name, value in (("in_channels", in_channels), ("patch_size", patch_size), ("layers", layers_per_block)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -102,10 +107,13 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         time_dim = 4 * first
         temb_channels = time_dim if time_conditioning == "every_block" else None
 
-        def resnet(width: int) -> ResnetBlock2D:
-            block = ResnetBlock2D(in_channels=width, temb_channels=temb_channels, groups=norm_num_groups)
-            _zero(block.conv2)
-            return block
+        def resnets(width: int, in_channels: int) -> nn.ModuleList:
+            options = {"out_channels": width, "temb_channels": temb_channels, "groups": norm_num_groups}
+            blocks = [ResnetBlock2D(in_channels=in_channels, **options)]
+            blocks += [ResnetBlock2D(in_channels=width, **options) for _ in range(layers_per_block - 1)]
+            for block in blocks:
+                _zero(block.conv2)
+            return nn.ModuleList(blocks)
 
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, time_dim, out_dim=None if temb_channels else first)
@@ -117,8 +125,8 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         self.down_blocks, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         self.up_blocks, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for width, next_width in zip(block_out_channels, (*block_out_channels[1:], None), strict=True):
-            self.down_blocks.append(nn.ModuleList(resnet(width) for _ in range(layers_per_block)))
-            self.up_blocks.insert(0, nn.ModuleList(resnet(width) for _ in range(layers_per_block)))
+            self.down_blocks.append(resnets(width, width))
+            self.up_blocks.insert(0, resnets(width, 2 * width if skip_connections == "concat" else width))
             if next_width is not None:
                 self.downsamplers.append(nn.Conv2d(width, next_width, kernel_size=2, stride=2))
                 self.upsamplers.insert(0, nn.ConvTranspose2d(next_width, width, kernel_size=2, stride=2))
@@ -203,7 +211,7 @@ class SmallUNet2DModel(ModelMixin, ConfigMixin):
         for i, resnets in enumerate(self.up_blocks):
             if i > 0:
                 h = self.upsamplers[i - 1](h)
-            h = h + skips.pop()
+            h = torch.cat([h, skips.pop()], dim=1) if self.config.skip_connections == "concat" else h + skips.pop()
             for resnet in resnets:  # type: ignore[attr-defined]  # a ModuleList
                 h = resnet(h, temb)
 

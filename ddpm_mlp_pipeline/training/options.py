@@ -284,6 +284,7 @@ class ImageTrainingArguments(TrainingArguments):
     patch_size: int = option(2, "unet: stride of the first and the last convolution")
     attention: bool = option(True, "unet, stock: self-attention at the lowest resolution")
     time_conditioning: str = option("every_block", "unet: where the timestep enters", choices=["every_block", "once"])
+    skip_connections: str = option("add", "unet: how up blocks take those from down blocks", choices=["add", "concat"])
     embedding_dim: int = option(100, "mlp: size of the timestep's embedding")
     hidden_dim: int = option(2048, "mlp: width")
     num_hidden_layers: int = option(5, "mlp: number of residual blocks")

@@ -177,8 +177,8 @@ def make_image_pipeline(
             is_posterior = args.prediction_type == "sample" and args.num_predictions == 1
             unet = MLPModel(**shared, **mlp, pixel_posterior=is_posterior)
         elif args.model == "unet":
-            own = {name: getattr(args, name) for name in ("patch_size", "attention", "time_conditioning")}
-            unet = SmallUNet2DModel(**shared, **of_unets, **own)
+            own = ("patch_size", "attention", "time_conditioning", "skip_connections")
+            unet = SmallUNet2DModel(**shared, **of_unets, **{name: getattr(args, name) for name in own})
         else:
             divisor = 2 ** (len(widths) - 1)
             if any(length % divisor for length in size):

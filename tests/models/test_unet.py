@@ -30,6 +30,8 @@ def test_any_size_and_every_form_of_timestep(channels, size):
     "config",
     [
         {"time_conditioning": "once"},
+        {"skip_connections": "concat"},
+        {"skip_connections": "concat", "layers_per_block": 2, "patch_size": 1},
         {"attention": False},
         {"layers_per_block": 2},
         {"block_out_channels": (16, 24, 32)},
@@ -73,6 +75,22 @@ def test_the_timestep_enters_where_the_option_says():
     assert not [name for name, _ in once.named_parameters() if "time_emb_proj" in name]
 
 
+def test_concatenated_skips_can_learn_to_be_added():
+    """Untrained blocks are their shortcuts, and a shortcut of [I, I] adds both."""
+    added, concatenated = (SmallUNet2DModel(**SMALL, skip_connections=how) for how in ("add", "concat"))
+    torch.nn.init.normal_(added.conv_out.weight)
+    torch.nn.init.normal_(added.mid_attention.to_out[0].weight)
+    shapes = {name: weight.shape for name, weight in concatenated.state_dict().items()}
+    same = {name: weight for name, weight in added.state_dict().items() if weight.shape == shapes[name]}
+    assert concatenated.load_state_dict(same, strict=False).unexpected_keys == []
+    x = torch.randn(2, 1, 28, 28)
+    assert not torch.allclose(added(x, 3).sample, concatenated(x, 3).sample)
+    for block, width in zip(concatenated.up_blocks, (32, 16), strict=True):
+        block[0].conv_shortcut.weight.data = torch.eye(width).repeat(1, 2)[:, :, None, None]
+        torch.nn.init.zeros_(block[0].conv_shortcut.bias)
+    torch.testing.assert_close(added(x, 3).sample, concatenated(x, 3).sample)
+
+
 def test_it_drops_into_the_stock_pipeline_and_is_saved_with_its_code(tmp_path):
     torch.manual_seed(0)
     model = random_weights(SmallUNet2DModel((9, 10), 3, **SMALL)).eval()
@@ -91,6 +109,7 @@ def test_it_drops_into_the_stock_pipeline_and_is_saved_with_its_code(tmp_path):
     ("config", "message"),
     [
         ({"time_conditioning": "sometimes"}, "time_conditioning"),
+        ({"skip_connections": "none"}, "skip_connections"),
         ({"block_out_channels": (12, 32)}, "norm_num_groups"),
         ({"block_out_channels": (16, 40), "attention_head_dim": 32}, "attention_head_dim"),
         ({"in_channels": 0}, "in_channels"),
